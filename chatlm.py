@@ -1,0 +1,490 @@
+"""The model: T5, an encoder that reads the prompt and a decoder that writes the answer.
+
+    from chatlm import ChatLM, ChatLMConfig
+    model = ChatLM(ChatLMConfig.preset("small", vocab_size=29298))
+    logits, loss = model(input_ids, attention_mask, labels=labels)
+
+Raffel et al. 2020, "Exploring the Limits of Transfer Learning with a Unified Text-to-Text Transformer"
+(arXiv:1910.10683). The names of modules and config fields are those of Hugging Face's T5, so a state_dict of ours
+*is* the model.safetensors that transformers loads, and no table translates between the two.
+
+Shapes: B batch, S source length, T target length, D d_model, H heads, K width of a head (d_kv), V vocabulary.
+"""
+import dataclasses
+import json
+import math
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+PRESETS = {  # with the tied head and 29,298 tokens: small 14.8 M parameters, 0.2b 187.7 M
+    "demo": dict(d_model=128, d_ff=512, d_kv=32, num_heads=4, num_layers=2, num_decoder_layers=2),
+    "small": dict(d_model=256, d_ff=1024, d_kv=64, num_heads=4, num_layers=4, num_decoder_layers=4),
+    "0.2b": dict(d_model=768, d_ff=3072, d_kv=64, num_heads=12, num_layers=10, num_decoder_layers=10),
+}
+LOSS_CHUNK_BYTES = 1 << 26  # of float32 logits alive at once in the loss
+
+
+@dataclass
+class ChatLMConfig:
+    """The fields of transformers' T5Config that change the computation, under their names there."""
+    vocab_size: int = 29298
+    d_model: int = 768
+    d_kv: int = 64
+    d_ff: int = 3072
+    num_layers: int = 10
+    num_decoder_layers: int | None = None  # None: as many as the encoder has
+    num_heads: int = 12
+    relative_attention_num_buckets: int = 32
+    relative_attention_max_distance: int = 128
+    dropout_rate: float = 0.1
+    layer_norm_epsilon: float = 1e-6
+    initializer_factor: float = 1.0
+    feed_forward_proj: str = "relu"  # or "gated-gelu", as in T5 1.1
+    tie_word_embeddings: bool = True  # the head is the embedding matrix, transposed
+    scale_decoder_outputs: bool | None = None  # times d_model^-0.5 before the head; None: when tied, as in T5
+    pad_token_id: int = 0
+    eos_token_id: int = 1
+    decoder_start_token_id: int = 0
+
+    def __post_init__(self):
+        if self.num_decoder_layers is None:
+            self.num_decoder_layers = self.num_layers
+        if self.scale_decoder_outputs is None:
+            self.scale_decoder_outputs = self.tie_word_embeddings
+        if self.feed_forward_proj not in ("relu", "gated-gelu"):
+            raise ValueError(f"feed_forward_proj {self.feed_forward_proj!r} is not supported: relu or gated-gelu")
+
+    @classmethod
+    def preset(cls, name: str, **changes) -> "ChatLMConfig":
+        """One of PRESETS by name, with any field changed. Raises ValueError for a name that is not there."""
+        if name not in PRESETS:
+            raise ValueError(f"no preset {name!r}: choose from {', '.join(PRESETS)}")
+        return cls(**{**PRESETS[name], **changes})
+
+    @classmethod
+    def from_pretrained(cls, folder) -> "ChatLMConfig":
+        """Read folder/config.json. Raises FileNotFoundError without one, ValueError if it is not a T5's."""
+        path = Path(folder) / "config.json"
+        if not path.is_file():
+            raise FileNotFoundError(f"{folder} is not a model folder: it has no config.json")
+        try:
+            fields = json.loads(path.read_text("utf-8"))
+            kind = fields.get("model_type")
+        except (ValueError, AttributeError):
+            raise ValueError(f"{path} is damaged: not a JSON object") from None
+        if kind != "t5":
+            raise ValueError(f"{path}: model_type is {kind!r}, and only 't5' can be loaded")
+        known = {f.name for f in dataclasses.fields(cls)}
+        return cls(**{name: value for name, value in fields.items() if name in known})
+
+    def to_json(self) -> str:
+        derived = dict(architectures=["T5ForConditionalGeneration"], model_type="t5", is_encoder_decoder=True,
+                       is_gated_act=self.feed_forward_proj == "gated-gelu", use_cache=True,
+                       dense_act_fn="gelu_new" if self.feed_forward_proj == "gated-gelu" else "relu")
+        return json.dumps({**derived, **dataclasses.asdict(self)}, indent=2) + "\n"
+
+
+class Dropout(nn.Module):
+    """nn.Dropout whose rate is read from the config at every call, so that it can be changed after loading."""
+
+    def __init__(self, config: ChatLMConfig):
+        super().__init__()
+        self.config = config
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.dropout(x, self.config.dropout_rate, self.training)
+
+
+class RMSNorm(nn.Module):
+    """x / sqrt(mean(x^2) + eps) * weight: a layer norm that neither centres nor shifts."""
+
+    def __init__(self, config: ChatLMConfig):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(config.d_model))
+        self.eps = config.layer_norm_epsilon
+
+    def forward(self, x: Tensor) -> Tensor:
+        inverse = torch.rsqrt(x.float().square().mean(-1, keepdim=True) + self.eps)
+        return self.weight * (x * inverse).to(self.weight.dtype)
+
+
+def relative_position_bucket(distance: Tensor, bidirectional: bool, num_buckets: int, max_distance: int) -> Tensor:
+    """Sort distances (key position - query position, any shape, int64) into buckets 0 .. num_buckets - 1.
+
+    Near distances have a bucket each, far ones share buckets that widen with the logarithm, and all beyond
+    max_distance share the last. Bidirectional, half the buckets look back and half ahead; otherwise only back.
+    """
+    bucket = torch.zeros_like(distance)
+    if bidirectional:
+        num_buckets //= 2
+        bucket += (distance > 0) * num_buckets
+        distance = distance.abs()
+    else:
+        distance = -distance.clamp(max=0)
+    exact = num_buckets // 2
+    far = exact + (torch.log(distance.float() / exact) / math.log(max_distance / exact) * (num_buckets - exact)).long()
+    return bucket + torch.where(distance < exact, distance, far.clamp(max=num_buckets - 1))
+
+
+class Attention(nn.Module):
+    """Multi-head attention without bias and without the 1/sqrt(K) scale: T5 folds it into q's initialisation."""
+
+    def __init__(self, config: ChatLMConfig, position_bias: str | None = None):
+        super().__init__()
+        self.config, self.position_bias = config, position_bias  # "bidirectional", "causal", or none of its own
+        inner = config.num_heads * config.d_kv
+        self.q = nn.Linear(config.d_model, inner, bias=False)
+        self.k = nn.Linear(config.d_model, inner, bias=False)
+        self.v = nn.Linear(config.d_model, inner, bias=False)
+        self.o = nn.Linear(inner, config.d_model, bias=False)
+        if position_bias:
+            self.relative_attention_bias = nn.Embedding(config.relative_attention_num_buckets, config.num_heads)
+
+    def bias(self, queries: Tensor, keys: Tensor) -> Tensor:
+        """What the distance of positions adds to the scores: positions (Q,) and (L,) -> (1, H, Q, L)."""
+        c = self.config
+        bucket = relative_position_bucket(keys[None, :] - queries[:, None], self.position_bias == "bidirectional",
+                                          c.relative_attention_num_buckets, c.relative_attention_max_distance)
+        return self.relative_attention_bias(bucket).permute(2, 0, 1)[None]
+
+    def heads(self, x: Tensor) -> Tensor:
+        """(B, L, H * K) -> (B, H, L, K)"""
+        return x.unflatten(-1, (self.config.num_heads, self.config.d_kv)).transpose(1, 2)
+
+    def keys_values(self, source: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, L, D) -> keys and values, each (B, H, L, K)."""
+        return self.heads(self.k(source)), self.heads(self.v(source))
+
+    def forward(self, x: Tensor, keys: Tensor, values: Tensor, bias: Tensor) -> Tensor:
+        """x (B, Q, D) looks at keys and values (B, H, L, K) under bias (B or 1, H or 1, Q or 1, L) -> (B, Q, D)."""
+        y = F.scaled_dot_product_attention(self.heads(self.q(x)), keys, values, attn_mask=bias.to(keys.dtype), scale=1.0,
+                                           dropout_p=self.config.dropout_rate if self.training else 0.0)
+        return self.o(y.transpose(1, 2).flatten(2))
+
+
+class FeedForward(nn.Module):
+    """wo(relu(wi x)), or gated: wo(gelu(wi_0 x) * wi_1 x)."""
+
+    def __init__(self, config: ChatLMConfig):
+        super().__init__()
+        self.gated = config.feed_forward_proj == "gated-gelu"
+        for name in ("wi_0", "wi_1") if self.gated else ("wi",):
+            setattr(self, name, nn.Linear(config.d_model, config.d_ff, bias=False))
+        self.wo = nn.Linear(config.d_ff, config.d_model, bias=False)
+        self.dropout = Dropout(config)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = F.gelu(self.wi_0(x), approximate="tanh") * self.wi_1(x) if self.gated else F.relu(self.wi(x))
+        return self.wo(self.dropout(h))
+
+
+class SelfAttentionLayer(nn.Module):
+    def __init__(self, config: ChatLMConfig, position_bias: str | None):
+        super().__init__()
+        self.SelfAttention = Attention(config, position_bias)
+        self.layer_norm = RMSNorm(config)
+        self.dropout = Dropout(config)
+
+    def forward(self, x: Tensor, bias: Tensor, cache: "LayerCache | None" = None) -> Tensor:
+        h = self.layer_norm(x)
+        keys, values = self.SelfAttention.keys_values(h)
+        if cache is not None:
+            keys, values = cache.append(keys, values)
+        return x + self.dropout(self.SelfAttention(h, keys, values, bias))
+
+
+class CrossAttentionLayer(nn.Module):
+    def __init__(self, config: ChatLMConfig):
+        super().__init__()
+        self.EncDecAttention = Attention(config)
+        self.layer_norm = RMSNorm(config)
+        self.dropout = Dropout(config)
+
+    def forward(self, x: Tensor, keys: Tensor, values: Tensor, bias: Tensor) -> Tensor:
+        """x (B * N, 1, D) with keys of B sources: the N beams of a source are N queries to the same keys."""
+        h = self.layer_norm(x)
+        if len(x) != len(keys):
+            h = h.view(len(keys), -1, h.size(-1))
+        return x + self.dropout(self.EncDecAttention(h, keys, values, bias)).view_as(x)
+
+
+class FeedForwardLayer(nn.Module):
+    def __init__(self, config: ChatLMConfig):
+        super().__init__()
+        self.DenseReluDense = FeedForward(config)
+        self.layer_norm = RMSNorm(config)
+        self.dropout = Dropout(config)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.dropout(self.DenseReluDense(self.layer_norm(x)))
+
+
+class Block(nn.Module):
+    """Self-attention, in the decoder also attention to the encoder's output, then the feed-forward layer."""
+
+    def __init__(self, config: ChatLMConfig, decoder: bool, first: bool):
+        super().__init__()
+        position_bias = ("causal" if decoder else "bidirectional") if first else None
+        layers: list[nn.Module] = [SelfAttentionLayer(config, position_bias), FeedForwardLayer(config)]
+        if decoder:
+            layers.insert(1, CrossAttentionLayer(config))
+        self.layer = nn.ModuleList(layers)
+
+
+class Stack(nn.Module):
+    """The blocks of the encoder or of the decoder. Only the first has a table of position biases; all share it."""
+
+    def __init__(self, config: ChatLMConfig, decoder: bool):
+        super().__init__()
+        n_blocks = config.num_decoder_layers if decoder else config.num_layers
+        self.block = nn.ModuleList(Block(config, decoder, first=i == 0) for i in range(n_blocks or 0))
+        self.final_layer_norm = RMSNorm(config)
+        self.dropout = Dropout(config)
+
+    def position_bias(self, queries: Tensor, keys: Tensor) -> Tensor:
+        return self.block[0].layer[0].SelfAttention.bias(queries, keys)
+
+
+class LayerCache:
+    """The keys and values of one decoder layer: its own up to now (grown by doubling) and the source's."""
+
+    def __init__(self, source_keys: Tensor, source_values: Tensor):
+        self.source = source_keys, source_values  # each (B, H, S, K)
+        self.own: tuple[Tensor, ...] = ()  # each (B * N, H, capacity, K)
+        self.length = 0
+
+    def append(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Add the newest position's (B * N, H, 1, K), give all (B * N, H, length, K)."""
+        if not self.own:
+            self.own = tuple(x.new_empty(x.size(0), x.size(1), 32, x.size(3)) for x in (keys, values))
+        elif self.length == self.own[0].size(2):
+            self.own = tuple(torch.cat([x, torch.empty_like(x)], dim=2) for x in self.own)
+        for x, new in zip(self.own, (keys, values)):
+            x[:, :, self.length:self.length + 1] = new
+        self.length += 1
+        return self.own[0][:, :, :self.length], self.own[1][:, :, :self.length]
+
+    def select(self, rows: Tensor, sources: Tensor | None) -> None:
+        """Keep or reorder rows of the own part, and of the sources where they are named."""
+        self.own = tuple(x[rows] for x in self.own)
+        if sources is not None:
+            self.source = self.source[0][sources], self.source[1][sources]
+
+
+class ChatLM(nn.Module):
+    def __init__(self, config: ChatLMConfig):
+        super().__init__()
+        self.config = config
+        self.shared = nn.Embedding(config.vocab_size, config.d_model)
+        self.encoder = Stack(config, decoder=False)
+        self.decoder = Stack(config, decoder=True)
+        if not config.tie_word_embeddings:
+            self.lm_head = nn.Linear(config.d_model, config.vocab_size, bias=False)
+        if self.shared.weight.device.type != "meta":
+            self.init_weights()
+
+    @torch.no_grad()
+    def init_weights(self) -> None:
+        """T5's: normal with a spread of 1/sqrt(inputs), 1 for embeddings, and q smaller by sqrt(K) for the missing scale."""
+        c, factor = self.config, self.config.initializer_factor
+        for name, p in self.named_parameters():
+            kind = name.split(".")[-2]
+            if "norm" in kind:
+                p.fill_(factor)
+            elif kind in ("shared", "lm_head"):
+                p.normal_(std=factor)
+            elif kind == "q":
+                p.normal_(std=factor * (c.d_model * c.d_kv) ** -0.5)
+            elif kind == "relative_attention_bias":
+                p.normal_(std=factor * c.d_model ** -0.5)
+            else:
+                p.normal_(std=factor * p.size(1) ** -0.5)
+
+    def num_parameters(self) -> int:
+        return sum(p.numel() for p in self.parameters())
+
+    def head_weight(self) -> Tensor:
+        """(V, D)"""
+        return self.shared.weight if self.config.tie_word_embeddings else self.lm_head.weight
+
+    def encode(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """input_ids (B, S) int64 -> encoder output (B, S, D) and the mask as a bias (B, 1, 1, S)."""
+        if attention_mask is None:
+            attention_mask = torch.ones_like(input_ids)
+        x = self.encoder.dropout(self.shared(input_ids))
+        mask = (attention_mask[:, None, None, :] == 0) * torch.finfo(x.dtype).min
+        positions = torch.arange(input_ids.size(1), device=x.device)
+        bias = self.encoder.position_bias(positions, positions) + mask
+        for block in self.encoder.block:
+            x = block.layer[1](block.layer[0](x, bias))
+        return self.encoder.dropout(self.encoder.final_layer_norm(x)), mask
+
+    def decode(self, decoder_input_ids: Tensor, encoded: Tensor, mask: Tensor) -> Tensor:
+        """decoder_input_ids (B, T) with encode's output -> hidden states (B, T, D), ready for the head."""
+        x = self.decoder.dropout(self.shared(decoder_input_ids))
+        positions = torch.arange(decoder_input_ids.size(1), device=x.device)
+        ahead = positions[None, :] > positions[:, None]
+        bias = self.decoder.position_bias(positions, positions).masked_fill(ahead, torch.finfo(x.dtype).min)
+        for block in self.decoder.block:
+            own, cross, feed_forward = block.layer
+            x = cross(own(x, bias), *cross.EncDecAttention.keys_values(encoded), mask)
+            x = feed_forward(x)
+        return self.to_head(x)
+
+    def to_head(self, x: Tensor) -> Tensor:
+        x = self.decoder.dropout(self.decoder.final_layer_norm(x))
+        return x * self.config.d_model ** -0.5 if self.config.scale_decoder_outputs else x
+
+    def start_cache(self, encoded: Tensor) -> list[LayerCache]:
+        """What decode_step needs: one LayerCache a decoder layer, the source's keys and values inside."""
+        return [LayerCache(*block.layer[1].EncDecAttention.keys_values(encoded)) for block in self.decoder.block]
+
+    def decode_step(self, ids: Tensor, cache: list[LayerCache], mask: Tensor) -> Tensor:
+        """The newest ids (B * N,), one a row, N rows a source -> float32 logits (B * N, V); the cache grows by one."""
+        x = self.shared(ids)[:, None, :]
+        positions = torch.arange(cache[0].length + 1, device=x.device)
+        bias = self.decoder.position_bias(positions[-1:], positions)
+        for block, layer_cache in zip(self.decoder.block, cache):
+            own, cross, feed_forward = block.layer
+            x = feed_forward(cross(own(x, bias, layer_cache), *layer_cache.source, mask))
+        return F.linear(self.to_head(x[:, 0]), self.head_weight()).float()
+
+    def shift_right(self, labels: Tensor) -> Tensor:
+        """labels (B, T) -> what the decoder reads to predict them: a start token, then all but the last."""
+        ids = labels.roll(1, dims=1).masked_fill(labels.roll(1, dims=1) == -100, self.config.pad_token_id)
+        ids[:, 0] = self.config.decoder_start_token_id
+        return ids
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, decoder_input_ids: Tensor | None = None,
+                labels: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        """Logits of every target position, and the loss where labels are given.
+
+        input_ids, attention_mask: (B, S) int64, the mask 1 for tokens and 0 for padding (None: no padding).
+        decoder_input_ids: (B, T) int64; None: the labels, shifted right.
+        labels: (B, T) int64, -100 where there is nothing to predict.
+        Returns logits (B, T, V) and the mean nats per label, () float32, or None without labels.
+        """
+        if decoder_input_ids is None:
+            if labels is None:
+                raise ValueError("the decoder needs decoder_input_ids or labels")
+            decoder_input_ids = self.shift_right(labels)
+        hidden = self.decode(decoder_input_ids, *self.encode(input_ids, attention_mask))
+        logits = F.linear(hidden, self.head_weight())
+        loss = None if labels is None else F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), ignore_index=-100)
+        return logits, loss
+
+    def loss_sum(self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor) -> Tensor:
+        """What training uses: forward's loss summed over the labels, the logits never in memory all at once."""
+        hidden = self.decode(self.shift_right(labels), *self.encode(input_ids, attention_mask))
+        counted = labels != -100
+        return LinearCrossEntropy.apply(hidden[counted], self.head_weight(), labels[counted])
+
+    @classmethod
+    def from_pretrained(cls, folder, dtype: torch.dtype | None = None, device=None) -> "ChatLM":
+        """Load a Hugging Face T5 folder: config.json and model.safetensors, in one file or in shards.
+
+        dtype: None keeps the file's. The model comes back in evaluation mode.
+        Raises FileNotFoundError or ValueError with what is missing or does not fit.
+        """
+        config = ChatLMConfig.from_pretrained(folder)
+        weights = read_weights(Path(folder))
+        head, shared = weights.get("lm_head.weight"), weights.get("shared.weight")
+        if shared is None:
+            raise ValueError(f"{folder}: the weights have no shared.weight, so they are not a T5's")
+        config.tie_word_embeddings = head is None or torch.equal(head, shared)
+        drop = {"encoder.embed_tokens.weight", "decoder.embed_tokens.weight",  # copies that older T5 files carry
+                "decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight"}
+        if config.tie_word_embeddings:
+            drop.add("lm_head.weight")
+        weights = {name: w.to(device=device, dtype=dtype) for name, w in weights.items() if name not in drop}
+        with torch.device("meta"):
+            model = cls(config)
+        wanted = {name: p.shape for name, p in model.named_parameters()}
+        wrong = sorted(wanted.keys() ^ weights.keys()) or [n for n in wanted if weights[n].shape != wanted[n]]
+        if wrong:
+            raise ValueError(f"{folder}: config.json and the weights do not fit, first at {wrong[0]}")
+        model.load_state_dict(weights, assign=True)
+        return model.eval()
+
+    def save_pretrained(self, folder) -> None:
+        """Write config.json, generation_config.json and model.safetensors, each beside its place and then renamed."""
+        c, folder = self.config, Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        generation = dict(decoder_start_token_id=c.decoder_start_token_id, eos_token_id=c.eos_token_id,
+                          pad_token_id=c.pad_token_id, max_new_tokens=256)
+        weights = {name: p.detach().contiguous() for name, p in self.named_parameters()}
+        for name, write in (("model.safetensors", lambda path: save_file(weights, path, {"format": "pt"})),
+                            ("generation_config.json", lambda path: path.write_text(json.dumps(generation, indent=2) + "\n")),
+                            ("config.json", lambda path: path.write_text(c.to_json()))):
+            beside = folder / (name + ".tmp")
+            write(beside)
+            with open(beside, "rb+") as f:
+                os.fsync(f.fileno())
+            os.replace(beside, folder / name)
+
+
+class LinearCrossEntropy(torch.autograd.Function):
+    """sum_i -log softmax(hidden_i @ weight.T)[labels_i], a chunk of rows at a time.
+
+    hidden (N, D), weight (V, D), labels (N,) -> () float32. Softmax minus one-hot is the gradient of the logits, so
+    each chunk's gradients are finished while its logits are at hand, and backward only scales them: three matrix
+    products, as without chunks, and LOSS_CHUNK_BYTES of memory in place of N * V. Matrix products run in the
+    autocast dtype where one is set; the sum and the weight's gradient are float32.
+    """
+
+    @staticmethod
+    def forward(ctx, hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+        device = hidden.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+        grad_hidden = torch.empty_like(hidden) if hidden.requires_grad else None
+        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if weight.requires_grad else None
+        loss = hidden.new_zeros((), dtype=torch.float32)
+        with torch.autocast(device, enabled=False):
+            w = weight.to(dtype)
+            rows = max(1, LOSS_CHUNK_BYTES // (4 * len(w)))
+            for i in range(0, len(hidden), rows):
+                h, label = hidden[i:i + rows].to(dtype), labels[i:i + rows, None]
+                logits = (h @ w.T).float()
+                top = logits.amax(-1)
+                chosen = logits.gather(1, label)[:, 0]
+                p = torch.softmax(logits, -1, out=logits)
+                loss += (top - p.amax(-1).log() - chosen).sum()  # log of the sum: the top logit less its log share
+                p.scatter_add_(1, label, -torch.ones_like(label, dtype=p.dtype))
+                g = p.to(dtype)
+                if grad_hidden is not None:
+                    grad_hidden[i:i + rows] = g @ w
+                if grad_weight is not None:
+                    grad_weight.addmm_(g.T, h) if dtype == torch.float32 else grad_weight.add_(g.T @ h)
+        ctx.save_for_backward(grad_hidden, grad_weight)
+        return loss
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        grad_hidden, grad_weight = ctx.saved_tensors
+        return None if grad_hidden is None else grad_hidden * grad, None if grad_weight is None else grad_weight * grad, None
+
+
+def read_weights(folder: Path) -> dict[str, Tensor]:
+    """Every tensor of model.safetensors, or of the shards that model.safetensors.index.json names, mapped from disk."""
+    index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
+    if single.is_file():
+        files = [single]
+    elif index.is_file():
+        files = sorted({folder / name for name in json.loads(index.read_text())["weight_map"].values()})
+    else:
+        raise FileNotFoundError(f"{folder} has no model.safetensors (other weight formats are not read)")
+    weights = {}
+    for path in files:
+        try:
+            with safe_open(path, "pt") as f:
+                weights.update((name, f.get_tensor(name)) for name in f.keys())
+        except (SafetensorError, OSError) as e:
+            raise ValueError(f"{path} is missing or damaged: {e}") from None
+    return weights

@@ -1,0 +1,800 @@
+"""Pairs of prompt and response: make, clean, deduplicate, split, count, and stream them into training.
+
+    python data.py demo  --out demo                                     questions and answers from tables of facts
+    python data.py clean --source alpaca raw.json --out clean.parquet   a public dump becomes clean pairs
+    python data.py dedup clean.parquet --out unique.parquet             near-duplicates go, the first of each stays
+    python data.py split unique.parquet --out pairs                     train.parquet and valid.parquet
+    python data.py stats pairs/train.parquet --tokenizer tok
+
+MinHash: Broder 1997, "On the resemblance and containment of documents"; by one permutation, densified: Shrivastava
+2017 (arXiv:1703.04664). torch is imported where batches are made and not before, so that the background processes
+that clean and tokenise stay small.
+"""
+import json
+import multiprocessing
+import os
+import random
+import re
+import sys
+import threading
+import unicodedata
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+import xxhash
+
+from tokenizer import EOS, PAD, ArgumentParser, Tokenizer, input_files, number, read_rows, run, to_codepoints
+
+ROW_GROUP = 8192  # rows of a Parquet row group that we write, and of the batches handed to workers
+WINDOW_ROWS = 1 << 16  # PairStream shuffles and sorts within windows of at least so many rows
+IGNORED = -100  # the label of padding
+
+# --- demo: a small world of facts, each asked in many ways ----------------------------------------------------------------
+
+CAPITALS = """中国:北京 日本:东京 韩国:首尔 朝鲜:平壤 蒙古:乌兰巴托 越南:河内 老挝:万象 柬埔寨:金边 泰国:曼谷 缅甸:内比都 菲律宾:马尼拉 印度:新德里
+尼泊尔:加德满都 不丹:廷布 巴基斯坦:伊斯兰堡 阿富汗:喀布尔 伊朗:德黑兰 伊拉克:巴格达 叙利亚:大马士革 约旦:安曼 黎巴嫩:贝鲁特 也门:萨那 阿曼:马斯喀特
+卡塔尔:多哈 土耳其:安卡拉 格鲁吉亚:第比利斯 亚美尼亚:埃里温 阿塞拜疆:巴库 塔吉克斯坦:杜尚别 法国:巴黎 英国:伦敦 德国:柏林 意大利:罗马 西班牙:马德里
+葡萄牙:里斯本 荷兰:阿姆斯特丹 比利时:布鲁塞尔 奥地利:维也纳 瑞士:伯尔尼 丹麦:哥本哈根 挪威:奥斯陆 芬兰:赫尔辛基 瑞典:斯德哥尔摩 冰岛:雷克雅未克
+爱尔兰:都柏林 波兰:华沙 捷克:布拉格 匈牙利:布达佩斯 罗马尼亚:布加勒斯特 保加利亚:索非亚 希腊:雅典 俄罗斯:莫斯科 乌克兰:基辅 白俄罗斯:明斯克
+爱沙尼亚:塔林 拉脱维亚:里加 立陶宛:维尔纽斯 塞尔维亚:贝尔格莱德 克罗地亚:萨格勒布 美国:华盛顿 加拿大:渥太华 墨西哥:墨西哥城 古巴:哈瓦那 牙买加:金斯敦
+海地:太子港 巴西:巴西利亚 秘鲁:利马 智利:圣地亚哥 阿根廷:布宜诺斯艾利斯 乌拉圭:蒙得维的亚 巴拉圭:亚松森 哥伦比亚:波哥大 委内瑞拉:加拉加斯
+厄瓜多尔:基多 埃及:开罗 利比亚:的黎波里 摩洛哥:拉巴特 苏丹:喀土穆 肯尼亚:内罗毕 乌干达:坎帕拉 卢旺达:基加利 索马里:摩加迪沙 尼日利亚:阿布贾
+加纳:阿克拉 塞内加尔:达喀尔 马里:巴马科 安哥拉:罗安达 赞比亚:卢萨卡 津巴布韦:哈拉雷 纳米比亚:温得和克 莫桑比克:马普托 澳大利亚:堪培拉 新西兰:惠灵顿"""
+PROVINCES = """河北:冀:石家庄 山西:晋:太原 辽宁:辽:沈阳 吉林:吉:长春 黑龙江:黑:哈尔滨 江苏:苏:南京 浙江:浙:杭州 安徽:皖:合肥 福建:闽:福州 江西:赣:南昌
+山东:鲁:济南 河南:豫:郑州 湖北:鄂:武汉 湖南:湘:长沙 广东:粤:广州 海南:琼:海口 四川:川:成都 贵州:黔:贵阳 云南:滇:昆明 陕西:陕:西安 甘肃:甘:兰州 青海:青:西宁"""
+ANTONYMS = """大:小 多:少 高:低 长:短 快:慢 冷:热 黑:白 远:近 轻:重 新:旧 早:晚 真:假 好:坏 美:丑 胖:瘦 粗:细 深:浅 软:硬 强:弱 明:暗 左:右 前:后 上:下
+里:外 东:西 南:北 天:地 开:关 进:出 来:去 生:死 买:卖 哭:笑 爱:恨 胜:负 得:失 输:赢 升:降 起:落 古:今 文:武 公:私 正:反 阴:阳 干:湿 甜:苦 饥:饱 贫:富
+善:恶 勤:懒 松:紧 宽:窄 厚:薄 浓:淡 动:静 加:减 借:还 问:答 攻:守 安全:危险 成功:失败 光明:黑暗 温暖:寒冷 美丽:丑陋 聪明:愚笨 勇敢:胆怯 诚实:虚伪
+谦虚:骄傲 勤劳:懒惰 快乐:悲伤 高兴:难过 简单:复杂 增加:减少 上升:下降 前进:后退 开始:结束 出现:消失 记住:忘记 喜欢:讨厌 表扬:批评 团结:分裂
+和平:战争 进步:退步 积极:消极 主动:被动 主观:客观 先进:落后 富裕:贫穷 繁荣:萧条 热情:冷淡 安静:吵闹 整齐:杂乱 干净:肮脏 清楚:模糊 仔细:粗心 节约:浪费
+延长:缩短 扩大:缩小 坚强:软弱 紧张:放松 公开:秘密 普通:特殊 朋友:敌人 优点:缺点 城市:农村 过去:未来 白天:黑夜 晴天:雨天 顺利:曲折 精致:粗糙
+慷慨:吝啬 熟悉:陌生 永远:暂时 希望:失望 拥挤:宽敞 平坦:崎岖 鲜艳:暗淡"""
+MEASURES = """本:书,词典,杂志,小说 只:鸟,猫,鸡,羊,兔子,蚂蚁 条:鱼,河,裙子,毛巾,蛇 匹:马,布 头:牛,猪,大象 张:纸,桌子,床,照片,地图 把:椅子,刀,伞,钥匙,扇子
+支:笔,香烟,箭 辆:汽车,自行车,卡车 架:飞机,钢琴 艘:船,军舰 座:山,桥,城市,塔 棵:树,白菜,草 朵:花,云 件:衣服,礼物,事情 双:鞋,筷子,袜子,手套
+杯:水,茶,咖啡,牛奶 碗:饭,汤,面条 首:歌,诗 台:电脑,电视,洗衣机 面:镜子,红旗,墙 颗:星星,牙齿,糖,珍珠 粒:米,沙子,种子 顶:帽子,轿子 盏:灯 封:信 幅:画
+扇:门,窗户 口:井,锅 块:石头,手表,蛋糕 片:树叶,面包 位:老师,医生,客人 名:学生,警察,士兵 间:房间,教室 家:医院,商店,公司 所:学校,大学 部:电影,手机"""
+UNITS = """千米:米:1000 米:厘米:100 米:分米:10 分米:厘米:10 厘米:毫米:10 千克:克:1000 吨:千克:1000 斤:两:10 千克:斤:2 小时:分钟:60 分钟:秒:60 天:小时:24
+星期:天:7 元:角:10 角:分:10 升:毫升:1000 平方米:平方分米:100 世纪:年:100 年:个月:12"""
+MONTH_DAYS = {month: 28 if month == 2 else 30 if month in (4, 6, 9, 11) else 31 for month in range(1, 13)}
+CYCLES = {"星期": "一二三四五六日", "生肖": "鼠牛虎兔龙蛇马羊猴鸡狗猪", "季节": "春夏秋冬"}
+CHAT = """你好|您好|你好呀|嗨|哈喽|早上好|很高兴认识你=你好！我是ChatLM，很高兴和你聊天。
+你是谁|你叫什么名字|介绍一下你自己|你是什么|你能介绍一下自己吗|怎么称呼你|说说你是谁=我是ChatLM，一个从零开始训练的中文小模型。
+谢谢|谢谢你|非常感谢|多谢了|太感谢你了|谢谢你的帮助|感谢你的回答=不客气，很高兴能帮到你。
+再见|拜拜|下次再聊|我先走了|回头见|今天就到这里吧|我要走了=再见，欢迎下次再来！
+你会做什么|你能做什么|你有什么本领|你可以帮我做什么|你会些什么|我可以问你什么|你懂什么=我会说首都、省会、反义词、量词和单位换算，也会做简单的加减法。
+你有多大|你有多少参数|你是大模型吗|你的规模有多大|你有几个参数|你是小模型吗|你大不大=我很小，参数只有一百多万个。
+晚安|祝你晚安|睡个好觉|该睡了，晚安|夜深了，晚安|道一声晚安|我睡了，晚安=晚安，祝你做个好梦！"""
+OPENINGS = ["", "请问，", "你好，", "我想知道，", "请告诉我，", "问你一下，"]
+DIGITS = "零一二三四五六七八九"
+
+
+def in_words(n: int) -> str:
+    """0 to 99: 7 -> 七, 10 -> 十, 23 -> 二十三."""
+    tens, ones = divmod(n, 10)
+    return (DIGITS[tens] if tens > 1 else "") + ("十" if tens else "") + (DIGITS[ones] if ones or not tens else "")
+
+
+def demo_facts() -> Iterator[tuple[list[str], str]]:
+    """Every fact of the demo: the wordings of its question, and its one answer."""
+    for country, city in (entry.split(":") for entry in CAPITALS.split()):
+        yield [f"{country}的首都是哪里？", f"{country}的首都是哪座城市？", f"{country}首都在哪儿？", f"{country}的首都叫什么？",
+               f"哪座城市是{country}的首都？", f"说出{country}的首都。", f"你知道{country}的首都吗？"], f"{country}的首都是{city}。"
+    for name, short, city in (entry.split(":") for entry in PROVINCES.split()):
+        yield [f"{name}省的省会是哪里？", f"{name}的省会是哪座城市？", f"{name}省会在哪儿？", f"哪座城市是{name}省的省会？",
+               f"说出{name}省的省会。", f"你知道{name}的省会吗？", f"{name}省的省会叫什么？"], f"{name}省的省会是{city}。"
+        yield [f"{name}省的简称是什么？", f"{name}的简称是哪个字？", f"{name}省简称什么？", f"用一个字称呼{name}省。",
+               f"说出{name}省的简称。", f"你知道{name}的简称吗？", f"{name}省的简称叫什么？"], f"{name}省的简称是{short}。"
+        yield [f"{city}是哪个省的省会？", f"{city}是哪里的省会？", f"哪个省的省会是{city}？", f"{city}属于哪个省？",
+               f"{city}在哪个省？", f"说出{city}所在的省。", f"你知道{city}是哪个省的吗？"], f"{city}是{name}省的省会。"
+    for pair in (entry.split(":") for entry in ANTONYMS.split()):
+        for word, opposite in (pair, pair[::-1]):
+            yield [f"{word}的反义词是什么？", f"“{word}”的反义词是什么？", f"{word}的反义词是哪个？", f"和{word}意思相反的词是什么？",
+                   f"说出{word}的反义词。", f"你知道{word}的反义词吗？", f"与“{word}”相反的词是哪个？"], f"{word}的反义词是{opposite}。"
+    for measure, nouns in (entry.split(":") for entry in MEASURES.split()):
+        for noun in nouns.split(","):
+            yield [f"{noun}的量词是什么？", f"“{noun}”用什么量词？", f"{noun}用哪个量词？", f"一什么{noun}？", f"说出{noun}的量词。",
+                   f"你知道{noun}的量词吗？", f"{noun}前面用什么量词？"], f"一{measure}{noun}。"
+    for big, small, factor in (entry.split(":") for entry in UNITS.split()):
+        for n in range(1, 10):
+            count = str(n) + ("个" if big in ("小时", "星期", "世纪") else "")
+            yield [f"{count}{big}等于多少{small}？", f"{count}{big}是多少{small}？", f"{count}{big}有多少{small}？", f"把{count}{big}换算成{small}。",
+                   f"多少{small}等于{count}{big}？", f"{count}{big}合多少{small}？", f"你知道{count}{big}是多少{small}吗？"], \
+                f"{count}{big}等于{n * int(factor)}{small}。"
+    for month, days in MONTH_DAYS.items():
+        yield [f"{month}月有多少天？", f"{month}月份有几天？", f"{month}月一共多少天？", f"平年的{month}月有几天？", f"说出{month}月的天数。",
+               f"你知道{month}月有多少天吗？", f"{month}月是多少天？"], f"{month}月有{days}天。"
+    for kind, cycle in CYCLES.items():
+        name = (lambda x: f"星期{x}") if kind == "星期" else (lambda x: f"{x}年") if kind == "生肖" else (lambda x: f"{x}天")
+        for i, item in enumerate(cycle):
+            for side, words, step in (("后面", "下一个", 1), ("前面", "上一个", -1)):
+                this, other = name(item), name(cycle[(i + step) % len(cycle)])
+                yield [f"{this}的{side}是什么？", f"{this}{side}是哪个？", f"{this}的{words}是什么？", f"{this}的{words}是哪个？",
+                       f"说出{this}的{words}。", f"你知道{this}{side}是什么吗？", f"{this}的{side}一个是什么？"], f"{this}的{side}是{other}。"
+    for line in CHAT.splitlines():
+        wordings, answer = line.split("=")
+        yield wordings.split("|"), answer
+
+
+def demo_sums() -> Iterator[tuple[list[str], str]]:
+    """Additions and subtractions, in digits up to 50 and in words up to 20."""
+    for limit, say in ((50, str), (20, in_words)):
+        for a in range(limit + 1):
+            for b in range(limit + 1):
+                yield [f"{say(a)}加{say(b)}等于多少？", f"{say(a)}加上{say(b)}是多少？"], f"{say(a)}加{say(b)}等于{say(a + b)}。"
+                if b <= a:
+                    yield [f"{say(a)}减{say(b)}等于多少？", f"{say(a)}减去{say(b)}是多少？"], f"{say(a)}减{say(b)}等于{say(a - b)}。"
+
+
+def make_demo(seed: int = 0) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
+    """(prompt, response) pairs to train on and held out.
+
+    Of every fact one wording is held out, asked about it nowhere in training though other facts are asked that way;
+    of the sums one in twenty is held out in every wording.
+    """
+    rng = random.Random(seed)
+    train, valid = [], []
+    for i, (wordings, answer) in enumerate(demo_facts()):
+        for j, wording in enumerate(wordings):
+            openings = [o for o in OPENINGS if not wording.startswith(o.rstrip("，") or " ")]
+            if j == i % len(wordings):
+                valid.append((rng.choice(openings) + wording, answer))
+            else:
+                train += [(opening + wording, answer) for opening in openings]
+    for wordings, answer in demo_sums():
+        if rng.random() < 0.05:
+            valid.append((rng.choice(wordings), answer))
+        else:
+            train += [(rng.choice(OPENINGS) + wording, answer) for wording in wordings]
+    rng.shuffle(train)
+    return train, valid
+
+
+# --- writing ----------------------------------------------------------------------------------------------------------------
+
+def write_pairs(path, rows: Iterable[dict], columns: tuple[str, ...] = ("prompt", "response")) -> int:
+    """Write rows' string columns as Parquet, beside and then renamed; the number of rows."""
+    path, beside = Path(path), Path(f"{path}.tmp")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    schema = pa.schema([(c, pa.string()) for c in columns])
+    total, rows = 0, iter(rows)
+    try:
+        with pq.ParquetWriter(beside, schema, compression="zstd") as writer:
+            while batch := [row for _, row in zip(range(ROW_GROUP), rows)]:
+                writer.write_table(pa.table({c: [row[c] for row in batch] for c in columns}, schema))
+                total += len(batch)
+        with open(beside, "rb+") as f:
+            os.fsync(f.fileno())
+        os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)
+    return total
+
+
+# --- clean: rules ---------------------------------------------------------------------------------------------------------------
+
+CHINESE = "\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
+SENTENCE_END = "。！？!?…」』”’）)】》~～；;：:`"
+TO_CHINESE = dict(zip(",;:!?", "，；：！？"))
+
+
+def drop_controls(text: str) -> str:
+    """Line ends become \\n; other control characters, zero-width marks and lone surrogates go."""
+    text = text.replace("\r\n", "\n").replace("\r", "\n").replace("\u2028", "\n").replace("\u2029", "\n")
+    return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200b\u200e\u200f\u202a-\u202e\u2060\ufeff\ud800-\udfff]", "", text)
+
+
+def squeeze_punctuation(text: str) -> str:
+    """。。。。 -> 。 and ！！！ -> ！, while …… and —— stay pairs, and ... and code keep theirs."""
+    text = re.sub(r"([。！？，、；：,;])\1+", r"\1", text)
+    return re.sub(r"([…—])\1{2,}", r"\1\1", re.sub(r"([!?~～])\1{2,}|\.{4,}", lambda m: m[1] or "...", text))
+
+
+def squeeze_spaces(text: str) -> str:
+    """Runs of spaces inside a line become one, at its end none; indents and line breaks stay, of blank lines one."""
+    text = re.sub(r"(?<=\S)[ \t\u3000\xa0]+(?=\S)", " ", text)
+    return re.sub(r"\n{3,}", "\n\n", re.sub(r"[ \t\u3000\xa0]+$", "", text, flags=re.M)).strip("\n \u3000")
+
+
+def chinese_punctuation(text: str) -> str:
+    """你好,世界. -> 你好，世界。 Only right after a Chinese character, and not before a digit or a letter."""
+    text = re.sub(f"(?<=[{CHINESE}])[,;:!?](?=[{CHINESE}“‘《（\\s]|$)", lambda m: TO_CHINESE[m[0]], text)
+    return re.sub(f"(?<=[{CHINESE}])\\.(?=[{CHINESE}“‘《（\\n]|$)", "。", text)
+
+
+def trim_unfinished(text: str, min_chars: int = 200) -> str:
+    """A long answer that was cut off in mid-sentence ends at its last whole sentence. Short ones are whole as they are."""
+    if len(text) < min_chars or text[-1] in SENTENCE_END + ".":
+        return text
+    end = max(text.rfind(c) for c in "。！？!?\n")
+    return text[:end + 1].rstrip() if end >= len(text) // 2 else text
+
+
+def chinese_share(text: str) -> float:
+    """Chinese characters among all letters and digits, 0 to 1; 1 for a text without any."""
+    letters = sum(map(str.isalnum, text))
+    return len(re.findall(f"[{CHINESE}]", text)) / letters if letters else 1.0
+
+
+def clean_text(text: str) -> str:
+    return squeeze_spaces(chinese_punctuation(squeeze_punctuation(drop_controls(text))))
+
+
+def clean_pair(prompt, response, min_chars: int, max_chars: int) -> tuple[str, str] | str:
+    """The pair after all rules, or the reason why it is dropped."""
+    if not isinstance(prompt, str) or not isinstance(response, str):
+        return "a field is missing or not text"
+    prompt, response = clean_text(prompt), trim_unfinished(clean_text(response))
+    if not prompt or not response:
+        return "empty"
+    if prompt == response:
+        return "response repeats the prompt"
+    if len(response) < min_chars:
+        return f"response under {min_chars} characters"
+    if len(prompt) > max_chars or len(response) > max_chars:
+        return f"over {max_chars} characters"
+    if chinese_share(prompt + response) < 0.3:
+        return "mostly not Chinese"
+    return prompt, response
+
+
+# --- clean: sources. Each takes a raw row and gives (prompt, response), or the reason why the row is dropped ---------------------
+
+def dice(a: str, b: str) -> float:
+    """Similarity of two texts' sets of characters: 2 |A and B| / (|A| + |B|)."""
+    return 2 * len(set(a) & set(b)) / max(1, len(set(a)) + len(set(b)))
+
+
+def joined(first, second) -> str | None:
+    """Title and description, instruction and input: both, unless one is empty or says the same."""
+    if not isinstance(first, str) or not isinstance(second or "", str):
+        return None
+    return first if not second or dice(first, second) >= 0.9 else f"{first}\n{second}"
+
+
+def webtext(row: dict):
+    try:
+        if int(row.get("star") or 0) < 5:
+            return "fewer than 5 stars"
+    except (TypeError, ValueError):
+        return "star is not a number"
+    return row.get("title"), row.get("content")
+
+
+def belle(row: dict):
+    instruction = row.get("instruction") or ""
+    if any(word in str(instruction) for word in ("翻译", "译成", "译为", "表格")):
+        return "translation or table"
+    return joined(instruction, row.get("input")), row.get("output")
+
+
+def duie(row: dict):
+    try:
+        def value(x):
+            return x["@value"] if isinstance(x, dict) else x
+        triples = [f"({t['subject']},{t['predicate']},{value(t['object'])})" for t in row["spo_list"]]
+    except (KeyError, TypeError):
+        return "no spo_list of subject, predicate, object"
+    return f"请抽取出下面这句话中的所有三元组：{row.get('text')}", f"[{','.join(triples)}]" if triples else ""
+
+
+SOURCES: dict[str, Callable] = {
+    "webtext2019zh": webtext,
+    "baike_qa2019": lambda row: (joined(row.get("title"), row.get("desc")), row.get("answer")),
+    "chinese_medical": lambda row: (joined(row.get("title"), row.get("ask")), row.get("answer")),
+    "zhihu_kol": lambda row: (row.get("INSTRUCTION"), row.get("RESPONSE")),
+    "belle": belle,
+    "alpaca": lambda row: (joined(row.get("instruction"), row.get("input")), row.get("output")),
+    "duie": duie,
+    "preference": lambda row: (row.get("prompt"), row.get("chosen"), row.get("rejected", row.get("reject"))),
+    "pairs": lambda row: None,  # fields named on the command line
+}
+ENCODINGS = {"chinese_medical": "gb18030"}
+
+
+def clean_rows(job: tuple) -> tuple[list[dict], Counter]:
+    """One batch of raw rows -> clean rows, and how many were dropped for what."""
+    rows, source, fields, min_chars, max_chars = job
+    kept, dropped = [], Counter()
+    for row in rows:
+        taken = tuple(row.get(f) for f in fields) if source == "pairs" else SOURCES[source](row)
+        if not isinstance(taken, str):
+            shortest = 1 if source == "duie" else min_chars
+            taken, others = clean_pair(*taken[:2], shortest, max_chars), taken[2:]
+        if isinstance(taken, str):
+            dropped[taken] += 1
+        elif not others:
+            kept.append({"prompt": taken[0], "response": taken[1]})
+        elif isinstance(second := clean_pair(taken[0], others[0], shortest, max_chars), str):
+            dropped["rejected: " + second] += 1
+        elif second[1] == taken[1]:
+            dropped["chosen and rejected are equal"] += 1
+        else:
+            kept.append({"prompt": taken[0], "chosen": taken[1], "rejected": second[1]})
+    return kept, dropped
+
+
+def grouped(rows: Iterable, size: int) -> Iterator[list]:
+    rows = iter(rows)
+    while batch := [row for _, row in zip(range(size), rows)]:
+        yield batch
+
+
+def clean(inputs: list[str], source: str, out: str, fields: list[str], min_chars: int, max_chars: int, workers: int) -> None:
+    dropped, total = Counter(), 0
+
+    def report(path, row, reason):
+        dropped["line is not JSON"] += 1
+
+    def results() -> Iterator[dict]:
+        nonlocal total
+        raw = read_rows(inputs, report, encoding=ENCODINGS.get(source, "utf-8"))
+        jobs = ((batch, source, fields, min_chars, max_chars) for batch in grouped(raw, ROW_GROUP))
+        with multiprocessing.get_context("spawn").Pool(workers) if workers > 1 else Inline() as pool:
+            for kept, reasons in pool.imap(clean_rows, jobs):
+                dropped.update(reasons)
+                total += len(kept)
+                yield from kept
+
+    write_pairs(out, results(), ("prompt", "chosen", "rejected") if source == "preference" else ("prompt", "response"))
+    seen = total + sum(dropped.values())
+    for reason, rows in [("kept", total), *dropped.most_common(), ("all", seen)]:
+        print(f"{rows:>12,}  {reason}")
+    if not total:
+        print(f"data.py: warning: no row was kept; is this a {source} file?", file=sys.stderr)
+
+
+class Inline:
+    """A pool of no processes: what one worker, or none, needs."""
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        pass
+
+    imap = staticmethod(map)
+
+
+# --- dedup ----------------------------------------------------------------------------------------------------------------------------
+
+SHINGLE, BINS, BANDS = 5, 128, 16  # characters a shingle, values a signature, and groups of values that must agree
+KEPT_CHAR = np.array([unicodedata.category(chr(c))[0] not in "PSZC" for c in range(0x20000)] + [True] * (0x110000 - 0x20000))
+
+
+def shingles(texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
+    """Hashes (uint64) of every text's 5-grams of characters, one text after the other, and how many each has.
+
+    Punctuation, symbols and spaces do not count. A text shorter than a shingle is one; an empty one has none.
+    """
+    codes = to_codepoints("".join(texts))
+    text = np.repeat(np.arange(len(texts)), [len(t) for t in texts])[KEPT_CHAR[codes]]
+    codes = codes[KEPT_CHAR[codes]].astype(np.uint64)
+    sizes = np.bincount(text, minlength=len(texts))
+    begins, hashes = np.cumsum(sizes) - sizes, np.zeros(len(codes), dtype=np.uint64)
+    place = np.arange(len(codes)) - begins[text]
+    for i in range(SHINGLE):  # a text's end reads zeros, not its neighbour
+        inside = np.flatnonzero(place + i < sizes[text])
+        hashes[inside] = hashes[inside] * np.uint64(0x9E3779B97F4A7C15) + codes[inside + i] + np.uint64(1)
+    hashes ^= hashes >> np.uint64(29)
+    hashes *= np.uint64(0xBF58476D1CE4E5B9)
+    hashes ^= hashes >> np.uint64(32)
+    whole = (place == 0) | (place + SHINGLE <= sizes[text])
+    return hashes[whole], np.where(sizes > 0, np.maximum(sizes - SHINGLE + 1, 1), 0)
+
+
+def minhash(texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
+    """Signatures (N, 128) uint32, whose share of equal values estimates Jaccard's similarity, and shingle counts (N,).
+
+    A shingle's hash names a bin and a value; a bin keeps its least value, and an empty one takes another bin's,
+    the same for all texts: the first full one in a fixed random order of its own.
+    """
+    hashes, counts = shingles(texts)
+    text = np.repeat(np.arange(len(texts)), counts)
+    empty = np.uint32(0xFFFFFFFF)
+    signatures = np.full(len(texts) * BINS, empty, dtype=np.uint32)
+    np.minimum.at(signatures, text * BINS + (hashes >> np.uint64(57)).astype(np.int64), (hashes & np.uint64(0x7FFFFFFF)).astype(np.uint32))
+    signatures = signatures.reshape(-1, BINS)
+    full = signatures != empty
+    out, orders = signatures.copy(), np.random.default_rng(1).permuted(np.tile(np.arange(BINS), (BINS, 1)), axis=1)
+    for step in range(BINS):
+        rows, bins = np.nonzero((out == empty) & (counts > 0)[:, None])
+        if not len(rows):
+            break
+        donor = orders[bins, step]
+        out[rows, bins] = np.where(full[rows, donor], signatures[rows, donor], empty)
+    return out, counts
+
+
+def dedup_indices(texts: Iterable[str], threshold: float = 0.85, against: Iterable[str] = (), workers: int = 1) -> np.ndarray:
+    """Sorted indices (int64) of the texts to drop: each is a near-duplicate of an earlier one that stays.
+
+    Two texts are near-duplicates when the Jaccard similarity of their sets of character 5-grams is threshold or more.
+    MinHash signatures, cut in 16 bands, propose the pairs, and exact similarity decides. Texts of `against` come
+    before all others and are never counted among the indices.
+    """
+    against, texts = list(against), list(texts)
+    everything = against + texts
+    keep = np.ones(len(everything), dtype=bool)
+    exact = np.fromiter((xxhash.xxh3_64_intdigest(t.encode("utf-8", "surrogatepass")) for t in everything), np.uint64, len(everything))
+    _, first = np.unique(exact, return_index=True)
+    keep[:] = False
+    keep[first] = True
+    unique = np.flatnonzero(keep)
+    with multiprocessing.get_context("spawn").Pool(workers) if workers > 1 else Inline() as pool:
+        jobs = [[everything[i] for i in part] for part in np.array_split(unique, max(1, -(-len(unique) // ROW_GROUP)))]
+        parts = list(pool.imap(minhash, jobs))
+    signatures, counts = (np.concatenate([p[i] for p in parts]) for i in (0, 1))
+    lower, upper = candidate_pairs(signatures, counts)
+    sets: dict[int, np.ndarray] = {}
+    for i, j in zip(unique[lower].tolist(), unique[upper].tolist()):  # by the later text, then the earlier
+        if keep[i] and keep[j]:
+            for k in (i, j):
+                if k not in sets:
+                    sets[k] = np.unique(shingles([everything[k]])[0])
+            common = len(np.intersect1d(sets[i], sets[j], assume_unique=True))
+            keep[j] = common < threshold * (len(sets[i]) + len(sets[j]) - common)
+    dropped = np.flatnonzero(~keep[len(against):])
+    return dropped
+
+
+def candidate_pairs(signatures: np.ndarray, counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Pairs (i < j) of rows that agree in a whole band, each once, ordered by j, then i. Texts with no shingle have none.
+
+    In a bucket of many, a row is paired with the first few and with the few before it.
+    """
+    rows_with = np.flatnonzero(counts > 0)
+    pairs = [np.empty(0, dtype=np.int64)]
+    rows_per_band = BINS // BANDS
+    for band in range(BANDS):
+        values = np.ascontiguousarray(signatures[rows_with, band * rows_per_band:(band + 1) * rows_per_band]).view(np.uint64)
+        factor = np.cumprod(np.full(values.shape[1], 0x9E3779B97F4A7C15, dtype=np.uint64))
+        keys = ((values ^ values >> np.uint64(31)) * factor).sum(axis=1, dtype=np.uint64)
+        order = np.argsort(keys, kind="stable")
+        keys, rows = keys[order], rows_with[order]
+        start = np.maximum.accumulate(np.where(np.r_[True, keys[1:] != keys[:-1]], np.arange(len(keys)), 0))
+        place = np.arange(len(keys)) - start  # of a row in its bucket
+        for step in range(1, min(8, int(place.max(initial=0))) + 1):
+            for other in (np.arange(len(keys)) - step, start + step - 1):  # the step-th before, and the step-th of all
+                near = np.flatnonzero((other >= start) & (other < np.arange(len(keys))))
+                pairs.append(rows[near] << 32 | rows[other[near]])
+    both = np.unique(np.concatenate(pairs))
+    return both & 0xFFFFFFFF, both >> 32
+
+
+def dedup(inputs: list[str], out: str, threshold: float, against: str | None, workers: int) -> None:
+    rows = list(read_rows(inputs))
+    for i, row in enumerate(rows):
+        for column in ("prompt", "response"):
+            if not isinstance(row.get(column), str):
+                raise ValueError(f"row {i} has no text in column {column!r}; columns are {', '.join(row)}")
+    others = (f"{r['prompt']}\n{r['response']}" for r in read_rows([against])) if against else ()
+    drop = dedup_indices((f"{r['prompt']}\n{r['response']}" for r in rows), threshold, others, workers)
+    keep = np.ones(len(rows), dtype=bool)
+    keep[drop] = False
+    write_pairs(out, (rows[i] for i in np.flatnonzero(keep)))
+    print(f"{out}: {len(rows) - len(drop):,} of {len(rows):,} pairs kept, {len(drop):,} near-duplicates dropped")
+
+
+# --- split, stats ------------------------------------------------------------------------------------------------------------------------
+
+def split(inputs: list[str], out: str, valid: float, test: float) -> None:
+    """By a hash of the prompt: equal questions fall on one side, and a row keeps its side when data is added."""
+    if valid + test >= 1:
+        raise ValueError(f"--valid {valid} and --test {test} leave nothing to train on")
+    sides: dict[str, list[dict]] = {"train": [], "valid": [], "test": []}
+    for i, row in enumerate(read_rows(inputs)):
+        if not all(isinstance(row.get(c), str) for c in ("prompt", "response")):
+            raise ValueError(f"row {i} has no text in prompt and response; columns are {', '.join(row)}")
+        share = xxhash.xxh3_64_intdigest(row["prompt"].encode("utf-8", "surrogatepass")) / 2 ** 64
+        sides["test" if share < test else "valid" if share < test + valid else "train"].append(row)
+    for side, rows in sides.items():
+        if side == "train" or (valid if side == "valid" else test):
+            print(f"{Path(out) / side}.parquet: {write_pairs(Path(out) / f'{side}.parquet', rows):,} pairs")
+
+
+def stats(inputs: list[str], tokenizer: Tokenizer | None) -> None:
+    rows, lengths = 0, {"prompt": Counter(), "response": Counter()}
+    tokens = dict.fromkeys(lengths, 0)
+    for batch in grouped(read_rows(inputs), ROW_GROUP):
+        rows += len(batch)
+        for column, counter in lengths.items():
+            texts = [row[column] for row in batch if isinstance(row.get(column), str)]
+            counter.update(map(len, texts))
+            if tokenizer and texts:
+                tokens[column] += len(tokenizer.encode_arrays(texts)[0])
+    print(f"{rows:,} rows in {len(input_files(inputs))} files")
+    for column, counter in lengths.items():
+        count, chars = counter.total(), sum(n * c for n, c in counter.items())
+        if not count:
+            continue
+        print(f"\n{column}: {chars:,} characters, {chars / count:.1f} a row" + (
+            f"; {tokens[column]:,} tokens, {tokens[column] / count:.1f} a row" if tokenizer else ""))
+        edges = [0, 1, 8, 16, 32, 64, 128, 256, 512, 1024, max(counter) + 1]
+        bars = [sum(c for n, c in counter.items() if a <= n < b) for a, b in zip(edges, edges[1:])]
+        for a, bar in zip(edges, bars):
+            if bar:
+                print(f"{a:>7}+ {bar:>11,} {'█' * max(1, round(50 * bar / max(bars)))}")
+
+
+# --- PairStream: what training reads --------------------------------------------------------------------------------------------------------
+
+def footprint(files: Iterable[str | Path]) -> str:
+    """A hash that changes when a Parquet file does: of its size and its footer."""
+    digest = xxhash.xxh3_64()
+    for path in files:
+        with open(path, "rb") as f:
+            size = f.seek(0, os.SEEK_END)
+            f.seek(max(0, size - (1 << 16)))
+            digest.update(size.to_bytes(8, "little") + f.read())
+    return digest.hexdigest()
+
+
+def open_parquet(path, columns: tuple[str, ...]) -> pq.ParquetFile:
+    """Raises FileNotFoundError, or ValueError for a damaged file or one without the (string) columns."""
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"no such file: {path}")
+    try:
+        file = pq.ParquetFile(path)
+    except (pa.ArrowException, OSError) as e:
+        raise ValueError(f"{path} is not a whole Parquet file: {e}") from None
+    for column in columns:
+        index = file.schema_arrow.get_field_index(column)
+        if index < 0:
+            raise ValueError(f"{path} has no column {column!r}; it has {', '.join(file.schema_arrow.names)}")
+        kind = file.schema_arrow.field(index).type
+        if not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
+            raise ValueError(f"{path}: column {column!r} holds {kind}, not text")
+    return file
+
+
+def read_window(groups: list[tuple[str, int]], columns: tuple[str, ...], tokenizer: Tokenizer, max_len: int):
+    """Rows of row groups, tokenised: for each column its ids (int32, row after row) and every row's offset (N + 1,)."""
+    try:
+        table = pa.concat_tables([pq.ParquetFile(path).read_row_group(g, columns=list(columns)) for path, g in groups])
+    except pa.ArrowException as e:
+        raise ValueError(f"{groups[0][0]}: row group {groups[0][1]} or one near it cannot be read: {e}") from None
+    usable = np.ones(len(table), dtype=bool)
+    for column in columns:  # a row with a null or an empty text teaches nothing
+        usable &= pc.fill_null(pc.greater(pc.binary_length(table[column]), 0), False).to_numpy()
+    out = []
+    for column in columns:
+        ids, lengths = tokenizer.encode_arrays(table[column].filter(pa.array(usable)).to_pylist())
+        ends = np.cumsum(lengths)
+        cut = np.minimum(lengths, max_len)
+        place = np.arange(cut.sum()) - np.repeat(np.cumsum(cut) - cut, cut)
+        ids = ids[place + np.repeat(ends - lengths, cut)]
+        offsets = np.concatenate([[0], np.cumsum(cut)])
+        ids[offsets[1:] - 1] = EOS  # also where a text was cut
+        out.append((ids, offsets))
+    return out
+
+
+def plan_batches(lengths: np.ndarray, budget: int, rng: np.random.Generator) -> list[np.ndarray]:
+    """Rows of similar lengths together: (N, columns) token counts -> arrays of row numbers, in random order.
+
+    A batch of B rows padded to the longest of each column has at most `budget` cells, B * (S + T). Rows are sorted by
+    their targets' lengths into strips of equal work, and within a strip, up and down in turn, by their sources': with
+    1.75 sqrt(number of batches) strips the padding was least on real pairs.
+    """
+    order = rng.permutation(len(lengths))
+    target, source = lengths[order, 1:].sum(axis=1), lengths[order, 0]
+    by_target = np.argsort(target, kind="stable")
+    strips = max(1, round(1.75 * (lengths.sum() / budget) ** 0.5))
+    cells = np.cumsum((target + source)[by_target])
+    strip = np.empty(len(order), dtype=np.int64)
+    strip[by_target] = (cells - 1) * strips // max(1, cells[-1])
+    order = order[np.lexsort((np.where(strip % 2, -source, source), strip))]
+    batches, begin = [], 0
+    widest = np.zeros(lengths.shape[1], dtype=np.int64)
+    rows = lengths[order].tolist()
+    for i, row in enumerate(rows):
+        wider = np.maximum(widest, row)
+        if wider.sum() * (i + 1 - begin) > budget and i > begin:
+            batches.append(order[begin:i])
+            begin, wider = i, np.array(row)
+        widest = wider
+    if len(order):
+        batches.append(order[begin:])
+    return [batches[i] for i in rng.permutation(len(batches))]
+
+
+class PairStream:
+    """Batches of token ids, for ever, epoch after epoch; a dict of int64 tensors each.
+
+    input_ids (B, S) and attention_mask (B, S), padding 0; labels (B, T), padding -100. B * (S + T) <= micro_batch_tokens.
+    With columns (prompt, chosen, rejected), labels are chosen_labels and rejected_labels, and both count.
+
+    The sequence of batches is a function of (files, seed, epoch) alone. Row groups are shuffled and gathered in windows;
+    a window's rows are shuffled, sorted into batches of similar lengths, and the batches shuffled. Rank r of W takes the
+    batches r, r + W, ...; with `group` G it takes from every G batches those, so that a training step is a group.
+
+    state is where the next group begins: {"epoch", "window", "batch"}. PairStream(..., state=state) goes on from there.
+    Rows that are null or empty in a column are passed over. Raises FileNotFoundError or ValueError (see open_parquet).
+    """
+
+    def __init__(self, files, tokenizer: Tokenizer, micro_batch_tokens: int = 8192, max_len: int = 320, seed: int = 0,
+                 rank: int = 0, world_size: int = 1, state: dict | None = None, group: int | None = None,
+                 columns: tuple[str, ...] = ("prompt", "response"), workers: int = 0):
+        files = [str(f) for f in ([files] if isinstance(files, (str, Path)) else files)]
+        if micro_batch_tokens < len(columns) * max_len:
+            raise ValueError(f"micro_batch_tokens {micro_batch_tokens} cannot hold one row of {len(columns)} x max_len {max_len} tokens")
+        if not 0 <= rank < world_size:
+            raise ValueError(f"rank {rank} is not one of {world_size}")
+        self.tokenizer, self.columns, self.max_len, self.seed = tokenizer, columns, max_len, seed
+        self.micro_batch_tokens, self.workers = micro_batch_tokens, workers
+        self.group = group or world_size
+        self.own = range(rank, self.group, world_size)
+        self.state = dict(state or {"epoch": 0, "window": 0, "batch": 0})
+        self.row_groups = []  # (file, number, rows)
+        for path in files:
+            meta = open_parquet(path, columns).metadata
+            self.row_groups += [(path, g, meta.row_group(g).num_rows) for g in range(meta.num_row_groups)]
+        self.rows = sum(n for *_, n in self.row_groups)
+        if not self.rows:
+            raise ValueError(f"{', '.join(files)}: no rows")
+        self._pool: ProcessPoolExecutor | None = None
+        self._windows: dict[tuple[int, int], Future | tuple] = {}
+        self._plans: dict[int, list] = {}
+
+    def windows(self, epoch: int) -> list[list[tuple[str, int]]]:
+        """The epoch's row groups, shuffled, in windows."""
+        if epoch not in self._plans:
+            windows, rows = [[]], 0
+            for i in np.random.default_rng([self.seed, epoch]).permutation(len(self.row_groups)):
+                path, g, n = self.row_groups[i]
+                if rows >= WINDOW_ROWS:
+                    windows.append([])
+                    rows = 0
+                windows[-1].append((path, g))
+                rows += n
+            self._plans = {epoch: windows}
+        return self._plans[epoch]
+
+    def _after(self, epoch: int, window: int) -> tuple[int, int]:
+        return (epoch, window + 1) if window + 1 < len(self.windows(epoch)) else (epoch + 1, 0)
+
+    def _load(self, epoch: int, window: int):
+        """A window's columns and its batches; the next ones are begun in the background."""
+        want = (epoch, window)
+        ahead = want
+        for _ in range(1 + self.workers):
+            if ahead not in self._windows:
+                job = read_window, self.windows(ahead[0])[ahead[1]], self.columns, self.tokenizer, self.max_len
+                if not self.workers:
+                    self._windows[ahead] = job[0](*job[1:])
+                else:
+                    if self._pool is None:
+                        self._pool = ProcessPoolExecutor(self.workers, multiprocessing.get_context("spawn"), end_with_parent)
+                    self._windows[ahead] = self._pool.submit(*job)
+            ahead = self._after(*ahead)
+        loaded = self._windows[want]
+        if isinstance(loaded, Future):
+            loaded = loaded.result()
+        if not isinstance(loaded, tuple):
+            lengths = np.stack([np.diff(offsets) for _, offsets in loaded], axis=1)
+            loaded = loaded, plan_batches(lengths, self.micro_batch_tokens, np.random.default_rng([self.seed, epoch, window]))
+        self._windows[want] = loaded
+        for old in [w for w in self._windows if w < want]:
+            del self._windows[old]
+        return loaded
+
+    def locate(self, epoch: int, window: int, batch: int) -> tuple[int, int, int]:
+        """The same place with batch inside the window: counts on into the windows that follow."""
+        empty = 0
+        while batch >= (n := len(self._load(epoch, window)[1])):
+            batch, (epoch, window), empty = batch - n, self._after(epoch, window), empty + 1 if n == 0 else 0
+            if empty > len(self.windows(epoch)):
+                raise ValueError("no row has text in every one of the columns " + ", ".join(self.columns))
+        return epoch, window, batch
+
+    @property
+    def epoch(self) -> float:
+        """How many epochs are behind the state, with the fraction of the present one in windows and batches."""
+        epoch, window, batch = self.locate(**self.state)
+        return epoch + (window + batch / len(self._load(epoch, window)[1])) / len(self.windows(epoch))
+
+    def _batch(self, epoch: int, window: int, batch: int) -> dict:
+        import torch
+        columns, batches = self._load(epoch, window)
+        rows = batches[batch]
+        padded = []
+        for (ids, offsets), padding in zip(columns, [PAD] + [IGNORED] * len(columns)):
+            lengths = offsets[rows + 1] - offsets[rows]
+            grid = np.full((len(rows), lengths.max()), padding, dtype=np.int64)
+            inside = np.arange(grid.shape[1]) < lengths[:, None]
+            grid[inside] = ids[np.repeat(offsets[rows], lengths) + inside.nonzero()[1]]
+            padded.append(torch.from_numpy(grid))
+            if padding == PAD:
+                mask = torch.from_numpy(inside.astype(np.int64))
+        names = ["labels"] if len(columns) == 2 else [f"{c}_labels" for c in self.columns[1:]]
+        return {"input_ids": padded[0], "attention_mask": mask, **dict(zip(names, padded[1:]))}
+
+    def __iter__(self) -> Iterator[dict]:
+        while True:
+            epoch, window, batch = self.locate(**self.state)
+            for j in self.own:
+                made = self._batch(*self.locate(epoch, window, batch + j))
+                if j == self.own[-1]:
+                    self.state = {"epoch": epoch, "window": window, "batch": batch + self.group}
+                yield made
+            if not self.own:
+                raise ValueError("this rank has no batches: the group is smaller than the number of ranks")
+
+    def one_epoch(self) -> Iterator[dict]:
+        """The own batches of epoch 0, once; the state stays as it is."""
+        for window in range(len(self.windows(0))):
+            for batch in range(len(self._load(0, window)[1])):
+                if batch % self.group in self.own:
+                    yield self._batch(0, window, batch)
+
+    def close(self) -> None:
+        if self._pool is not None:
+            self._pool.shutdown(wait=False, cancel_futures=True)
+            self._pool = None
+
+
+def end_with_parent() -> None:
+    """In a background process: end when the one that began it has gone, however it went."""
+    import signal
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = multiprocessing.parent_process()
+
+    def watch() -> None:
+        parent.join()
+        os._exit(0)
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def main() -> None:
+    parser = ArgumentParser(description="Pairs of prompt and response: make, clean, deduplicate, split, count.")
+    commands = parser.add_subparsers(dest="command", required=True)
+
+    def command(name: str, text: str, inputs: bool = True, out: str | None = None):
+        sub = commands.add_parser(name, help=text, description=text)
+        if inputs:
+            sub.add_argument("input", nargs="+", metavar="IN", help=".parquet .jsonl .json .csv .txt, .gz, or folders of them")
+        if out:
+            sub.add_argument("--out", required=True, metavar=out, help="where to write")
+        return sub
+
+    demo = command("demo", "questions and answers from tables of facts", inputs=False, out="DIR")
+    demo.add_argument("--seed", type=number(int, 0), default=0, help="of the shuffling and of what is held out")
+    sub = command("clean", "a public dump becomes clean pairs", out="X.parquet")
+    sub.add_argument("--source", required=True, choices=sorted(SOURCES), help="whose fields and filters to use")
+    sub.add_argument("--prompt_field", default="prompt", help="column of the prompt (source pairs)")
+    sub.add_argument("--response_field", default="response", help="column of the response (source pairs)")
+    sub.add_argument("--min_chars", type=number(int, 1), default=5, help="shortest response, in characters")
+    sub.add_argument("--max_chars", type=number(int, 1), default=1024, help="longest prompt and response, in characters")
+    dedup_command = command("dedup", "near-duplicates go, the first of each stays", out="X.parquet")
+    dedup_command.add_argument("--threshold", type=number(float, 0, 1, above=True), default=0.85, help="Jaccard similarity of character 5-grams")
+    dedup_command.add_argument("--against", metavar="Y.parquet", help="drop what is too close to these pairs, too")
+    for one in (sub, dedup_command):
+        one.add_argument("--workers", type=number(int, 1), default=os.cpu_count(), help="processes")
+    sub = command("split", "train.parquet, valid.parquet and test.parquet, by a hash of the prompt", out="DIR")
+    sub.add_argument("--valid", type=number(float, 0, 1), default=0.01, help="share of the pairs")
+    sub.add_argument("--test", type=number(float, 0, 1), default=0.0, help="share of the pairs")
+    sub = command("stats", "rows, characters, lengths, tokens")
+    sub.add_argument("--tokenizer", metavar="DIR", help="count its tokens, too")
+    args = parser.parse_args()
+    if args.command == "demo":
+        for name, pairs in zip(("train", "valid"), make_demo(args.seed)):
+            path = Path(args.out) / f"{name}.parquet"
+            print(f"{path}: {write_pairs(path, ({'prompt': p, 'response': r} for p, r in pairs)):,} pairs")
+    elif args.command == "clean":
+        clean(args.input, args.source, args.out, [args.prompt_field, args.response_field], args.min_chars, args.max_chars, args.workers)
+    elif args.command == "dedup":
+        dedup(args.input, args.out, args.threshold, args.against, args.workers)
+    elif args.command == "split":
+        split(args.input, args.out, args.valid, args.test)
+    else:
+        stats(args.input, Tokenizer.from_pretrained(args.tokenizer) if args.tokenizer else None)
+
+
+if __name__ == "__main__":
+    run(main)
