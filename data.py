@@ -122,13 +122,18 @@ def demo_facts() -> Iterator[tuple[list[str], str]]:
 
 
 def demo_sums() -> Iterator[tuple[list[str], str]]:
-    """Additions and subtractions, in digits up to 50 and in words up to 20."""
-    for limit, say in ((50, str), (20, in_words)):
+    """Additions and subtractions, in digits up to 30 and in words up to 20."""
+    for limit, say in ((30, str), (20, in_words)):
         for a in range(limit + 1):
             for b in range(limit + 1):
                 yield [f"{say(a)}加{say(b)}等于多少？", f"{say(a)}加上{say(b)}是多少？"], f"{say(a)}加{say(b)}等于{say(a + b)}。"
                 if b <= a:
                     yield [f"{say(a)}减{say(b)}等于多少？", f"{say(a)}减去{say(b)}是多少？"], f"{say(a)}减{say(b)}等于{say(a - b)}。"
+
+
+def is_sum(prompt: str) -> bool:
+    """Whether a demo question is one of demo_sums'."""
+    return re.search("[加减].*(等于多少|是多少)？$", prompt) is not None
 
 
 def make_demo(seed: int = 0) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
@@ -145,12 +150,12 @@ def make_demo(seed: int = 0) -> tuple[list[tuple[str, str]], list[tuple[str, str
             if j == i % len(wordings):
                 valid.append((rng.choice(openings) + wording, answer))
             else:
-                train += [(opening + wording, answer) for opening in openings]
+                train += [(opening + wording, answer) for opening in rng.sample(openings, 3)]
     for wordings, answer in demo_sums():
         if rng.random() < 0.05:
             valid.append((rng.choice(wordings), answer))
         else:
-            train += [(rng.choice(OPENINGS) + wording, answer) for wording in wordings]
+            train += [(opening + wording, answer) for wording in wordings for opening in rng.sample(OPENINGS, 3)]
     rng.shuffle(train)
     return train, valid
 
@@ -553,15 +558,20 @@ def open_parquet(path, columns: tuple[str, ...]) -> pq.ParquetFile:
     return file
 
 
-def read_window(groups: list[tuple[str, int]], columns: tuple[str, ...], tokenizer: Tokenizer, max_len: int):
-    """Rows of row groups, tokenised: for each column its ids (int32, row after row) and every row's offset (N + 1,)."""
+def read_window(groups: list[tuple[str, int, int]], columns: tuple[str, ...], tokenizer: Tokenizer, max_len: int):
+    """Rows of row groups (file, number, first row), tokenised.
+
+    -> for each column its ids (int32, row after row) and every row's offset (N + 1,); the rows' numbers (N,).
+    """
     try:
-        table = pa.concat_tables([pq.ParquetFile(path).read_row_group(g, columns=list(columns)) for path, g in groups])
+        tables = [pq.ParquetFile(path).read_row_group(g, columns=list(columns)) for path, g, _ in groups]
+        table = pa.concat_tables(tables)
     except pa.ArrowException as e:
         raise ValueError(f"{groups[0][0]}: row group {groups[0][1]} or one near it cannot be read: {e}") from None
     usable = np.ones(len(table), dtype=bool)
     for column in columns:  # a row with a null or an empty text teaches nothing
         usable &= pc.fill_null(pc.greater(pc.binary_length(table[column]), 0), False).to_numpy()
+    numbers = np.concatenate([first + np.arange(len(t)) for t, (_, _, first) in zip(tables, groups)])[usable]
     out = []
     for column in columns:
         ids, lengths = tokenizer.encode_arrays(table[column].filter(pa.array(usable)).to_pylist())
@@ -572,7 +582,7 @@ def read_window(groups: list[tuple[str, int]], columns: tuple[str, ...], tokeniz
         offsets = np.concatenate([[0], np.cumsum(cut)])
         ids[offsets[1:] - 1] = EOS  # also where a text was cut
         out.append((ids, offsets))
-    return out
+    return out, numbers
 
 
 def plan_batches(lengths: np.ndarray, budget: int, rng: np.random.Generator) -> list[np.ndarray]:
@@ -608,7 +618,8 @@ class PairStream:
     """Batches of token ids, for ever, epoch after epoch; a dict of int64 tensors each.
 
     input_ids (B, S) and attention_mask (B, S), padding 0; labels (B, T), padding -100. B * (S + T) <= micro_batch_tokens.
-    With columns (prompt, chosen, rejected), labels are chosen_labels and rejected_labels, and both count.
+    With columns (prompt, chosen, rejected), labels are chosen_labels and rejected_labels, both count, and rows (B,) are
+    the rows' numbers, counted through the files.
 
     The sequence of batches is a function of (files, seed, epoch) alone. Row groups are shuffled and gathered in windows;
     a window's rows are shuffled, sorted into batches of similar lengths, and the batches shuffled. Rank r of W takes the
@@ -631,27 +642,28 @@ class PairStream:
         self.group = group or world_size
         self.own = range(rank, self.group, world_size)
         self.state = dict(state or {"epoch": 0, "window": 0, "batch": 0})
-        self.row_groups = []  # (file, number, rows)
+        self.row_groups, self.rows = [], 0  # (file, number, first row, rows)
         for path in files:
             meta = open_parquet(path, columns).metadata
-            self.row_groups += [(path, g, meta.row_group(g).num_rows) for g in range(meta.num_row_groups)]
-        self.rows = sum(n for *_, n in self.row_groups)
+            for g in range(meta.num_row_groups):
+                self.row_groups.append((path, g, self.rows, meta.row_group(g).num_rows))
+                self.rows += meta.row_group(g).num_rows
         if not self.rows:
             raise ValueError(f"{', '.join(files)}: no rows")
         self._pool: ProcessPoolExecutor | None = None
         self._windows: dict[tuple[int, int], Future | tuple] = {}
         self._plans: dict[int, list] = {}
 
-    def windows(self, epoch: int) -> list[list[tuple[str, int]]]:
+    def windows(self, epoch: int) -> list[list[tuple[str, int, int]]]:
         """The epoch's row groups, shuffled, in windows."""
         if epoch not in self._plans:
             windows, rows = [[]], 0
             for i in np.random.default_rng([self.seed, epoch]).permutation(len(self.row_groups)):
-                path, g, n = self.row_groups[i]
+                *group, n = self.row_groups[i]
                 if rows >= WINDOW_ROWS:
                     windows.append([])
                     rows = 0
-                windows[-1].append((path, g))
+                windows[-1].append(tuple(group))
                 rows += n
             self._plans = {epoch: windows}
         return self._plans[epoch]
@@ -660,7 +672,7 @@ class PairStream:
         return (epoch, window + 1) if window + 1 < len(self.windows(epoch)) else (epoch + 1, 0)
 
     def _load(self, epoch: int, window: int):
-        """A window's columns and its batches; the next ones are begun in the background."""
+        """A window's columns, row numbers and batches; the next windows are begun in the background."""
         want = (epoch, window)
         ahead = want
         for _ in range(1 + self.workers):
@@ -676,9 +688,9 @@ class PairStream:
         loaded = self._windows[want]
         if isinstance(loaded, Future):
             loaded = loaded.result()
-        if not isinstance(loaded, tuple):
-            lengths = np.stack([np.diff(offsets) for _, offsets in loaded], axis=1)
-            loaded = loaded, plan_batches(lengths, self.micro_batch_tokens, np.random.default_rng([self.seed, epoch, window]))
+        if len(loaded) == 2:
+            lengths = np.stack([np.diff(offsets) for _, offsets in loaded[0]], axis=1)
+            loaded += (plan_batches(lengths, self.micro_batch_tokens, np.random.default_rng([self.seed, epoch, window])),)
         self._windows[want] = loaded
         for old in [w for w in self._windows if w < want]:
             del self._windows[old]
@@ -687,7 +699,7 @@ class PairStream:
     def locate(self, epoch: int, window: int, batch: int) -> tuple[int, int, int]:
         """The same place with batch inside the window: counts on into the windows that follow."""
         empty = 0
-        while batch >= (n := len(self._load(epoch, window)[1])):
+        while batch >= (n := len(self._load(epoch, window)[2])):
             batch, (epoch, window), empty = batch - n, self._after(epoch, window), empty + 1 if n == 0 else 0
             if empty > len(self.windows(epoch)):
                 raise ValueError("no row has text in every one of the columns " + ", ".join(self.columns))
@@ -697,11 +709,11 @@ class PairStream:
     def epoch(self) -> float:
         """How many epochs are behind the state, with the fraction of the present one in windows and batches."""
         epoch, window, batch = self.locate(**self.state)
-        return epoch + (window + batch / len(self._load(epoch, window)[1])) / len(self.windows(epoch))
+        return epoch + (window + batch / len(self._load(epoch, window)[2])) / len(self.windows(epoch))
 
     def _batch(self, epoch: int, window: int, batch: int) -> dict:
         import torch
-        columns, batches = self._load(epoch, window)
+        columns, numbers, batches = self._load(epoch, window)
         rows = batches[batch]
         padded = []
         for (ids, offsets), padding in zip(columns, [PAD] + [IGNORED] * len(columns)):
@@ -712,8 +724,10 @@ class PairStream:
             padded.append(torch.from_numpy(grid))
             if padding == PAD:
                 mask = torch.from_numpy(inside.astype(np.int64))
-        names = ["labels"] if len(columns) == 2 else [f"{c}_labels" for c in self.columns[1:]]
-        return {"input_ids": padded[0], "attention_mask": mask, **dict(zip(names, padded[1:]))}
+        made = {"input_ids": padded[0], "attention_mask": mask}
+        if len(columns) == 2:
+            return {**made, "labels": padded[1]}
+        return {**made, **{f"{c}_labels": p for c, p in zip(self.columns[1:], padded[1:])}, "rows": torch.from_numpy(numbers[rows])}
 
     def __iter__(self) -> Iterator[dict]:
         while True:
@@ -729,7 +743,7 @@ class PairStream:
     def one_epoch(self) -> Iterator[dict]:
         """The own batches of epoch 0, once; the state stays as it is."""
         for window in range(len(self.windows(0))):
-            for batch in range(len(self._load(0, window)[1])):
+            for batch in range(len(self._load(0, window)[2])):
                 if batch % self.group in self.own:
                     yield self._batch(0, window, batch)
 

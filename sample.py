@@ -1,0 +1,494 @@
+"""Decoding: one prompt, a chat, a whole file, or scores.
+
+    python sample.py --prompt "法国的首都是哪里？"
+    python sample.py                                              chat, tokens as they come
+    python sample.py --input prompts.jsonl --output answers.jsonl
+    python sample.py --score valid.parquet                        loss, perplexity, BLEU-4, exact match
+
+generate() takes transformers' argument names in their meaning and gives, for greedy and beam search, its tokens. A row
+that has finished leaves the batch, so it costs nothing more.
+"""
+import json
+import math
+import os
+import re
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from chatlm import ChatLM, LayerCache
+from tokenizer import FIRST_CHAR, SPECIAL_TOKENS, ArgumentParser, Tokenizer, number, read_rows, run
+
+FINISHED = -1e9  # what a beam that may not go on, or has not ended, scores: finite, as in transformers
+WINDOW = 4096  # prompts of a file that are sorted by length together
+
+
+@dataclass
+class GenerationConfig:
+    """transformers' names and meanings."""
+    max_new_tokens: int = 256
+    min_new_tokens: int = 0
+    num_beams: int = 1
+    num_return_sequences: int = 1
+    do_sample: bool = False
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    repetition_penalty: float = 1.0
+    no_repeat_ngram_size: int = 0
+    length_penalty: float = 1.0
+    early_stopping: bool | str = False  # True: as soon as num_beams have ended; "never": only when none can do better
+
+    def __post_init__(self):
+        if self.temperature == 0:  # as people mean it
+            self.do_sample, self.temperature = False, 1.0
+        for name, good, must in (
+                ("max_new_tokens", self.max_new_tokens >= 1, "at least 1"), ("num_beams", self.num_beams >= 1, "at least 1"),
+                ("temperature", self.temperature > 0, "0 or more"), ("top_k", self.top_k >= 0, "0 or more"),
+                ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1"),
+                ("repetition_penalty", self.repetition_penalty > 0, "above 0"),
+                ("no_repeat_ngram_size", self.no_repeat_ngram_size >= 0, "0 or more"),
+                ("early_stopping", self.early_stopping in (True, False, "never"), "True, False or 'never'"),
+                ("num_return_sequences", 1 <= self.num_return_sequences <= (self.num_beams if not self.do_sample else 10 ** 6),
+                 "at least 1, and without sampling at most num_beams")):
+            if not good:
+                raise ValueError(f"{name} must be {must}, not {getattr(self, name)}")
+
+    def process(self, scores: Tensor, ids: Tensor, eos: int) -> Tensor:
+        """scores (N, V) of what may follow ids (N, L), start token included -> scores, in transformers' order."""
+        if self.repetition_penalty != 1:
+            seen = scores.gather(1, ids)
+            seen = torch.where(seen < 0, seen * self.repetition_penalty, seen / self.repetition_penalty)
+            scores = scores.scatter(1, ids, seen)
+        if 0 < self.no_repeat_ngram_size <= ids.size(1):
+            n = self.no_repeat_ngram_size
+            grams = ids.unfold(1, n, 1)  # (N, L - n + 1, n)
+            repeats = (grams[:, :, :-1] == ids[:, None, ids.size(1) - n + 1:]).all(-1)
+            rows, at = repeats.nonzero(as_tuple=True)
+            scores = scores.index_put((rows, grams[rows, at, -1]), scores.new_tensor(-math.inf))
+        if ids.size(1) - 1 < self.min_new_tokens:
+            scores[:, eos] = -math.inf
+        if self.do_sample:
+            at_least = 2 if self.num_beams > 1 else 1  # a beam must have something besides [EOS]
+            scores = scores / self.temperature
+            if self.top_k:
+                least = scores.topk(min(max(self.top_k, at_least), scores.size(-1)))[0][:, -1:]
+                scores = scores.masked_fill(scores < least, -math.inf)
+            if self.top_p < 1:
+                ordered, order = scores.sort()
+                drop = ordered.softmax(-1).cumsum(-1) <= 1 - self.top_p
+                drop[:, -at_least:] = False
+                scores = scores.masked_fill(drop.scatter(1, order, drop), -math.inf)
+        return scores
+
+
+@torch.no_grad()
+def generate(model: ChatLM, input_ids: Tensor, attention_mask: Tensor | None = None, **options) -> Tensor:
+    """Answers to prompts: input_ids (B, S) int64 -> ids (B * num_return_sequences, L), start token in front, padded with 0.
+
+    attention_mask: (B, S), 0 where input_ids is padding. options: the fields of GenerationConfig.
+    Raises ValueError for an option out of range.
+    """
+    config = GenerationConfig(**options)
+    if config.num_beams > 1:
+        return beam_search(model, input_ids, attention_mask, config)
+    if config.num_return_sequences > 1:
+        input_ids = input_ids.repeat_interleave(config.num_return_sequences, 0)
+        attention_mask = None if attention_mask is None else attention_mask.repeat_interleave(config.num_return_sequences, 0)
+    for ids in steps(model, input_ids, attention_mask, config):
+        pass
+    return ids
+
+
+@torch.no_grad()
+def steps(model: ChatLM, input_ids: Tensor, attention_mask: Tensor | None, config: GenerationConfig) -> Iterator[Tensor]:
+    """Greedy decoding or sampling; yields ids (B, L) after every new token."""
+    c = model.config
+    encoded, mask = model.encode(input_ids, attention_mask)
+    cache = model.start_cache(encoded)
+    ids = input_ids.new_full((len(input_ids), config.max_new_tokens + 1), c.pad_token_id)
+    ids[:, 0] = c.decoder_start_token_id
+    rows = torch.arange(len(ids), device=ids.device)  # those that go on
+    for length in range(1, config.max_new_tokens + 1):
+        scores = config.process(model.decode_step(ids[rows, length - 1], cache, mask), ids[rows, :length], c.eos_token_id)
+        chosen = torch.multinomial(scores.softmax(-1), 1)[:, 0] if config.do_sample else scores.argmax(-1)
+        ids[rows, length] = chosen
+        yield ids[:, :length + 1]
+        going = (chosen != c.eos_token_id).nonzero()[:, 0]
+        if not len(going):
+            return
+        if len(going) < len(rows):
+            rows, mask = rows[going], mask[going]
+            for layer in cache:
+                layer.select(going, going)
+
+
+def beam_search(model: ChatLM, input_ids: Tensor, attention_mask: Tensor | None, config: GenerationConfig) -> Tensor:
+    """The num_return_sequences best of num_beams (N) hypotheses for each prompt, by sum of log-probabilities / length^penalty.
+
+    Every step takes the 2 N best continuations of a prompt's N beams: those among the first N that end are weighed
+    against the N best that have ended so far, and the N best of the others go on. As in transformers, a prompt is done
+    when early_stopping is true and N have ended, or when its best running beam, at the length of now ("never" with a
+    positive penalty: at the greatest length), scores no better than the worst that has ended.
+    """
+    c, n, limit = model.config, config.num_beams, config.max_new_tokens
+    encoded, mask = model.encode(input_ids, attention_mask)
+    cache: list[LayerCache] = model.start_cache(encoded)
+    batch, device = len(input_ids), input_ids.device
+    results = input_ids.new_full((batch, config.num_return_sequences, limit + 1), c.pad_token_id)
+    prompts = torch.arange(batch, device=device)  # those not done, in the order of the tensors below
+    running = input_ids.new_full((batch, n, limit + 1), c.pad_token_id)
+    running[:, :, 0] = c.decoder_start_token_id
+    scores = torch.zeros(batch, n, device=device)
+    scores[:, 1:] = FINISHED  # at first all beams are equal: go on from one
+    ended, ended_scores = running.clone(), torch.full((batch, n), FINISHED, device=device)
+    is_ended = torch.zeros(batch, n, dtype=torch.bool, device=device)
+    for length in range(1, limit + 1):
+        flat = running[:, :, :length].flatten(0, 1)
+        logits = model.decode_step(flat[:, -1], cache, mask)
+        new = config.process(logits.log_softmax(-1), flat, c.eos_token_id)
+        total = (new.view(len(prompts), n, -1) + scores[:, :, None]).flatten(1)
+        if config.do_sample:
+            index = torch.multinomial(total.softmax(-1), 2 * n)
+            best = total.gather(1, index)
+        else:
+            best, index = total.topk(2 * n)
+        beam, token = index // new.size(-1), index % new.size(-1)
+        continued = running.gather(1, beam[:, :, None].expand(-1, -1, limit + 1))
+        continued[:, :, length] = token
+        stops = token == c.eos_token_id if length < limit else torch.ones_like(token, dtype=torch.bool)
+        # the beams that go on
+        scores, keep = (best + stops * FINISHED).topk(n)
+        running = continued.gather(1, keep[:, :, None].expand(-1, -1, limit + 1))
+        source = (beam.gather(1, keep) + n * torch.arange(len(prompts), device=device)[:, None]).flatten()
+        # the beams that have ended
+        ends = stops & (torch.arange(2 * n, device=device) < n)
+        full = is_ended.all(1, keepdim=True) & (config.early_stopping is True)
+        weighed = best / length ** config.length_penalty + (full.float() + (~ends).float()) * FINISHED
+        ended_scores, keep = torch.cat([ended_scores, weighed], 1).topk(n)
+        ended = torch.cat([ended, continued], 1).gather(1, keep[:, :, None].expand(-1, -1, limit + 1))
+        is_ended = torch.cat([is_ended, ends], 1).gather(1, keep)
+        # which prompts are done
+        far = limit if config.early_stopping == "never" and config.length_penalty > 0 else length
+        worst = torch.where(is_ended, ended_scores.min(1, keepdim=True)[0], FINISHED)
+        hopeful = (scores[:, :1] / far ** config.length_penalty > worst).any(1)
+        going = hopeful & ~(is_ended.all(1) & (config.early_stopping is True))
+        if length == limit:
+            going = torch.zeros_like(going)
+        if not going.all():
+            results[prompts[~going]] = ended[~going, :config.num_return_sequences]
+        alive = going.nonzero()[:, 0]
+        if not len(alive):
+            break
+        if len(alive) < len(prompts):
+            source = source.view(-1, n)[alive].flatten()
+            prompts, running, scores, mask = prompts[alive], running[alive], scores[alive], mask[alive]
+            ended, ended_scores, is_ended = ended[alive], ended_scores[alive], is_ended[alive]
+            for layer in cache:
+                layer.select(source, alive)
+        else:
+            for layer in cache:
+                layer.select(source, None)
+    results = results.flatten(0, 1)
+    is_eos = results == c.eos_token_id
+    longest = torch.where(is_eos.any(1), is_eos.int().argmax(1), limit).max() + 1
+    return results[:, :longest]
+
+
+# --- text in, text out -------------------------------------------------------------------------------------------------------
+
+def to_batch(tokenizer: Tokenizer, prompts: list[str], max_len: int, device) -> tuple[Tensor, Tensor]:
+    """input_ids and attention_mask (B, S); a prompt of more than max_len tokens is cut, its [EOS] kept."""
+    rows = [ids if len(ids) <= max_len else ids[:max_len - 1] + ids[-1:] for ids in tokenizer.encode_batch(prompts)]
+    width = max(map(len, rows))
+    ids = torch.tensor([row + [0] * (width - len(row)) for row in rows], device=device)
+    mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows], device=device)
+    return ids, mask
+
+
+def answer(model: ChatLM, tokenizer: Tokenizer, prompts: list[str], batch_size: int = 32, max_len: int = 512, **options) -> list[str]:
+    """The model's answers, num_return_sequences a prompt one after the other, in the order of the prompts."""
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    per = options.get("num_return_sequences", 1)
+    answers = [""] * (len(prompts) * per)
+    device = model.shared.weight.device
+    for begin in range(0, len(order), batch_size):
+        rows = order[begin:begin + batch_size]
+        ids = generate(model, *to_batch(tokenizer, [prompts[i] for i in rows], max_len, device), **options).tolist()
+        for k, row in enumerate(ids):
+            answers[rows[k // per] * per + k % per] = tokenizer.decode(row)
+    return answers
+
+
+def stream_answer(model: ChatLM, tokenizer: Tokenizer, prompt: str, max_len: int, config: GenerationConfig) -> Iterator[str]:
+    """An answer in the parts in which it comes, never half a character."""
+    shown = ""
+    ids: list[int] = []
+    for tensor in steps(model, *to_batch(tokenizer, [prompt], max_len, model.shared.weight.device), config):
+        ids = tensor[0].tolist()
+        text = tokenizer.decode(ids)
+        if len(SPECIAL_TOKENS) <= ids[-1] < FIRST_CHAR and text.endswith("\ufffd"):
+            continue  # the first bytes of a character
+        yield text[len(shown):]
+        shown = text
+    yield tokenizer.decode(ids)[len(shown):]
+
+
+# --- scores --------------------------------------------------------------------------------------------------------------------
+
+def bleu4(answers: list[str], references: list[str]) -> float:
+    """Corpus BLEU of characters, 0 to 100: sacrebleu's with tokenize="char" (white space does not count).
+
+    Papineni et al. 2002: the geometric mean of the precisions of 1- to 4-grams, times exp(1 - r / c) where the answers
+    (c characters) are shorter than the references (r). An n-gram order without a match counts 1/2, the next 1/4, ...
+    """
+    hits, totals, answer_chars, reference_chars = [0] * 4, [0] * 4, 0, 0
+    for answer_text, reference in zip(answers, references, strict=True):
+        a, r = "".join(answer_text.split()), "".join(reference.split())
+        answer_chars, reference_chars = answer_chars + len(a), reference_chars + len(r)
+        for n in range(1, 5):
+            ours, theirs = (Counter(t[i:i + n] for i in range(len(t) - n + 1)) for t in (a, r))
+            hits[n - 1] += (ours & theirs).total()
+            totals[n - 1] += ours.total()
+    if not totals[0] or not hits[0]:
+        return 0.0
+    logs, smooth = 0.0, 1.0
+    for hit, total in zip(hits, totals):
+        if not total:
+            return 0.0
+        if not hit:
+            smooth *= 2
+        logs += math.log(hit / total if hit else 1 / (smooth * total))
+    return 100 * math.exp(logs / 4 + min(0.0, 1 - reference_chars / answer_chars))
+
+
+def triples(text: str) -> set[str]:
+    """[(s,p,o),(s,p,o)] -> {"s,p,o", ...}"""
+    return {",".join(part.strip() for part in t.split(",")) for t in re.findall(r"\(([^()]*(?:\([^()]*\)[^()]*)*)\)", text)}
+
+
+def losses(model: ChatLM, tokenizer: Tokenizer, rows: list[dict], max_len: int, batch_size: int = 16) -> tuple[float, int]:
+    """Sum of nats over the responses of rows, and their tokens."""
+    nats, tokens = 0.0, 0
+    device = model.shared.weight.device
+    for begin in range(0, len(rows), batch_size):
+        part = rows[begin:begin + batch_size]
+        labels, there = to_batch(tokenizer, [r["response"] for r in part], max_len, device)
+        with torch.no_grad():
+            nats += float(model.loss_sum(*to_batch(tokenizer, [r["prompt"] for r in part], max_len, device),
+                                         labels.masked_fill(there == 0, -100)))
+        tokens += int(there.sum())
+    return nats, tokens
+
+
+def score(model: ChatLM, tokenizer: Tokenizer, rows: list[dict], max_len: int = 512, batch_size: int = 32, **options) -> tuple[dict, list[str]]:
+    """Scores of a model on rows of prompt and response, and its answers."""
+    ordered = sorted(rows, key=lambda r: len(r["response"]))
+    nats, tokens = losses(model, tokenizer, ordered, max_len)
+    answers = answer(model, tokenizer, [r["prompt"] for r in rows], batch_size, max_len, **options)
+    references = [r["response"] for r in rows]
+    result = {"rows": len(rows), "loss": nats / tokens, "ppl": math.exp(min(700.0, nats / tokens)),
+              "nats_per_char": nats / max(1, sum(map(len, references))), "bleu4": bleu4(answers, references),
+              "exact_match": sum(a.strip() == r.strip() for a, r in zip(answers, references)) / len(rows)}
+    if all(r.startswith("[(") and r.endswith(")]") for r in references):
+        pairs = [(triples(a), triples(r)) for a, r in zip(answers, references)]
+        right, said, there = (sum(len(x) for x in column) for column in zip(*[(a & r, a, r) for a, r in pairs]))
+        precision, recall = right / max(1, said), right / max(1, there)
+        result |= {"precision": precision, "recall": recall, "f1": 2 * precision * recall / max(1e-9, precision + recall)}
+    return result, answers
+
+
+# --- the command ---------------------------------------------------------------------------------------------------------------
+
+def pick_device(name: str | None) -> torch.device:
+    """Raises ValueError for a device that is not there."""
+    try:
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as e:
+        raise ValueError(f"--device {name}: {str(e).splitlines()[0]}") from None
+    return device
+
+
+def read_prompts(path: str) -> Iterator[str]:
+    for i, row in enumerate(read_rows([path])):
+        prompt = row.get("prompt", row.get("text"))
+        if not isinstance(prompt, str):
+            raise ValueError(f"{path}: row {i} has no text in prompt; its columns are {', '.join(row)}")
+        yield prompt
+
+
+def answer_file(model: ChatLM, tokenizer: Tokenizer, source: str, target: str, batch_size: int, max_len: int, options: dict) -> int:
+    """Append {"prompt", "response"} lines to target, in the order of source, from where target ends. Rows written."""
+    done = 0
+    if Path(target).exists():
+        with open(target, "rb+") as f:  # a line cut off in the middle goes
+            whole = sum(len(line) for line in f if line.endswith(b"\n"))
+            f.truncate(whole)
+            f.seek(0)
+            done = sum(1 for _ in f)
+    Path(target).parent.mkdir(parents=True, exist_ok=True)
+    written, begin_s, window = 0, time.monotonic(), []
+    total = None
+
+    def flush() -> None:
+        nonlocal written
+        answers = answer(model, tokenizer, window, batch_size, max_len, **options)
+        out.write("".join(json.dumps({"prompt": p, "response": a}, ensure_ascii=False) + "\n" for p, a in zip(window, answers)))
+        out.flush()
+        os.fsync(out.fileno())
+        written += len(window)
+        left_s = (time.monotonic() - begin_s) / written * (total - done - written)
+        print(f"{done + written:,} of {total:,} answers, {left_s:,.0f} s left", file=sys.stderr)
+        window.clear()
+
+    total = sum(1 for _ in read_prompts(source))
+    with open(target, "a", encoding="utf-8") as out:
+        for i, prompt in enumerate(read_prompts(source)):
+            if i >= done:
+                window.append(prompt)
+                if len(window) == WINDOW:
+                    flush()
+        if window:
+            flush()
+    return written
+
+
+HELP = """/set NAME VALUE   change a setting: {names}
+/reset            the settings of the start
+/help             this
+/quit, Ctrl-D     leave; Ctrl-C stops an answer"""
+
+
+def chat(model: ChatLM, tokenizer: Tokenizer, max_len: int, options: dict) -> None:
+    """Read prompts, print answers, until Ctrl-D or Ctrl-C at the prompt."""
+    print("Every question is answered by itself: the model does not see what was said before. /help lists commands.")
+    config = GenerationConfig(**options)
+    while True:
+        try:
+            prompt = input("\n> ").strip()
+        except (EOFError, KeyboardInterrupt):
+            print()
+            return
+        words = prompt.split()
+        try:
+            if not words:
+                continue
+            if words[0] == "/quit":
+                return
+            if words[0] == "/help":
+                print(HELP.format(names=", ".join(f.name for f in fields(GenerationConfig))))
+            elif words[0] == "/reset":
+                config = GenerationConfig(**options)
+            elif words[0] == "/set":
+                config = changed(config, *words[1:])
+            elif words[0].startswith("/"):
+                print(f"unknown command {words[0]}; /help lists them")
+            else:
+                say_answer(model, tokenizer, prompt, max_len, config)
+        except KeyboardInterrupt:
+            print(" (stopped)")
+        except (ValueError, TypeError) as e:
+            print(f"error: {e}")
+
+
+def changed(config: GenerationConfig, name: str = "", value: str = "") -> GenerationConfig:
+    """A config with one field set from text: do_sample follows when temperature, top_k or top_p is set."""
+    values = {f.name: getattr(config, f.name) for f in fields(config)}
+    if name not in values or not value:
+        raise ValueError(f"/set NAME VALUE, with NAME one of {', '.join(values)}")
+    kind = type(values[name])
+    try:
+        values[name] = value.lower() in ("true", "1", "yes") if kind is bool else kind(value)
+    except ValueError:
+        raise ValueError(f"{name} takes {'a whole number' if kind is int else 'a number'}, not {value!r}") from None
+    if name in ("temperature", "top_k", "top_p"):
+        values["do_sample"] = True
+    return GenerationConfig(**values)
+
+
+def say_answer(model: ChatLM, tokenizer: Tokenizer, prompt: str, max_len: int, config: GenerationConfig) -> None:
+    """Print an answer, as it comes where the strategy allows it."""
+    said = False
+    if config.num_beams > 1 or config.num_return_sequences > 1:
+        values = {f.name: getattr(config, f.name) for f in fields(config)}
+        parts: Iterable[str] = ["\n".join(answer(model, tokenizer, [prompt], 1, max_len, **values))]
+    else:
+        parts = stream_answer(model, tokenizer, prompt, max_len, config)
+    for part in parts:
+        said = said or bool(part)
+        print(part, end="", flush=True)
+    print("" if said else "(the model ended its answer at once: it has nothing to say to this)")
+
+
+def main() -> None:
+    parser = ArgumentParser(description="Answer one prompt, chat, answer a file, or score a model. Without --prompt, --input or --score: chat.")
+    add = parser.add_argument
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--prompt", metavar="TEXT", help="answer this")
+    what.add_argument("--input", metavar="F", help="answer the prompts of a .parquet, .jsonl (column prompt) or .txt (lines) file")
+    what.add_argument("--score", metavar="F", help="loss, perplexity, BLEU-4 and exact match on a file of pairs")
+    add("--output", metavar="G.jsonl", help="where the answers to --input go; a file that is there is continued")
+    add("--model", default="out", metavar="DIR", help="model folder")
+    add("--batch_size", type=number(int, 1), default=32, help="prompts at a time, of a file")
+    add("--max_len", type=number(int, 2), default=512, help="tokens of a prompt; what is longer is cut")
+    add("--max_new_tokens", type=number(int, 1), default=256, help="tokens of an answer")
+    add("--min_new_tokens", type=number(int, 0), default=0, help="tokens of an answer")
+    add("--num_beams", type=number(int, 1), default=1, help="1: no beam search")
+    add("--num_return_sequences", type=number(int, 1), default=1, help="answers a prompt")
+    add("--do_sample", action="store_true", help="draw from the distribution; otherwise the likeliest token")
+    add("--temperature", type=number(float, 0), default=1.0, help="of sampling; 0: greedy")
+    add("--top_k", type=number(int, 0), default=0, help="sample from the k likeliest; 0: all")
+    add("--top_p", type=number(float, 0, 1, above=True), default=1.0, help="sample from the likeliest that make up p")
+    add("--repetition_penalty", type=number(float, 0, above=True), default=1.0, help="above 1: tokens already there become less likely")
+    add("--no_repeat_ngram_size", type=number(int, 0), default=0, help="n: no n tokens in a row twice; 0: off")
+    add("--length_penalty", type=float, default=1.0, help="beam search: above 0 favours longer answers")
+    add("--early_stopping", action="store_true", help="beam search: end when num_beams answers have ended")
+    add("--dtype", choices=["float32", "bfloat16", "float16"], help="of the weights; none: as in the file")
+    add("--seed", type=int, help="of sampling")
+    add("--device", help="cpu, cuda or cuda:N; none: a GPU if there is one")
+    args = parser.parse_args()
+    if args.input and not args.output:
+        parser.error("--input needs --output")
+    if args.prompt is not None and not args.prompt.strip():
+        parser.error("--prompt is empty")
+    if not (Path(args.model) / "config.json").is_file():
+        raise FileNotFoundError(f"no model in {args.model!r}: train one first with  python train.py  or name its folder with --model")
+    device = pick_device(args.device)
+    tokenizer = Tokenizer.from_pretrained(args.model)
+    model = ChatLM.from_pretrained(args.model, getattr(torch, args.dtype) if args.dtype else None, device)
+    if len(tokenizer) > model.config.vocab_size:
+        raise ValueError(f"{args.model}: the tokenizer has {len(tokenizer)} tokens, the model {model.config.vocab_size}")
+    options = {f.name: getattr(args, f.name) for f in fields(GenerationConfig)}
+    if args.seed is not None:
+        torch.manual_seed(args.seed)
+    if args.prompt is not None:
+        if len(tokenizer.encode(args.prompt)) > args.max_len:
+            print(f"the prompt is cut to --max_len {args.max_len} tokens", file=sys.stderr)
+        say_answer(model, tokenizer, args.prompt, args.max_len, GenerationConfig(**options))
+    elif args.input:
+        n = answer_file(model, tokenizer, args.input, args.output, args.batch_size, args.max_len, options)
+        print(f"{args.output}: {n:,} answers written")
+    elif args.score:
+        rows = list(read_rows([args.score]))
+        for i, row in enumerate(rows):
+            if not isinstance(row.get("prompt"), str) or not isinstance(row.get("response"), str):
+                raise ValueError(f"{args.score}: row {i} has no text in prompt and response")
+        if not rows:
+            raise ValueError(f"{args.score} has no rows")
+        result, _ = score(model, tokenizer, rows, args.max_len, args.batch_size, **options)
+        for name, value in result.items():
+            print(f"{name:>14}  {value:.4f}" if isinstance(value, float) else f"{name:>14}  {value:,}")
+        print(json.dumps(result))
+    else:
+        chat(model, tokenizer, args.max_len, options)
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,161 @@
+"""The model is transformers' T5: the same logits, loss and text from the same folder, in both directions."""
+import itertools
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForSeq2SeqLM, T5Config, T5ForConditionalGeneration
+
+from chatlm import ChatLM, ChatLMConfig, LinearCrossEntropy, relative_position_bucket
+
+TINY = dict(vocab_size=300, d_model=64, d_kv=16, d_ff=128, num_layers=3, num_decoder_layers=2, num_heads=4)
+
+
+def make_batch(vocab_size: int = 300, rows: int = 5, source: int = 150, target: int = 140):
+    """Random ids with padding on the right, longer than the farthest position bucket."""
+    g = torch.Generator().manual_seed(0)
+    ids = torch.randint(3, vocab_size, (rows, source), generator=g)
+    mask = torch.ones_like(ids)
+    labels = torch.randint(1, vocab_size, (rows, target), generator=g)
+    for i in range(1, rows):
+        mask[i, source - 30 * i:] = 0
+        labels[i, target - 25 * i:] = -100
+    return ids * mask, mask, labels
+
+
+@pytest.fixture(params=itertools.product(["relu", "gated-gelu"], ["tied", "untied", "separate"]), ids="-".join)
+def theirs(request, tmp_path):
+    """A random model that transformers made and saved. separate: the head has weights of its own in the file."""
+    feed_forward, head = request.param
+    torch.manual_seed(0)
+    model = T5ForConditionalGeneration(T5Config(**TINY, feed_forward_proj=feed_forward, tie_word_embeddings=head == "tied",
+                                                decoder_start_token_id=0)).eval()
+    model.save_pretrained(tmp_path)
+    if head == "separate":
+        weights = load_file(tmp_path / "model.safetensors")
+        weights["lm_head.weight"] = torch.randn(300, 64)
+        save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
+        model = AutoModelForSeq2SeqLM.from_pretrained(tmp_path).eval()
+    return model, tmp_path
+
+
+def test_logits_and_loss_are_transformers(theirs):
+    model, folder = theirs
+    ids, mask, labels = make_batch()
+    with torch.no_grad():
+        expected = model(input_ids=ids, attention_mask=mask, labels=labels)
+        ours = ChatLM.from_pretrained(folder)
+        logits, loss = ours(ids, mask, labels=labels)
+        summed = ours.loss_sum(ids, mask, labels)
+    assert (logits - expected.logits).abs().max() < 1e-4
+    assert abs(loss - expected.loss) < 1e-5 * max(1, expected.loss)
+    assert abs(summed / (labels != -100).sum() - expected.loss) < 1e-5 * max(1, expected.loss)
+
+
+def test_gradients_are_transformers(theirs):
+    model, folder = theirs
+    ours = ChatLM.from_pretrained(folder)
+    ids, mask, labels = make_batch()
+    model(input_ids=ids, attention_mask=mask, labels=labels).loss.backward()
+    (ours.loss_sum(ids, mask, labels) / (labels != -100).sum()).backward()
+    expected = dict(model.named_parameters())
+    for name, p in ours.named_parameters():
+        assert torch.allclose(p.grad, expected[name].grad, rtol=1e-4, atol=1e-6), name
+
+
+def test_export_loads_in_transformers(theirs, tmp_path):
+    model, folder = theirs
+    ours = ChatLM.from_pretrained(folder)
+    ours.save_pretrained(tmp_path / "ours")
+    again = AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "ours").eval()
+    ids, mask, labels = make_batch()
+    with torch.no_grad():
+        assert (again(input_ids=ids, attention_mask=mask, labels=labels).logits - ours(ids, mask, labels=labels)[0]).abs().max() < 1e-4
+    assert (tmp_path / "ours" / "generation_config.json").exists()
+    assert not list((tmp_path / "ours").glob("*.tmp"))
+
+
+def test_new_model_has_t5s_initialisation(tmp_path):
+    torch.manual_seed(0)
+    theirs = dict(T5ForConditionalGeneration(T5Config(**TINY, feed_forward_proj="gated-gelu")).named_parameters())
+    ours = dict(ChatLM(ChatLMConfig(**TINY, feed_forward_proj="gated-gelu")).named_parameters())
+    assert ours.keys() == theirs.keys()
+    for name, p in ours.items():
+        assert p.shape == theirs[name].shape
+        assert abs(p.std() - theirs[name].std()) <= 0.15 * theirs[name].std() + 1e-9, name
+
+
+def test_presets_have_their_size():
+    with torch.device("meta"):
+        model = ChatLM(ChatLMConfig.preset("0.2b"))
+    assert model.num_parameters() == 187_692_288
+    assert model.num_parameters() + model.shared.weight.numel() == 210_193_152  # the shared matrix twice
+
+
+def test_sharded_weights_load(theirs, tmp_path):
+    _, folder = theirs
+    whole = load_file(folder / "model.safetensors")
+    sharded = tmp_path / "sharded"
+    sharded.mkdir()
+    (sharded / "config.json").write_text((folder / "config.json").read_text())
+    names, weight_map = sorted(whole), {}
+    for i in range(2):
+        file = f"model-{i + 1:05d}-of-00002.safetensors"
+        save_file({n: whole[n] for n in names[i::2]}, sharded / file)
+        weight_map |= dict.fromkeys(names[i::2], file)
+    (sharded / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    a, b = ChatLM.from_pretrained(folder).state_dict(), ChatLM.from_pretrained(sharded).state_dict()
+    assert all(torch.equal(a[n], b[n]) for n in a)
+    (sharded / "model-00002-of-00002.safetensors").unlink()
+    with pytest.raises(ValueError, match="missing or damaged"):
+        ChatLM.from_pretrained(sharded)
+
+
+def test_folders_that_are_not_t5_are_refused(theirs, tmp_path):
+    _, folder = theirs
+    with pytest.raises(FileNotFoundError, match="no config.json"):
+        ChatLM.from_pretrained(tmp_path / "nowhere")
+    config = json.loads((folder / "config.json").read_text())
+    cases = [({**config, "model_type": "bert"}, "'bert'"), ({**config, "feed_forward_proj": "gated-silu"}, "not supported"),
+             ({**config, "d_model": 128}, "do not fit"), ({**config, "num_layers": 4, "num_decoder_layers": 2}, "do not fit")]
+    for changed, message in cases:
+        (folder / "config.json").write_text(json.dumps(changed))
+        with pytest.raises(ValueError, match=message):
+            ChatLM.from_pretrained(folder)
+    (folder / "config.json").write_text(json.dumps(config)[:50])
+    with pytest.raises(ValueError, match="damaged"):
+        ChatLM.from_pretrained(folder)
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes()[:1000])
+    with pytest.raises(ValueError, match="missing or damaged"):
+        ChatLM.from_pretrained(folder)
+
+
+def test_chunked_loss_is_cross_entropy(monkeypatch):
+    monkeypatch.setattr("chatlm.LOSS_CHUNK_BYTES", 4 * 50 * 7)  # seven rows at a time
+    g = torch.Generator().manual_seed(1)
+    hidden = torch.randn(33, 16, generator=g, requires_grad=True)
+    weight = torch.randn(50, 16, generator=g, requires_grad=True)
+    labels = torch.randint(0, 50, (33,), generator=g)
+    for extreme in (1, 40):  # the second: logits in the hundreds
+        expected = torch.nn.functional.cross_entropy(extreme * hidden @ weight.T, labels, reduction="sum")
+        expected_grads = torch.autograd.grad(3 * expected, (hidden, weight))
+        loss = LinearCrossEntropy.apply(extreme * hidden, weight, labels)
+        assert torch.allclose(loss, expected, rtol=1e-5)
+        for a, b in zip(torch.autograd.grad(3 * loss, (hidden, weight)), expected_grads, strict=True):
+            assert torch.allclose(a, b, rtol=1e-4, atol=1e-4)
+
+
+def test_chunked_loss_with_nothing_to_predict():
+    model = ChatLM(ChatLMConfig(**TINY))
+    ids, mask, labels = make_batch()
+    loss = model.loss_sum(ids, mask, torch.full_like(labels, -100))
+    assert loss == 0
+    loss.backward()
+
+
+def test_position_buckets():
+    d = torch.tensor([-1000, -129, -128, -20, -8, -7, -1, 0, 1, 7, 8, 20, 127, 1000])
+    assert relative_position_bucket(d, True, 32, 128).tolist() == [15, 15, 15, 10, 8, 7, 1, 0, 17, 23, 24, 26, 31, 31]
+    assert relative_position_bucket(d, False, 32, 128).tolist() == [31, 31, 31, 17, 8, 7, 1, 0, 0, 0, 0, 0, 0, 0]
