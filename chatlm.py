@@ -11,6 +11,7 @@ Raffel et al. 2020, "Exploring the Limits of Transfer Learning with a Unified Te
 Shapes: B batch, S source length, T target length, D d_model, H heads, K width of a head (d_kv), V vocabulary.
 """
 import dataclasses
+import errno
 import json
 import math
 import os
@@ -424,7 +425,11 @@ class ChatLM(nn.Module):
                             ("generation_config.json", lambda path: path.write_text(json.dumps(generation, indent=2) + "\n")),
                             ("config.json", lambda path: path.write_text(c.to_json()))):
             beside = folder / (name + ".tmp")
-            write(beside)
+            try:
+                write(beside)
+            except SafetensorError as e:  # the disk is full, or fails
+                beside.unlink(missing_ok=True)
+                raise OSError(errno.EIO, f"{folder / name} could not be written: {e}") from None
             with open(beside, "rb+") as f:
                 os.fsync(f.fileno())
             os.replace(beside, folder / name)

@@ -592,13 +592,15 @@ def plan_batches(lengths: np.ndarray, budget: int, rng: np.random.Generator) -> 
     their targets' lengths into strips of equal work, and within a strip, up and down in turn, by their sources': with
     1.75 sqrt(number of batches) strips the padding was least on real pairs.
     """
+    if not len(lengths):
+        return []
     order = rng.permutation(len(lengths))
     target, source = lengths[order, 1:].sum(axis=1), lengths[order, 0]
     by_target = np.argsort(target, kind="stable")
     strips = max(1, round(1.75 * (lengths.sum() / budget) ** 0.5))
     cells = np.cumsum((target + source)[by_target])
     strip = np.empty(len(order), dtype=np.int64)
-    strip[by_target] = (cells - 1) * strips // max(1, cells[-1])
+    strip[by_target] = (cells - 1) * strips // cells[-1]
     order = order[np.lexsort((np.where(strip % 2, -source, source), strip))]
     batches, begin = [], 0
     widest = np.zeros(lengths.shape[1], dtype=np.int64)
@@ -609,8 +611,7 @@ def plan_batches(lengths: np.ndarray, budget: int, rng: np.random.Generator) -> 
             batches.append(order[begin:i])
             begin, wider = i, np.array(row)
         widest = wider
-    if len(order):
-        batches.append(order[begin:])
+    batches.append(order[begin:])
     return [batches[i] for i in rng.permutation(len(batches))]
 
 

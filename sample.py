@@ -90,7 +90,8 @@ class GenerationConfig:
 
 @torch.no_grad()
 def generate(model: ChatLM, input_ids: Tensor, attention_mask: Tensor | None = None, **options) -> Tensor:
-    """Answers to prompts: input_ids (B, S) int64 -> ids (B * num_return_sequences, L), start token in front, padded with 0.
+    """Answers to prompts: input_ids (B, S) int64 -> ids (B * num_return_sequences, L), start token in front; what follows
+    an answer's [EOS] is padding (0), after beam search [EOS].
 
     attention_mask: (B, S), 0 where input_ids is padding. options: the fields of GenerationConfig.
     Raises ValueError for an option out of range.
@@ -135,15 +136,16 @@ def beam_search(model: ChatLM, input_ids: Tensor, attention_mask: Tensor | None,
     Every step takes the 2 N best continuations of a prompt's N beams: those among the first N that end are weighed
     against the N best that have ended so far, and the N best of the others go on. As in transformers, a prompt is done
     when early_stopping is true and N have ended, or when its best running beam, at the length of now ("never" with a
-    positive penalty: at the greatest length), scores no better than the worst that has ended.
+    positive penalty: at the greatest length), scores no better than the worst that has ended. As there, what follows
+    an answer's [EOS] is [EOS] again, not padding.
     """
     c, n, limit = model.config, config.num_beams, config.max_new_tokens
     encoded, mask = model.encode(input_ids, attention_mask)
     cache: list[LayerCache] = model.start_cache(encoded)
     batch, device = len(input_ids), input_ids.device
-    results = input_ids.new_full((batch, config.num_return_sequences, limit + 1), c.pad_token_id)
+    results = input_ids.new_full((batch, config.num_return_sequences, limit + 1), c.eos_token_id)
     prompts = torch.arange(batch, device=device)  # those not done, in the order of the tensors below
-    running = input_ids.new_full((batch, n, limit + 1), c.pad_token_id)
+    running = input_ids.new_full((batch, n, limit + 1), c.eos_token_id)
     running[:, :, 0] = c.decoder_start_token_id
     scores = torch.zeros(batch, n, device=device)
     scores[:, 1:] = FINISHED  # at first all beams are equal: go on from one
@@ -232,9 +234,9 @@ def stream_answer(model: ChatLM, tokenizer: Tokenizer, prompt: str, max_len: int
     ids: list[int] = []
     for tensor in steps(model, *to_batch(tokenizer, [prompt], max_len, model.shared.weight.device), config):
         ids = tensor[0].tolist()
+        if len(SPECIAL_TOKENS) <= ids[-1] < FIRST_CHAR:
+            continue  # bytes are text only when their run has ended
         text = tokenizer.decode(ids)
-        if len(SPECIAL_TOKENS) <= ids[-1] < FIRST_CHAR and text.endswith("\ufffd"):
-            continue  # the first bytes of a character
         yield text[len(shown):]
         shown = text
     yield tokenizer.decode(ids)[len(shown):]

@@ -178,8 +178,9 @@ class Tokenizer:
 
     def _encode_chunk(self, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
         codes = to_codepoints("".join(texts))
-        text_ends = np.cumsum([len(t) for t in texts], dtype=np.int64)
-        text_starts = text_ends - [len(t) for t in texts]
+        text_chars = np.array([len(t) for t in texts], dtype=np.int64)
+        text_ends = np.cumsum(text_chars)
+        text_starts = text_ends - text_chars
         # ids[i] is the token that begins at character i: -1 its bytes, DROPPED nothing begins here
         dropped = np.int32(-2)
         ids = self.char_ids[codes]
@@ -656,8 +657,9 @@ def run(main) -> None:
         if isinstance(e, BrokenPipeError):  # the reader of our output has left
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             sys.exit(1)
-        print(f"{Path(sys.argv[0]).name}: error: {e}", file=sys.stderr)
-        sys.exit(1 if isinstance(e, OSError) and e.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO) else 2)
+        text = f"{e.strerror}: {e.filename}" if isinstance(e, OSError) and e.filename else e.strerror if isinstance(e, OSError) and e.strerror else e
+        print(f"{Path(sys.argv[0]).name}: error: {text}", file=sys.stderr)
+        sys.exit(1 if isinstance(e, OSError) and e.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO) else 2)
 
 
 def main() -> None:

@@ -12,6 +12,7 @@ number of ranks nor a restart changes it, and a run that was killed goes on bit 
 """
 import argparse
 import dataclasses
+import errno
 import json
 import math
 import os
@@ -34,7 +35,7 @@ from chatlm import PRESETS, ChatLM, ChatLMConfig
 from data import PairStream
 from tokenizer import ArgumentParser, Tokenizer, number, read_texts, run, write_file
 
-DEMO = {"preset": "demo", "max_steps": 1300, "batch_tokens": 1024, "micro_batch_tokens": 256, "max_len": 64, "vocab_size": 2048,
+DEMO = {"preset": "demo", "max_steps": 1200, "batch_tokens": 1024, "micro_batch_tokens": 512, "max_len": 64, "vocab_size": 2048,
         "optimizer": "adafactor", "lr": 2e-2}
 MAX_BAD_STEPS = 10  # in a row, then training stops
 
@@ -258,8 +259,12 @@ def save_checkpoint(folder: Path, keep: int, model: nn.Module, optimizers: list,
     folder.mkdir(parents=True, exist_ok=True)
     beside = folder / "writing.tmp"
     trained = {n: p.detach() for n, p in model.named_parameters() if p.requires_grad}
-    torch.save({"model": trained, "optimizers": [o.state_dict() for o in optimizers], "state": dataclasses.asdict(state),
-                "identity": identity}, beside)
+    try:
+        torch.save({"model": trained, "optimizers": [o.state_dict() for o in optimizers], "state": dataclasses.asdict(state),
+                    "identity": identity}, beside)
+    except RuntimeError as e:  # the disk is full, or fails
+        beside.unlink(missing_ok=True)
+        raise OSError(errno.EIO, f"a checkpoint could not be written to {folder}: {e}; those before it are whole") from None
     with open(beside, "rb+") as f:
         os.fsync(f.fileno())
     os.replace(beside, folder / f"step-{state.step:08d}-{hash_file(beside)}.pt")
@@ -331,6 +336,7 @@ class Report:
         self.first, self.terminal, self.shown_s = first, sys.stdout.isatty(), 0.0
         if not first:
             return
+        out_dir.mkdir(parents=True, exist_ok=True)
         path = out_dir / "log.jsonl"
         kept = []
         if path.exists():  # what came after the checkpoint that we go on from will come again
@@ -557,8 +563,8 @@ def settle(args: argparse.Namespace, ranks: Ranks, columns: tuple[str, ...] = ("
     args.optimizer = args.optimizer or "adamw"
     args.lr = args.lr or (1e-4 if args.init_from else 2e-3 if args.preset == "small" else 1e-3)
     args.max_len = args.max_len or 320
-    args.batch_tokens = args.batch_tokens or (65536 if on_gpu else 4096)
-    args.micro_batch_tokens = args.micro_batch_tokens or max(len(columns) * args.max_len, min(args.batch_tokens, 16384 if on_gpu else 2048))
+    args.batch_tokens = args.batch_tokens or (65536 if on_gpu else 2048)
+    args.micro_batch_tokens = args.micro_batch_tokens or max(len(columns) * args.max_len, min(args.batch_tokens, 16384 if on_gpu else 1024))
     if not (args.max_steps or args.epochs or args.time_limit):
         args.epochs = 1.0
     for part in filter(None, args.freeze.split(",")):

@@ -1,0 +1,196 @@
+"""Decoding gives transformers' tokens; scores are sacrebleu's; the command serves people."""
+import itertools
+import json
+import math
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import sacrebleu
+import torch
+from transformers import T5Config, T5ForConditionalGeneration
+from transformers.generation import logits_process
+
+import sample
+from chatlm import ChatLM, ChatLMConfig
+from sample import GenerationConfig, bleu4, generate, triples
+from tokenizer import Tokenizer
+
+PENALTIES = [{}, {"repetition_penalty": 1.3}, {"no_repeat_ngram_size": 2}, {"min_new_tokens": 7},
+             {"repetition_penalty": 1.7, "no_repeat_ngram_size": 3, "min_new_tokens": 4}]
+
+
+def make_models(tmp_path, seed: int, **changes) -> tuple[T5ForConditionalGeneration, ChatLM]:
+    torch.manual_seed(seed)
+    config = {"vocab_size": 60, "d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4, "decoder_start_token_id": 0, **changes}
+    theirs = T5ForConditionalGeneration(T5Config(**config)).eval()
+    theirs.save_pretrained(tmp_path)
+    return theirs, ChatLM.from_pretrained(tmp_path)
+
+
+def make_prompts(rows: int = 6, width: int = 12, vocab_size: int = 60) -> tuple[torch.Tensor, torch.Tensor]:
+    g = torch.Generator().manual_seed(0)
+    ids = torch.randint(3, vocab_size, (rows, width), generator=g)
+    mask = torch.ones_like(ids)
+    for i, length in enumerate([width, 5, 3, 9, 1, 7][:rows]):
+        mask[i, length:] = 0
+    return ids * mask, mask
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("penalties", PENALTIES, ids=str)
+def test_greedy_is_transformers(tmp_path, seed, penalties):
+    theirs, ours = make_models(tmp_path, seed, initializer_factor=1.0 + seed % 3, feed_forward_proj=["relu", "gated-gelu"][seed % 2],
+                               tie_word_embeddings=seed < 2)
+    ids, mask = make_prompts()
+    assert torch.equal(generate(ours, ids, mask, max_new_tokens=24, **penalties),
+                       theirs.generate(ids, attention_mask=mask, max_new_tokens=24, do_sample=False, num_beams=1, **penalties))
+
+
+@pytest.mark.parametrize("num_beams", [2, 4, 5])
+@pytest.mark.parametrize("penalties", PENALTIES[::2], ids=str)
+def test_beam_search_is_transformers(tmp_path, num_beams, penalties):
+    for seed in (0, 2):
+        theirs, ours = make_models(tmp_path, seed, initializer_factor=1.0 + seed)
+        ids, mask = make_prompts(4)
+        for length_penalty, early_stopping, returned in [(1.0, False, 1), (1.0, True, num_beams), (2.0, "never", 1), (-2.0, True, 1), (0.0, "never", num_beams)]:
+            options = {"num_beams": num_beams, "length_penalty": length_penalty, "early_stopping": early_stopping,
+                       "num_return_sequences": returned, "max_new_tokens": 12, **penalties}
+            expected = theirs.generate(ids, attention_mask=mask, do_sample=False, **options)
+            assert torch.equal(generate(ours, ids, mask, **options), expected), options
+
+
+def test_rows_of_a_batch_get_what_they_get_alone(tmp_path):
+    _, ours = make_models(tmp_path, 1)
+    ids, mask = make_prompts()
+    for beams in (1, 3):
+        together = generate(ours, ids, mask, max_new_tokens=20, num_beams=beams)
+        for i, row in enumerate(together):
+            alone = generate(ours, ids[i:i + 1, :mask[i].sum()], max_new_tokens=20, num_beams=beams)[0]
+            assert row[:len(alone)].tolist() == alone.tolist()
+            assert set(row[len(alone):].tolist()) <= {0 if beams == 1 else 1}
+
+
+def test_sampling_filters_as_transformers():
+    g = torch.Generator().manual_seed(3)
+    for temperature, top_k, top_p, beams in itertools.product((0.7, 1.0, 1.5), (0, 1, 5, 100), (0.3, 0.9, 1.0), (1, 3)):
+        scores = torch.randn(4, 50, generator=g) * 3
+        least = 2 if beams > 1 else 1
+        expected = logits_process.TemperatureLogitsWarper(temperature)(None, scores)
+        if top_k:
+            expected = logits_process.TopKLogitsWarper(top_k, min_tokens_to_keep=least)(None, expected)
+        if top_p < 1:
+            expected = logits_process.TopPLogitsWarper(top_p, min_tokens_to_keep=least)(None, expected)
+        config = GenerationConfig(do_sample=True, temperature=temperature, top_k=top_k, top_p=top_p, num_beams=beams)
+        assert torch.equal(config.process(scores, torch.zeros(4, 1, dtype=torch.int64), 1), expected)
+
+
+def test_seeded_sampling_is_reproducible_and_draws_from_the_distribution(tmp_path):
+    _, ours = make_models(tmp_path, 0)
+    ids, mask = make_prompts()
+
+    def draw(**options) -> torch.Tensor:
+        torch.manual_seed(5)
+        return generate(ours, ids, mask, max_new_tokens=10, do_sample=True, **options)
+
+    assert torch.equal(draw(), draw())
+    assert torch.equal(draw(top_k=1), generate(ours, ids, mask, max_new_tokens=10))
+    assert torch.equal(draw(num_beams=3), draw(num_beams=3))
+    first = draw(num_return_sequences=500)[:500, 1]
+    logits, _ = ours(ids[:1], mask[:1], decoder_input_ids=torch.zeros(1, 1, dtype=torch.int64))
+    expected = logits[0, 0].softmax(-1)
+    seen = torch.bincount(first, minlength=60) / 500
+    assert (seen - expected).abs().max() < 0.1
+
+
+@pytest.mark.parametrize("options", [{"num_beams": 0}, {"top_p": 1.5}, {"top_p": 0}, {"temperature": -1.0}, {"max_new_tokens": 0}, {"repetition_penalty": 0},
+                                     {"num_return_sequences": 2}, {"early_stopping": "soon"}], ids=str)
+def test_options_out_of_range_are_refused(tmp_path, options):
+    with pytest.raises(ValueError, match=next(iter(options))):
+        GenerationConfig(**options)
+    assert not GenerationConfig(do_sample=True, temperature=0).do_sample
+
+
+def test_bleu_is_sacrebleus():
+    rng = random.Random(0)
+    for trial in range(40):
+        references = ["".join(rng.choice("你我他 好,a") for _ in range(rng.randint(1, 14))) for _ in range(5)]
+        answers = ["".join(c if rng.random() < trial / 40 else "天" for c in r)[:rng.randint(1, 14)] for r in references]
+        assert abs(bleu4(answers, references) - sacrebleu.corpus_bleu(answers, [references], tokenize="char").score) < 0.01
+
+
+def test_triples_are_read():
+    assert triples("[(甲,作者,乙),(甲(1),歌手, 丙)]") == {"甲,作者,乙", "甲(1),歌手,丙"}
+    assert triples("没有") == set()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """A model folder whose model has learnt nothing."""
+    folder = tmp_path_factory.mktemp("model")
+    tokenizer = Tokenizer.train(["你好，世界。今天天气怎么样？"], 300)
+    torch.manual_seed(0)
+    ChatLM(ChatLMConfig.preset("demo", vocab_size=len(tokenizer))).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def test_streamed_answer_is_the_answer(folder):
+    model, tokenizer = ChatLM.from_pretrained(folder), Tokenizer.from_pretrained(folder)
+    for seed in range(20):
+        torch.manual_seed(seed)  # an untrained model writes bytes of broken characters, too
+        parts = list(sample.stream_answer(model, tokenizer, "你好", 64, GenerationConfig(max_new_tokens=40, do_sample=True)))
+        torch.manual_seed(seed)
+        whole = sample.answer(model, tokenizer, ["你好"], 1, 64, max_new_tokens=40, do_sample=True)[0]
+        assert "".join(parts) == whole
+
+
+def call(*args: str, stdin: str = ""):
+    return subprocess.run([sys.executable, "sample.py", *args], capture_output=True, text=True, timeout=60, input=stdin)
+
+
+def test_prompt_and_chat(folder):
+    model = ["--model", str(folder), "--max_new_tokens", "8"]
+    done = call("--prompt", "你好", *model)
+    assert done.returncode == 0 and done.stdout.strip(), done.stderr
+    assert call("--prompt", "你好", *model).stdout == done.stdout
+    chat = call(*model, stdin="你好\n/set temperature 0.5\n/set top_p 2\n/nothing\n/help\n\n/reset\n你好\n")
+    assert chat.returncode == 0 and "top_p must be" in chat.stdout and "unknown command" in chat.stdout and chat.stderr == ""
+
+
+def test_files_are_answered_in_order_and_continued(folder, tmp_path):
+    model = ["--model", str(folder), "--max_new_tokens", "8"]
+    (tmp_path / "p.jsonl").write_text("".join(json.dumps({"prompt": f"你好{i}"}) + "\n" for i in range(10)))
+    out = tmp_path / "a.jsonl"
+    done = call("--input", str(tmp_path / "p.jsonl"), "--output", str(out), *model)
+    assert done.returncode == 0, done.stderr
+    lines = out.read_text("utf-8").splitlines()
+    assert [json.loads(line)["prompt"] for line in lines] == [f"你好{i}" for i in range(10)]
+    out.write_text("\n".join(lines[:4]) + "\n" + lines[4][:10], "utf-8")  # cut off: goes on from there
+    assert call("--input", str(tmp_path / "p.jsonl"), "--output", str(out), *model).returncode == 0
+    assert out.read_text("utf-8").splitlines() == lines
+    (tmp_path / "s.jsonl").write_text(json.dumps({"prompt": "抽取", "response": "[(a,b,c)]"}) + "\n")
+    done = call("--score", str(tmp_path / "s.jsonl"), *model)
+    result = json.loads(done.stdout.splitlines()[-1])
+    assert result["rows"] == 1 and result["f1"] == 0 and abs(math.exp(result["loss"]) - result["ppl"]) < 1e-6 * result["ppl"]
+
+
+@pytest.mark.parametrize("args", [["--prompt", "你好", "--model", "nowhere"], ["--prompt", " "], ["--prompt", "a", "--num_beams", "0"], ["--prompt", "a", "--top_p", "1.5"],
+                                  ["--input", "x.jsonl"], ["--prompt", "a", "--score", "b"], ["--prompt", "a", "--device", "tpu"]], ids=str)
+def test_bad_commands_end_with_one_line(folder, args):
+    done = call(*args, *([] if "--model" in args else ["--model", str(folder)]))
+    assert done.returncode == 2
+    assert len(done.stderr.splitlines()) == 1, done.stderr
+    assert done.stdout == ""
+
+
+def test_no_model_says_what_to_run_first(folder):
+    assert "train one first with  python train.py" in call("--prompt", "你好", "--model", "nowhere").stderr
+
+
+def test_scoring_a_file_without_the_columns(folder, tmp_path):
+    (tmp_path / "s.jsonl").write_text('{"question": "a"}\n')
+    done = call("--score", str(tmp_path / "s.jsonl"), "--model", str(folder))
+    assert done.returncode == 2 and "row 0 has no text" in done.stderr

@@ -1,0 +1,283 @@
+"""Training starts from nothing, loses no step whatever happens, and refuses what cannot work."""
+import dataclasses
+import json
+import math
+import os
+import random
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
+
+import train
+from chatlm import ChatLM
+from data import make_demo
+from sample import generate
+from tokenizer import Tokenizer, run
+from train import learning_rate, list_checkpoints
+
+ROOT = Path(__file__).parents[1]
+ENV = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory) -> list[str]:
+    """Flags of a small training on a part of the demo data, with a tokenizer, two micro-batches a step."""
+    folder = tmp_path_factory.mktemp("base")
+    pairs, valid = make_demo()
+    for name, pairs in (("train", pairs[:3000]), ("valid", valid[:60])):
+        pq.write_table(pa.table({"prompt": [p for p, _ in pairs], "response": [r for _, r in pairs]}), folder / f"{name}.parquet", row_group_size=500)
+    Tokenizer.train([t for pair in make_demo()[0][:3000] for t in pair], 1400).save_pretrained(folder / "tok")
+    return ["--data", str(folder / "train.parquet"), "--valid", str(folder / "valid.parquet"), "--tokenizer", str(folder / "tok"), "--preset", "demo", "--max_len", "40",
+            "--batch_tokens", "512", "--micro_batch_tokens", "256", "--dropout", "0.1", "--workers", "0", "--device", "cpu", "--dtype", "float32", "--warmup_steps", "5"]
+
+
+def command(*args: str, ranks: int = 1) -> list[str]:
+    launch = [sys.executable] if ranks == 1 else [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+    return [*launch, str(ROOT / "train.py"), *args]
+
+
+def call(*args: str, ranks: int = 1, **options) -> subprocess.CompletedProcess:
+    return subprocess.run(command(*args, ranks=ranks), capture_output=True, text=True, timeout=120, env=ENV, **options)
+
+
+@pytest.fixture
+def refused(monkeypatch, capsys):
+    """Run train.py in this process and give the one line with which it ends, status 2."""
+    def refuse(*args: str) -> str:
+        monkeypatch.setattr(sys, "argv", ["train.py", *args])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as e:
+            run(train.main)
+        lines = capsys.readouterr().err.splitlines()
+        assert e.value.code == 2 and len(lines) == 1, lines
+        return lines[0]
+    return refuse
+
+
+def log(out: Path) -> list[dict]:
+    return [json.loads(line) for line in (out / "log.jsonl").read_text("utf-8").splitlines()]
+
+
+def curve(out: Path) -> list[tuple]:
+    """What must come again exactly."""
+    return [tuple(row.get(k) for k in ("step", "loss", "lr", "tokens", "val_loss", "val_ppl", "val_nats_per_char")) for row in log(out)]
+
+
+@pytest.fixture(scope="module")
+def straight(base, tmp_path_factory) -> Path:
+    """A run of 24 steps that nothing interrupts."""
+    out = tmp_path_factory.mktemp("straight") / "out"
+    done = call(*base, "--out_dir", str(out), "--max_steps", "24", "--eval_every", "10", "--save_every", "4")
+    assert done.returncode == 0, done.stderr
+    return out
+
+
+def test_out_dir_holds_what_is_promised(straight):
+    names = {p.name for p in straight.iterdir()}
+    model = {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"}
+    assert model | {"best", "checkpoint", "log.jsonl"} == names
+    assert {p.name for p in (straight / "best").iterdir()} == model
+    assert len(list_checkpoints(straight / "checkpoint")) == 2
+    rows = log(straight)
+    steps = [r for r in rows if "loss" in r]
+    assert [r["step"] for r in steps] == list(range(1, 25))
+    assert all(r.keys() == {"step", "loss", "lr", "tokens", "tok_per_s", "elapsed"} for r in steps)
+    assert steps[-1]["loss"] < steps[0]["loss"] - 1
+    evaluations = [r for r in rows if "val_loss" in r]
+    assert [r["step"] for r in evaluations] == [10, 20, 24]
+    assert all(r.keys() == {"step", "val_loss", "val_ppl", "val_nats_per_char", "elapsed"} for r in evaluations)
+
+
+def test_export_is_transformers_model(straight):
+    theirs, auto = AutoModelForSeq2SeqLM.from_pretrained(straight).eval(), AutoTokenizer.from_pretrained(straight)
+    ours, tokenizer = ChatLM.from_pretrained(straight), Tokenizer.from_pretrained(straight)
+    for prompt in ("法国的首都是哪里？", "大的反义词是什么？"):
+        ids = auto(prompt, return_tensors="pt").input_ids
+        assert ids[0].tolist() == tokenizer.encode(prompt)
+        expected = theirs.generate(ids, max_new_tokens=20, do_sample=False)
+        got = generate(ours, ids, max_new_tokens=20)
+        assert torch.equal(got, expected)
+        assert tokenizer.decode(got[0].tolist()) == auto.decode(expected[0], skip_special_tokens=True)
+
+
+def test_validation_loss_is_transformers(straight, base):
+    theirs, auto = AutoModelForSeq2SeqLM.from_pretrained(straight).eval(), AutoTokenizer.from_pretrained(straight)
+    nats = tokens = chars = 0
+    for row in pq.read_table(base[3]).to_pylist():
+        labels = auto(row["response"], return_tensors="pt").input_ids
+        with torch.no_grad():
+            nats += float(theirs(**auto(row["prompt"], return_tensors="pt"), labels=labels).loss) * labels.numel()
+        tokens, chars = tokens + labels.numel(), chars + len(row["response"])
+    last = log(straight)[-1]
+    assert math.isclose(last["val_loss"], nats / tokens, rel_tol=1e-4)
+    assert math.isclose(last["val_ppl"], math.exp(nats / tokens), rel_tol=1e-3)
+    assert math.isclose(last["val_nats_per_char"], nats / chars, rel_tol=1e-4)
+
+
+def run_and_kill(args: list[str], out: Path, step: int, how: int, ranks: int = 1) -> int:
+    """Start, and send a signal once log.jsonl has reached a step, at some moment within the next one."""
+    process = subprocess.Popen(command(*args, ranks=ranks), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=ENV, start_new_session=True)
+    end_s = time.monotonic() + 60
+    while time.monotonic() < end_s and process.poll() is None:
+        if (out / "log.jsonl").exists() and sum('"loss"' in line for line in open(out / "log.jsonl")) >= step:
+            break
+        time.sleep(0.005)
+    time.sleep(random.random() * 0.05)
+    (os.killpg if how == signal.SIGKILL else os.kill)(process.pid, how)
+    return process.wait(60)
+
+
+def test_resume_is_exact_after_kills(base, straight, tmp_path):
+    out = tmp_path / "out"
+    args = [*base, "--out_dir", str(out), "--max_steps", "24", "--eval_every", "10", "--save_every", "4"]
+    for step, how in ((7, signal.SIGKILL), (13, signal.SIGINT), (18, signal.SIGKILL)):
+        code = run_and_kill(args, out, step, how)
+        assert code == (-signal.SIGKILL if how == signal.SIGKILL else 128 + how)
+    done = call(*args)
+    assert done.returncode == 0 and "going on from" in done.stdout, done.stderr
+    assert curve(out) == curve(straight)
+    for name in ("model.safetensors", "best/model.safetensors"):
+        assert (out / name).read_bytes() == (straight / name).read_bytes()
+
+
+def test_two_processes_take_the_same_steps_and_may_change(base, straight, tmp_path):
+    out = tmp_path / "out"
+    args = [*base, "--out_dir", str(out), "--eval_every", "10", "--save_every", "4"]
+    run_and_kill([*args, "--max_steps", "24"], out, 6, signal.SIGTERM, ranks=2)
+    run_and_kill([*args, "--max_steps", "24"], out, 12, signal.SIGKILL)
+    done = call(*args, "--max_steps", "24", ranks=2)
+    assert done.returncode == 0, done.stderr
+    ours, expected = curve(out), curve(straight)
+    assert [(r[0], r[3]) for r in ours] == [(r[0], r[3]) for r in expected]
+    for a, b in zip(ours, expected, strict=True):
+        for x, y in zip(a[1:], b[1:], strict=True):
+            assert x == y or math.isclose(x, y, rel_tol=2e-3), (a, b)
+
+
+def test_finished_run_says_so_and_can_be_prolonged(base, straight):
+    before = (straight / "log.jsonl").read_bytes()
+    done = call(*base, "--out_dir", str(straight), "--max_steps", "24", "--eval_every", "10", "--save_every", "4")
+    assert done.returncode == 0 and "finished: " in done.stdout and "sample.py" in done.stdout
+    assert (straight / "log.jsonl").read_bytes() == before
+
+
+def test_damaged_checkpoint_is_passed_over(base, straight, tmp_path):
+    import shutil
+    out = tmp_path / "out"
+    shutil.copytree(straight, out)
+    newest, older = list_checkpoints(out / "checkpoint")
+    newest.write_bytes(newest.read_bytes()[:-1000])
+    args = [*base, "--out_dir", str(out), "--max_steps", "24", "--eval_every", "10", "--save_every", "4"]
+    done = call(*args)
+    assert done.returncode == 0 and "is damaged and passed over" in done.stderr and older.name in done.stdout
+    assert curve(out) == curve(straight)
+    for path in list_checkpoints(out / "checkpoint"):
+        path.write_bytes(b"x")
+    done = call(*args)
+    assert done.returncode == 2 and "every checkpoint" in done.stderr
+
+
+def test_full_disk_loses_nothing(base, straight, tmp_path):
+    import shutil
+    out = tmp_path / "out"
+    shutil.copytree(straight, out)
+    kept = {p.name: p.read_bytes() for p in list_checkpoints(out / "checkpoint")}
+    model = (out / "model.safetensors").read_bytes()
+    done = call(*base, "--out_dir", str(out), "--max_steps", "28", "--save_every", "2",
+                preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (len(model) // 2,) * 2))
+    assert done.returncode == 1, done.stderr
+    assert "could not be written" in done.stderr.splitlines()[-1]
+    assert {p.name: p.read_bytes() for p in list_checkpoints(out / "checkpoint")} == kept
+    assert (out / "model.safetensors").read_bytes() == model
+
+
+@pytest.mark.parametrize(("change", "flag"), [(["--seed", "1"], "--seed"), (["--max_len", "39"], "--max_len"), (["--micro_batch_tokens", "128"], "--micro_batch_tokens"),
+                                              (["--preset", "small"], "shape"), (["--optimizer", "adafactor"], "--optimizer"), (["--freeze", "encoder"], "--freeze")], ids=str)
+def test_what_cannot_change_is_named(base, straight, refused, change, flag):
+    before = {p: p.read_bytes() for p in straight.rglob("*") if p.is_file()}
+    line = refused(*base, "--out_dir", str(straight), "--max_steps", "30", *change)
+    assert flag in line and "is not what it was" in line
+    assert {p: p.read_bytes() for p in straight.rglob("*") if p.is_file()} == before
+
+
+def test_bad_input_ends_with_one_line(base, straight, refused, tmp_path):
+    pq.write_table(pa.table({"a": ["b"]}), tmp_path / "no_columns.parquet")
+    pq.write_table(pa.table({"prompt": pa.array([], pa.string()), "response": pa.array([], pa.string())}), tmp_path / "empty.parquet")
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text('{"model_type": "bert"}')
+    new = ["--out_dir", str(tmp_path / "new"), "--max_steps", "2"]
+    big = tmp_path / "big"
+    Tokenizer.train([chr(0x4e00 + i) for i in range(3000)], 4000).save_pretrained(big)
+    cases = [(["--data", "none.parquet", *new], "none.parquet"), (["--data", str(tmp_path / "no_columns.parquet"), *new], "no column 'prompt'"),
+             (["--data", str(tmp_path / "empty.parquet"), *new], "no text"), (["--data", str(tmp_path / "empty.parquet"), "--tokenizer", base[5], *new], "no rows"), (["--max_steps", "-1"], "--max_steps"), (["--lr", "0"], "--lr"), (["--lr", "-1"], "--lr"),
+             (["--max_steps", "3", "--epochs", "1"], "not allowed with"), (["--data", base[1], "--init_from", str(tmp_path / "model"), *new], "tokenizer.json"),
+             (["--data", base[1], "--init_from", str(tmp_path / "model"), "--tokenizer", base[5], *new], "'bert'"),
+             (["--data", base[1], "--init_from", str(straight), "--tokenizer", str(big), *new], "the tokenizer has"), (["--data", base[1], "--out_dir", str(straight / "best"), "--max_steps", "2"], "no checkpoint"),
+             (["--data", base[1], "--freeze", "head", *new], "--freeze 'head'"), (["--data", base[1], "--tokenizer", base[5], "--resume", "nowhere", *new], "no checkpoint there"), (["--device", "tpu"], "--device tpu")]
+    for args, message in cases:
+        assert message in refused(*args), args
+    assert not (tmp_path / "new" / "log.jsonl").exists()
+
+
+def test_fine_tuning_leaves_frozen_parts_alone(base, straight, tmp_path):
+    out = tmp_path / "sft"
+    i = base.index("--preset")
+    args = base[:i] + base[i + 2:]
+    done = call(*args, "--init_from", str(straight), "--freeze", "shared,encoder", "--max_steps", "3", "--out_dir", str(out), "--lr", "1e-3", "--optimizer", "adafactor")
+    assert done.returncode == 0, done.stderr
+    before, after = ChatLM.from_pretrained(straight).state_dict(), ChatLM.from_pretrained(out).state_dict()
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed and all(name.startswith("decoder.") for name in changed)
+
+
+def test_infinite_gradients_change_nothing_and_end_the_run(base, straight, tmp_path):
+    import shutil
+    from safetensors.torch import load_file, save_file
+    model = tmp_path / "model"
+    shutil.copytree(straight / "best", model)
+    weights = load_file(model / "model.safetensors")
+    weights["decoder.final_layer_norm.weight"][0] = math.nan
+    save_file(weights, model / "model.safetensors", {"format": "pt"})
+    i = base.index("--preset")
+    done = call(*base[:i], *base[i + 2:], "--init_from", str(model), "--max_steps", "30", "--out_dir", str(tmp_path / "out"))
+    assert done.returncode == 2 and "no finite loss in 10 steps" in done.stderr.splitlines()[-1], done.stderr
+    assert [r["loss"] for r in log(tmp_path / "out")] == [None] * 10
+
+
+@pytest.mark.parametrize("flags", [["--optimizer", "muon"], ["--dtype", "bfloat16"], ["--schedule", "onecycle", "--epochs", "0.1"], ["--time_limit", "2"]], ids=str)
+def test_other_ways_to_train_work(base, tmp_path, flags):
+    limit = [] if {"--epochs", "--time_limit"} & set(flags) else ["--max_steps", "12"]
+    done = call(*base, "--lr", "5e-3", "--out_dir", str(tmp_path / "out"), *flags, *limit)
+    assert done.returncode == 0, done.stderr
+    losses = [r["loss"] for r in log(tmp_path / "out") if "loss" in r]
+    assert len(losses) >= 2 and min(losses[1:]) < losses[0]
+
+
+def test_no_data_is_the_demo(tmp_path):
+    done = subprocess.run([sys.executable, str(ROOT / "train.py"), "--max_steps", "3", "--eval_every", "3"], capture_output=True, text=True, timeout=120, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    for text in ("making demo data", "training a tokenizer", "held-out facts: 7", "unseen sums", 'python sample.py --prompt "'):
+        assert text in done.stdout
+    assert (tmp_path / "out" / "model.safetensors").exists()
+
+
+def test_schedules():
+    def at(kind, x, step=1000):
+        return learning_rate(kind, x, step, 1.0, 0.1, 100)
+    assert [round(at("cosine", x), 6) for x in (0, 0.5, 1)] == [1, 0.55, 0.1]
+    assert [round(at("onecycle", x), 6) for x in (0, 0.15, 0.3, 0.65, 1)] == [0.1, 0.55, 1, 0.55, 0.1]
+    assert [round(at("wsd", x), 6) for x in (0, 0.5, 0.8, 0.9, 1)] == [1, 1, 1, 0.55, 0.1]
+    assert at("constant", 1) == 1 and math.isclose(at("cosine", 0, step=49), 0.5)
+
+
+def test_state_is_plain_numbers():
+    assert json.loads(json.dumps({k: v for k, v in dataclasses.asdict(train.State()).items() if k != "best_val"}))
