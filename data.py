@@ -10,7 +10,6 @@ MinHash: Broder 1997, "On the resemblance and containment of documents"; by one 
 2017 (arXiv:1703.04664). torch is imported where batches are made and not before, so that the background processes
 that clean and tokenise stay small.
 """
-import json
 import multiprocessing
 import os
 import random

@@ -137,7 +137,7 @@ def preference(args: argparse.Namespace, ranks: train.Ranks, model: ChatLM, toke
 
 
 def tune(argv: list[str]) -> None:
-    parser = train.parser_for("DPO on prompt, chosen, rejected. Also: dpo.py reject --help, dpo.py merge --help.", batch_tokens=None, lr=None)
+    parser = train.parser_for("DPO on prompt, chosen, rejected. Also: dpo.py reject --help, dpo.py merge --help.")
     parser.add_argument("--beta", type=number(float, 0, above=True), default=0.1, help="how dear it is to leave the reference")
     parser.add_argument("--loss", choices=["sigmoid", "ipo"], default="sigmoid", help="sigmoid: the paper's")
     parser.add_argument("--label_smoothing", type=number(float, 0, 0.5), default=0.0, help="share of pairs taken as mislabelled")
@@ -146,6 +146,7 @@ def tune(argv: list[str]) -> None:
     if not args.data or not args.init_from:
         parser.error("--init_from and --data are needed")
     args.preset = args.vocab_size = None
+    args.optimizer = args.optimizer or "adamw"
     args.lr = args.lr or (1e-4 if args.lora_rank else 1e-5)
     ranks = train.Ranks.join(args.device)
     train.settle(args, ranks, COLUMNS)

@@ -14,7 +14,7 @@ import os
 import re
 import sys
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -102,9 +102,7 @@ def generate(model: ChatLM, input_ids: Tensor, attention_mask: Tensor | None = N
     if config.num_return_sequences > 1:
         input_ids = input_ids.repeat_interleave(config.num_return_sequences, 0)
         attention_mask = None if attention_mask is None else attention_mask.repeat_interleave(config.num_return_sequences, 0)
-    for ids in steps(model, input_ids, attention_mask, config):
-        pass
-    return ids
+    return deque(steps(model, input_ids, attention_mask, config), maxlen=1)[0]
 
 
 @torch.no_grad()

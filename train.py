@@ -36,11 +36,11 @@ from data import PairStream
 from tokenizer import ArgumentParser, Tokenizer, number, read_texts, run, write_file
 
 DEMO = {"preset": "demo", "max_steps": 1200, "batch_tokens": 1024, "micro_batch_tokens": 512, "max_len": 64, "vocab_size": 2048,
-        "optimizer": "adafactor", "lr": 2e-2}
+        "lr": 2e-2}
 MAX_BAD_STEPS = 10  # in a row, then training stops
 
 
-def parser_for(description: str, **defaults) -> ArgumentParser:
+def parser_for(description: str) -> ArgumentParser:
     """The flags that train.py and dpo.py share."""
     p = ArgumentParser(description=description)
     add = p.add_argument
@@ -57,11 +57,12 @@ def parser_for(description: str, **defaults) -> ArgumentParser:
     add("--batch_tokens", type=number(int, 1), help="tokens of a step, both sides, over all ranks")
     add("--micro_batch_tokens", type=number(int, 1), help="bound on B * (S + T) of one forward pass on one device")
     add("--max_len", type=number(int, 2), help="tokens a side, longer ones are cut; none: 320")
-    add("--lr", type=number(float, 0, above=True), help="highest learning rate")
+    add("--lr", type=number(float, 0, above=True),
+        help="highest learning rate; none: 0.02 (0.2b 0.005, from a model 0.002), with other optimizers than adafactor 0.002 (1e-4)")
     add("--min_lr", type=number(float, 0), help="where the schedule ends (and one-cycle begins); none: a hundredth of --lr")
     add("--schedule", choices=["cosine", "onecycle", "wsd", "constant"], default="cosine", help="how the learning rate moves")
     add("--warmup_steps", type=number(int, 0), default=100, help="steps in which it rises from 0")
-    add("--optimizer", choices=["adamw", "adafactor", "muon"], help="none: adamw, for the demo adafactor; muon is for the hidden matrices, with AdamW for the rest")
+    add("--optimizer", choices=["adamw", "adafactor", "muon"], help="none: adafactor; muon is for the hidden matrices, with AdamW for the rest")
     add("--weight_decay", type=number(float, 0), default=0.01, help="of matrices, not of norms and embeddings")
     add("--grad_clip", type=number(float, 0, above=True), default=1.0, help="largest norm of the gradient")
     add("--dropout", type=number(float, 0, 1), default=0.0, help="rate, wherever T5 has it")
@@ -70,14 +71,14 @@ def parser_for(description: str, **defaults) -> ArgumentParser:
     add("--eval_every", type=number(int, 1), default=500, help="steps")
     add("--save_every", type=number(int, 1), default=500, help="steps")
     add("--keep", type=number(int, 1), default=2, help="checkpoints that are kept")
-    add("--resume", default="auto", metavar="auto|never|CHECKPOINT", help="auto: from the newest checkpoint of --out_dir, if there is one")
+    add("--resume", default="auto", metavar="auto|never|CHECKPOINT",
+        help="auto: go on from the newest checkpoint of --out_dir, if there is one; never: begin anew and drop them")
     add("--seed", type=int, default=0, help="of the weights, the order of the data and dropout")
     add("--device", help="cpu, cuda or cuda:N; none: a GPU if there is one")
     add("--workers", type=number(int, 0), default=1, help="background processes a rank that tokenise")
     add("--lora_rank", type=number(int, 1), help="train low-rank additions to --lora_targets, and nothing else")
     add("--lora_alpha", type=number(float, 0, above=True), default=16.0, help="the additions are scaled by alpha / rank")
     add("--lora_targets", default="q,v", metavar="q,k,v,o,wi,wo", help="the linear layers that have them, or all")
-    p.set_defaults(**defaults)
     return p
 
 
@@ -209,34 +210,33 @@ def merge_lora(model: ChatLM) -> None:
 def make_optimizers(model: nn.Module, name: str, lr: float, weight_decay: float) -> list[torch.optim.Optimizer]:
     """Weight decay is for the matrices of linear layers: norms, embeddings and position biases are left alone."""
     named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
-    matrices = [p for n, p in named if p.dim() == 2 and not any(part in n for part in ("shared", "relative_attention_bias", "lm_head"))]
-    chosen = set(map(id, matrices))
-    rest = [p for _, p in named if id(p) not in chosen]
 
-    def groups(*lists: list[nn.Parameter]) -> list[dict]:
-        decays = (weight_decay, 0.0) if len(lists) == 2 else (0.0,)
-        return [{"params": params, "weight_decay": d} for params, d in zip(lists, decays) if params]
+    def is_matrix(name: str, p: nn.Parameter) -> bool:
+        return p.dim() == 2 and not any(part in name for part in ("shared", "relative_attention_bias", "lm_head"))
 
-    if name == "adafactor":
-        return [torch.optim.Adafactor(groups(matrices, rest), lr=lr)]
-    fused = all(p.is_floating_point() for _, p in named)
-    if name == "muon" and matrices:
+    matrices, rest = [p for n, p in named if is_matrix(n, p)], [p for n, p in named if not is_matrix(n, p)]
+    groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": rest, "weight_decay": 0.0}]
+    if name == "muon":
         optimizers: list[torch.optim.Optimizer] = [torch.optim.Muon(matrices, lr=lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw")]
-        return optimizers + ([torch.optim.AdamW(groups(rest), lr=lr, betas=(0.9, 0.98), fused=fused)] if rest else [])
-    return [torch.optim.AdamW(groups(matrices, rest), lr=lr, betas=(0.9, 0.98), fused=fused)]
+        return [*optimizers, torch.optim.AdamW(groups[1:], lr=lr, betas=(0.9, 0.98), fused=True)] if rest else optimizers
+    groups = [g for g in groups if g["params"]]
+    return [torch.optim.Adafactor(groups, lr=lr) if name == "adafactor" else torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.98), fused=True)]
 
 
 def learning_rate(schedule: str, progress: float, step: int, lr: float, min_lr: float, warmup_steps: int) -> float:
     """progress: 0 to 1, the share of the training that is behind; step: counted from 0."""
-    if schedule == "onecycle":  # up for the first 30 %, then down, both along a cosine
-        x = 1 - progress / 0.3 if progress < 0.3 else (progress - 0.3) / 0.7
-    elif schedule == "cosine":
-        x = progress
-    else:  # constant, and warmup-stable-decay, which falls in a straight line over the last fifth
-        fall = max(0.0, (progress - 0.8) / 0.2) if schedule == "wsd" else 0.0
-        x = math.acos(1 - 2 * min(1.0, fall)) / math.pi
-    value = min_lr + (lr - min_lr) * 0.5 * (1 + math.cos(math.pi * min(1.0, x)))
-    return value * min(1.0, (step + 1) / warmup_steps) if warmup_steps and schedule != "onecycle" else value
+    def falling(x: float) -> float:
+        return 0.5 * (1 + math.cos(math.pi * min(1.0, x)))
+
+    if schedule == "onecycle":  # up for the first 30 %, then down
+        share = falling(1 - progress / 0.3) if progress < 0.3 else falling((progress - 0.3) / 0.7)
+        return min_lr + (lr - min_lr) * share
+    share = 1.0
+    if schedule == "cosine":
+        share = falling(progress)
+    elif schedule == "wsd":  # warmup, stable, decay: a straight line down over the last fifth
+        share = min(1.0, max(0.0, 1 - progress) / 0.2)
+    return (min_lr + (lr - min_lr) * share) * min(1.0, (step + 1) / max(1, warmup_steps))
 
 
 # --- checkpoints -------------------------------------------------------------------------------------------------------------------
@@ -385,7 +385,12 @@ class Stop:
 
     def ask(self, number: int, frame) -> None:
         self.signal = number
-        signal.signal(number, signal.SIG_DFL)
+        self.leave()
+
+    def leave(self) -> None:
+        """Back to what signals do otherwise."""
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def fit(args: argparse.Namespace, ranks: Ranks, model: ChatLM, stream: PairStream, objective: Objective, identity: dict) -> State:
@@ -399,6 +404,11 @@ def fit(args: argparse.Namespace, ranks: Ranks, model: ChatLM, stream: PairStrea
     if checkpoint:
         state = load_checkpoint(checkpoint, model, optimizers, identity)
         stream.state = dict(state.stream)
+    ranks.wait()
+    if ranks.first:  # what came after the checkpoint that we go on from would be taken for newer
+        for path in list_checkpoints(out_dir / "checkpoint"):
+            if int(path.name.split("-")[1]) > state.step or not checkpoint:
+                path.unlink()
     report = Report(out_dir, ranks.first, state.step)
     if checkpoint:
         report.say(f"going on from {checkpoint}: step {state.step:,}, {state.tokens:,} tokens")
@@ -495,6 +505,7 @@ def fit(args: argparse.Namespace, ranks: Ranks, model: ChatLM, stream: PairStrea
         if state.step % args.save_every == 0 or done >= 1 or asked:
             save()
     stream.close()
+    stop.leave()
     if asked:
         report.say(f"stopped at step {state.step:,} and saved; the same command goes on from there")
         ranks.leave()
@@ -560,11 +571,12 @@ def settle(args: argparse.Namespace, ranks: Ranks, columns: tuple[str, ...] = ("
         raise ValueError("--preset is for a new model; --init_from brings its own shape")
     args.preset, args.vocab_size = args.preset or "small", args.vocab_size or 29298
     on_gpu = ranks.device.type == "cuda"
-    args.optimizer = args.optimizer or "adamw"
-    args.lr = args.lr or (1e-4 if args.init_from else 2e-3 if args.preset == "small" else 1e-3)
+    args.optimizer = args.optimizer or "adafactor"
+    args.lr = args.lr or (1e-4 if args.optimizer != "adafactor" and args.init_from else 2e-3 if args.optimizer != "adafactor" or args.init_from
+                          else 5e-3 if args.preset == "0.2b" else 2e-2)
     args.max_len = args.max_len or 320
-    args.batch_tokens = args.batch_tokens or (65536 if on_gpu else 2048)
-    args.micro_batch_tokens = args.micro_batch_tokens or max(len(columns) * args.max_len, min(args.batch_tokens, 16384 if on_gpu else 1024))
+    args.batch_tokens = args.batch_tokens or (65536 if on_gpu else 1280)
+    args.micro_batch_tokens = args.micro_batch_tokens or max(len(columns) * args.max_len, 16384 if on_gpu else 512)
     if not (args.max_steps or args.epochs or args.time_limit):
         args.epochs = 1.0
     for part in filter(None, args.freeze.split(",")):

@@ -5,6 +5,7 @@ import math
 import os
 import random
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -32,10 +33,10 @@ ENV = {**os.environ, "OMP_NUM_THREADS": "1"}
 def base(tmp_path_factory) -> list[str]:
     """Flags of a small training on a part of the demo data, with a tokenizer, two micro-batches a step."""
     folder = tmp_path_factory.mktemp("base")
-    pairs, valid = make_demo()
-    for name, pairs in (("train", pairs[:3000]), ("valid", valid[:60])):
+    train_pairs, valid_pairs = make_demo()[0][:3000], make_demo()[1][:60]
+    for name, pairs in (("train", train_pairs), ("valid", valid_pairs)):
         pq.write_table(pa.table({"prompt": [p for p, _ in pairs], "response": [r for _, r in pairs]}), folder / f"{name}.parquet", row_group_size=500)
-    Tokenizer.train([t for pair in make_demo()[0][:3000] for t in pair], 1400).save_pretrained(folder / "tok")
+    Tokenizer.train([t for pair in train_pairs for t in pair], 1400).save_pretrained(folder / "tok")
     return ["--data", str(folder / "train.parquet"), "--valid", str(folder / "valid.parquet"), "--tokenizer", str(folder / "tok"), "--preset", "demo", "--max_len", "40",
             "--batch_tokens", "512", "--micro_batch_tokens", "256", "--dropout", "0.1", "--workers", "0", "--device", "cpu", "--dtype", "float32", "--warmup_steps", "5"]
 
@@ -171,7 +172,6 @@ def test_finished_run_says_so_and_can_be_prolonged(base, straight):
 
 
 def test_damaged_checkpoint_is_passed_over(base, straight, tmp_path):
-    import shutil
     out = tmp_path / "out"
     shutil.copytree(straight, out)
     newest, older = list_checkpoints(out / "checkpoint")
@@ -186,8 +186,16 @@ def test_damaged_checkpoint_is_passed_over(base, straight, tmp_path):
     assert done.returncode == 2 and "every checkpoint" in done.stderr
 
 
+def test_beginning_anew_leaves_nothing_of_the_old_run(base, straight, tmp_path):
+    out = tmp_path / "out"
+    shutil.copytree(straight, out)
+    done = call(*base, "--out_dir", str(out), "--max_steps", "3", "--resume", "never")
+    assert done.returncode == 0, done.stderr
+    assert [r["step"] for r in log(out) if "loss" in r] == [1, 2, 3]
+    assert [int(p.name.split("-")[1]) for p in list_checkpoints(out / "checkpoint")] == [3]
+
+
 def test_full_disk_loses_nothing(base, straight, tmp_path):
-    import shutil
     out = tmp_path / "out"
     shutil.copytree(straight, out)
     kept = {p.name: p.read_bytes() for p in list_checkpoints(out / "checkpoint")}
@@ -240,7 +248,6 @@ def test_fine_tuning_leaves_frozen_parts_alone(base, straight, tmp_path):
 
 
 def test_infinite_gradients_change_nothing_and_end_the_run(base, straight, tmp_path):
-    import shutil
     from safetensors.torch import load_file, save_file
     model = tmp_path / "model"
     shutil.copytree(straight / "best", model)
