@@ -622,11 +622,18 @@ def read_texts(paths: Iterable[str | Path]) -> Iterator[str]:
         yield from (value for value in chosen if isinstance(value, str) and value)
 
 
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Defaults in --help, where there are any."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return super()._get_help_string(action) if action.default not in (None, "", False) else action.help
+
+
 class ArgumentParser(argparse.ArgumentParser):
     """argparse with defaults in --help, no abbreviations, and one line for an error."""
 
     def __init__(self, *args, **kwargs):
-        super().__init__(*args, formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False, **kwargs)
+        super().__init__(*args, formatter_class=HelpFormatter, allow_abbrev=False, **kwargs)
 
     def error(self, message: str):
         print(f"{self.prog}: error: {message} (see --help)", file=sys.stderr)

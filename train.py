@@ -54,8 +54,8 @@ def parser_for(description: str) -> ArgumentParser:
     limit.add_argument("--max_steps", type=number(int, 1), help="steps in all")
     limit.add_argument("--epochs", type=number(float, 0, above=True), help="passes over the data in all; the default is 1")
     limit.add_argument("--time_limit", type=number(float, 0, above=True), metavar="SECONDS", help="of training in all")
-    add("--batch_tokens", type=number(int, 1), help="tokens of a step, both sides, over all ranks")
-    add("--micro_batch_tokens", type=number(int, 1), help="bound on B * (S + T) of one forward pass on one device")
+    add("--batch_tokens", type=number(int, 1), help="tokens of a step, both sides, over all ranks; none: 65536 on a GPU, 1280 on a CPU")
+    add("--micro_batch_tokens", type=number(int, 1), help="bound on B * (S + T) of one forward pass on one device; none: 16384 on a GPU, 640 on a CPU")
     add("--max_len", type=number(int, 2), help="tokens a side, longer ones are cut; none: 320")
     add("--lr", type=number(float, 0, above=True),
         help="highest learning rate; none: 0.02 (0.2b 0.005, from a model 0.002), with other optimizers than adafactor 0.002 (1e-4)")
