@@ -35,7 +35,7 @@ from chatlm import PRESETS, ChatLM, ChatLMConfig
 from data import PairStream
 from tokenizer import ArgumentParser, Tokenizer, number, read_texts, run, write_file
 
-DEMO = {"preset": "demo", "max_steps": 1200, "batch_tokens": 1024, "micro_batch_tokens": 512, "max_len": 64, "vocab_size": 2048,
+DEMO = {"preset": "demo", "max_steps": 1000, "batch_tokens": 1024, "micro_batch_tokens": 512, "max_len": 64, "vocab_size": 2048,
         "lr": 2e-2}
 MAX_BAD_STEPS = 10  # in a row, then training stops
 
