@@ -19,6 +19,7 @@ import errno
 import gzip
 import heapq
 import json
+import multiprocessing
 import os
 import re
 import sys
@@ -26,11 +27,13 @@ import time
 import unicodedata
 import zlib
 from collections.abc import Iterable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+import xxhash
 
 SPECIAL_TOKENS = ["[PAD]", "[EOS]", "[SEP]", "[BOS]", "[CLS]", "[MASK]", "[UNK]"]  # ids 0 to 6
 PAD, EOS = 0, 1
@@ -38,6 +41,7 @@ BYTE_TOKENS = [f"<0x{b:02X}>" for b in range(256)]  # ids 7 to 262
 FIRST_CHAR = len(SPECIAL_TOKENS) + 256
 REPLACEMENT_CHAR = 0xFFFD  # what a lone surrogate is read as
 CHUNK_CHARS = 1 << 18  # texts are encoded in batches of about this many characters
+TRAINING_BYTES_PER_CHAR, TRAINING_BASE_BYTES = 90, 200_000_000  # of peak memory, rounded up from measurements
 LONG_PIECE = 128  # pieces of more symbols are merged one at a time, with a heap
 
 # The punctuation of the Rust crate behind tokenizers is that of Unicode 8: what came later is not punctuation there,
@@ -361,7 +365,7 @@ class Tokenizer:
 
     @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int = 29298, min_frequency: int = 2,
-              character_coverage: float = 0.9999, nfkc: bool = False, progress: bool = False) -> "Tokenizer":
+              character_coverage: float = 0.9999, nfkc: bool = False, workers: int = 1, progress: bool = False) -> "Tokenizer":
         """Learn a tokenizer: always merge the most frequent adjacent pair, ties by the smaller (left id, right id).
 
         min_frequency: pairs seen less often are not merged, so the vocabulary can stay smaller than vocab_size.
@@ -370,13 +374,10 @@ class Tokenizer:
         """
         counts = np.zeros(0x110000, dtype=np.int64)
         parts = []
-        for chunk in batches(texts, CHUNK_CHARS):
-            if nfkc:
-                chunk = [unicodedata.normalize("NFKC", t) for t in chunk]
-            codes = to_codepoints("".join(chunk))
-            lengths = np.array([len(t) for t in chunk], dtype=np.int64)
-            counts += np.bincount(codes, minlength=len(counts))
-            parts.append(long_pieces(codes, piece_starts(codes, np.cumsum(lengths) - lengths)))
+        with multiprocessing.get_context("spawn").Pool(workers) if workers > 1 else nullcontext() as pool:
+            for seen, times, *part in (pool.imap if pool else map)(cut_chunk, ((c, nfkc) for c in batches(texts, CHUNK_CHARS))):
+                counts[seen] += times
+                parts.append(part)
         if not counts.any():
             raise ValueError("the corpus has no text to learn a tokenizer from")
         alphabet = np.flatnonzero(counts)
@@ -401,13 +402,19 @@ def _decode_bytes(pending: bytearray) -> str:
         return chr(REPLACEMENT_CHAR) * len(pending)
 
 
-def long_pieces(codes: np.ndarray, starts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The pieces of two characters and more, which alone can hold merges: codepoints one after the other, and sizes."""
-    sizes = np.diff(np.append(np.flatnonzero(starts), len(codes)))
-    return codes[np.repeat(sizes > 1, sizes)], sizes[sizes > 1]
+def cut_chunk(job: tuple[list[str], bool]) -> tuple[np.ndarray, ...]:
+    """Texts, and whether to normalise them -> their characters and how often each occurs; the pieces of two characters
+    and more, which alone can hold merges: codepoints one after the other, and sizes."""
+    texts, nfkc = job
+    if nfkc:
+        texts = [unicodedata.normalize("NFKC", t) for t in texts]
+    codes = to_codepoints("".join(texts))
+    lengths = np.array([len(t) for t in texts], dtype=np.int64)
+    sizes = np.diff(np.append(np.flatnonzero(piece_starts(codes, np.cumsum(lengths) - lengths)), len(codes)))
+    return *np.unique(codes, return_counts=True), codes[np.repeat(sizes > 1, sizes)], sizes[sizes > 1]
 
 
-def unique_pieces(parts: list[tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def unique_pieces(parts: list[list[np.ndarray]]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Equal pieces once, with their number: (codepoints, sizes) parts -> codepoints, sizes, frequency.
 
     Pieces are compared by a 64-bit hash: the sum of a random number a codepoint times an odd factor a position.
@@ -599,6 +606,26 @@ def read_rows(paths: Iterable[str | Path], report=None, encoding: str = "utf-8")
             raise ValueError(f"{path} cannot be read: {e}") from None
 
 
+def sampled_texts(paths: list[str], memory_bytes: int) -> Iterator[str]:
+    """The texts of files, or of a corpus whose training would not fit the memory a uniform sample: those whose hash falls
+    below the share that fits, the same whatever their order."""
+    fits = max(1, (memory_bytes - TRAINING_BASE_BYTES) // TRAINING_BYTES_PER_CHAR)
+    chars = sum(map(len, read_texts(paths)))
+    if chars > fits:
+        print(f"{chars:,} characters do not fit --memory: training on a sample of {100 * fits / chars:.1f} % of the texts", file=sys.stderr)
+    for text in read_texts(paths):
+        if chars <= fits or xxhash.xxh3_64_intdigest(text.encode("utf-8", "surrogatepass")) < fits / chars * 2 ** 64:
+            yield text
+
+
+def memory_size(text: str) -> int:
+    """An argparse type: 4GB, 512MB, or bytes -> bytes."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)B?", text.strip().upper())
+    if not match or not float(match[1]):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a size like 4GB or 512MB")
+    return int(float(match[1]) * 1000 ** " KMGT".index(match[2] or " "))
+
+
 def input_files(paths: Iterable[str | Path]) -> list[Path]:
     """The files meant by names of files and folders, in a fixed order."""
     kinds = (".parquet", ".jsonl", ".json", ".csv", ".txt")
@@ -680,13 +707,15 @@ def main() -> None:
     train.add_argument("--character_coverage", type=number(float, 0, 1, above=True), default=0.9999,
                        help="share of the text that the alphabet spells without bytes")
     train.add_argument("--nfkc", action="store_true", help="normalise text to NFKC first (decoding gives the normalised text)")
+    train.add_argument("--memory", type=memory_size, default="4GB", help="what training may use; of a corpus too large for it, a sample is taken")
+    train.add_argument("--workers", type=number(int, 1), default=1, help="processes that cut the corpus into pieces")
     stats = commands.add_parser("stats", help="characters per token, byte-fallback rate, speed")
     stats.add_argument("input", nargs="+", metavar="IN", help="files as for train")
     stats.add_argument("--tokenizer", required=True, metavar="DIR", help="folder with tokenizer.json")
     args = parser.parse_args()
     if args.command == "train":
-        tokenizer = Tokenizer.train(read_texts(args.input), args.vocab_size, args.min_frequency, args.character_coverage,
-                                    args.nfkc, progress=sys.stderr.isatty())
+        tokenizer = Tokenizer.train(sampled_texts(args.input, args.memory), args.vocab_size, args.min_frequency,
+                                    args.character_coverage, args.nfkc, args.workers, progress=sys.stderr.isatty())
         tokenizer.save_pretrained(args.out)
         print(f"{args.out}: {len(tokenizer):,} tokens, {len(tokenizer.merges):,} merges")
     else:

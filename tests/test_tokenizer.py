@@ -217,11 +217,16 @@ def test_command_line(tmp_path):
     done = call("train", str(tmp_path), "--out", str(tmp_path / "tok"), "--vocab_size=800")
     assert done.returncode == 0, done.stderr
     assert "800 tokens" in done.stdout
+    done = call("train", str(tmp_path / "corpus.txt"), "--out", str(tmp_path / "two"), "--vocab_size=800", "--workers", "2", "--memory", "1GB")
+    assert done.returncode == 0 and done.stderr == "", done.stderr
+    assert (tmp_path / "two" / "tokenizer.json").read_bytes() == (tmp_path / "tok" / "tokenizer.json").read_bytes()
+    done = call("train", str(tmp_path / "corpus.txt"), "--out", str(tmp_path / "sample"), "--vocab_size=800", "--memory", "200.3MB")
+    assert done.returncode == 0 and "training on a sample of" in done.stderr, done.stderr
     done = call("stats", str(tmp_path / "corpus.txt"), "--tokenizer", str(tmp_path / "tok"))
     assert done.returncode == 0, done.stderr
     assert "characters a token" in done.stdout
     for args in (["train", "no.txt", "--out", "x"], ["train", str(tmp_path), "--out", str(tmp_path / "y"), "--vocab_size", "300"],
-                 ["train", str(tmp_path), "--out", "x", "--vocab_size", "many"], ["stats", str(tmp_path), "--tokenizer", "nowhere"], []):
+                 ["train", str(tmp_path), "--out", "x", "--vocab_size", "many"], ["train", str(tmp_path), "--out", "x", "--memory", "much"], ["stats", str(tmp_path), "--tokenizer", "nowhere"], []):
         done = call(*args)
         assert done.returncode == 2
         assert len(done.stderr.splitlines()) == 1, done.stderr
