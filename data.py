@@ -15,7 +15,6 @@ import os
 import random
 import re
 import sys
-import threading
 import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -28,7 +27,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import xxhash
 
-from tokenizer import EOS, PAD, ArgumentParser, Tokenizer, input_files, number, read_rows, run, to_codepoints
+from tokenizer import EOS, PAD, ArgumentParser, Problems, Tokenizer, end_with_parent, in_order, input_files, number, read_rows, run, to_codepoints
 
 ROW_GROUP = 8192  # rows of a Parquet row group that we write, and of the batches handed to workers
 WINDOW_ROWS = 1 << 16  # PairStream shuffles and sorts within windows of at least so many rows
@@ -330,39 +329,25 @@ def grouped(rows: Iterable, size: int) -> Iterator[list]:
 
 
 def clean(inputs: list[str], source: str, out: str, fields: list[str], min_chars: int, max_chars: int, workers: int) -> None:
-    dropped, total = Counter(), 0
-
-    def report(path, row, reason):
-        dropped["line is not JSON"] += 1
+    dropped, total, problems = Counter(), 0, Problems()
 
     def results() -> Iterator[dict]:
         nonlocal total
-        raw = read_rows(inputs, report, encoding=ENCODINGS.get(source, "utf-8"))
+        raw = read_rows(inputs, problems, ENCODINGS.get(source, "utf-8"))
         jobs = ((batch, source, fields, min_chars, max_chars) for batch in grouped(raw, ROW_GROUP))
-        with multiprocessing.get_context("spawn").Pool(workers) if workers > 1 else Inline() as pool:
-            for kept, reasons in pool.imap(clean_rows, jobs):
-                dropped.update(reasons)
-                total += len(kept)
-                yield from kept
+        for kept, reasons in in_order(clean_rows, jobs, workers):
+            dropped.update(reasons)
+            total += len(kept)
+            yield from kept
 
     write_pairs(out, results(), ("prompt", "chosen", "rejected") if source == "preference" else ("prompt", "response"))
-    seen = total + sum(dropped.values())
-    for reason, rows in [("kept", total), *dropped.most_common(), ("all", seen)]:
+    dropped["line is not JSON"] += problems.pop("line is not JSON", 0)
+    for reason, rows in [("kept", total), *(+dropped).most_common(), ("all", total + dropped.total())]:
         print(f"{rows:>12,}  {reason}")
+    for line in problems.lines():
+        print(f"data.py: warning: {line}", file=sys.stderr)
     if not total:
         print(f"data.py: warning: no row was kept; is this a {source} file?", file=sys.stderr)
-
-
-class Inline:
-    """A pool of no processes: what one worker, or none, needs."""
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        pass
-
-    imap = staticmethod(map)
 
 
 # --- dedup ----------------------------------------------------------------------------------------------------------------------------
@@ -430,9 +415,8 @@ def dedup_indices(texts: Iterable[str], threshold: float = 0.85, against: Iterab
     keep[:] = False
     keep[first] = True
     unique = np.flatnonzero(keep)
-    with multiprocessing.get_context("spawn").Pool(workers) if workers > 1 else Inline() as pool:
-        jobs = [[everything[i] for i in part] for part in np.array_split(unique, max(1, -(-len(unique) // ROW_GROUP)))]
-        parts = list(pool.imap(minhash, jobs))
+    jobs = ([everything[i] for i in part] for part in np.array_split(unique, max(1, -(-len(unique) // ROW_GROUP))))
+    parts = list(in_order(minhash, jobs, workers))
     signatures, counts = (np.concatenate([p[i] for p in parts]) for i in (0, 1))
     lower, upper = candidate_pairs(signatures, counts)
     sets: dict[int, np.ndarray] = {}
@@ -751,18 +735,6 @@ class PairStream:
         if self._pool is not None:
             self._pool.shutdown(wait=False, cancel_futures=True)
             self._pool = None
-
-
-def end_with_parent() -> None:
-    """In a background process: end when the one that began it has gone, however it went."""
-    import signal
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    parent = multiprocessing.parent_process()
-
-    def watch() -> None:
-        parent.join()
-        os._exit(0)
-    threading.Thread(target=watch, daemon=True).start()
 
 
 def main() -> None:

@@ -176,7 +176,7 @@ def reject(argv: list[str]) -> None:
     data.open_parquet(args.data, ("prompt", "response"))
     model = ChatLM.from_pretrained(args.model, device=sample.pick_device(args.device))
     answers = f"{args.out}.answers.jsonl"  # continued when the command runs again
-    sample.answer_file(model, Tokenizer.from_pretrained(args.model), args.data, answers, args.batch_size, args.max_len,
+    sample.answer_file(model, Tokenizer.from_pretrained(args.model, append_eos=True), args.data, answers, args.batch_size, args.max_len,
                        {"max_new_tokens": args.max_new_tokens})
     rows = [{"prompt": row["prompt"], "chosen": row["response"], "rejected": answer["response"]}
             for row, answer in zip(data.read_rows([args.data]), data.read_rows([answers]), strict=True)]

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from chatlm import ChatLM, LayerCache
-from tokenizer import FIRST_CHAR, SPECIAL_TOKENS, ArgumentParser, Tokenizer, number, read_rows, run
+from tokenizer import ArgumentParser, Tokenizer, number, read_rows, run
 
 FINISHED = -1e9  # what a beam that may not go on, or has not ended, scores: finite, as in transformers
 WINDOW = 4096  # prompts of a file that are sorted by length together
@@ -228,16 +228,8 @@ def answer(model: ChatLM, tokenizer: Tokenizer, prompts: list[str], batch_size: 
 
 def stream_answer(model: ChatLM, tokenizer: Tokenizer, prompt: str, max_len: int, config: GenerationConfig) -> Iterator[str]:
     """An answer in the parts in which it comes, never half a character."""
-    shown = ""
-    ids: list[int] = []
-    for tensor in steps(model, *to_batch(tokenizer, [prompt], max_len, model.shared.weight.device), config):
-        ids = tensor[0].tolist()
-        if len(SPECIAL_TOKENS) <= ids[-1] < FIRST_CHAR:
-            continue  # bytes are text only when their run has ended
-        text = tokenizer.decode(ids)
-        yield text[len(shown):]
-        shown = text
-    yield tokenizer.decode(ids)[len(shown):]
+    ids = steps(model, *to_batch(tokenizer, [prompt], max_len, model.shared.weight.device), config)
+    return tokenizer.stream(int(row[0, -1]) for row in ids)
 
 
 # --- scores --------------------------------------------------------------------------------------------------------------------
@@ -461,7 +453,7 @@ def main() -> None:
     if not (Path(args.model) / "config.json").is_file():
         raise FileNotFoundError(f"no model in {args.model!r}: train one first with  python train.py  or name its folder with --model")
     device = pick_device(args.device)
-    tokenizer = Tokenizer.from_pretrained(args.model)
+    tokenizer = Tokenizer.from_pretrained(args.model, append_eos=True)
     model = ChatLM.from_pretrained(args.model, getattr(torch, args.dtype) if args.dtype else None, device)
     if len(tokenizer) > model.config.vocab_size:
         raise ValueError(f"{args.model}: the tokenizer has {len(tokenizer)} tokens, the model {model.config.vocab_size}")

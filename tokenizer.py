@@ -10,10 +10,11 @@ characters, and the learnt merges are applied in the order in which they were le
     merges (天, 气), (天气, 预), ...      "今天天气，好" -> 今天天气 | ， | 好 -> 今天 天气 ， 好
 
 Characters outside the alphabet become their UTF-8 bytes, <0xE2> <0x82> <0xAC>, so every string has a code and comes
-back whole. Both training and encoding work on whole arrays of text with numpy; tests hold them to textbook versions.
+back whole. Learning and encoding both work on whole arrays of text with numpy; tests hold them to textbook versions.
 tokenizer.json is Hugging Face's format, and AutoTokenizer gives the same ids.
 """
 import argparse
+import codecs
 import csv
 import errno
 import gzip
@@ -22,30 +23,31 @@ import json
 import multiprocessing
 import os
 import re
+import signal
 import sys
+import threading
 import time
 import unicodedata
 import zlib
-from collections.abc import Iterable, Iterator
-from contextlib import nullcontext
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import xxhash
 
 SPECIAL_TOKENS = ["[PAD]", "[EOS]", "[SEP]", "[BOS]", "[CLS]", "[MASK]", "[UNK]"]  # ids 0 to 6
-PAD, EOS = 0, 1
+PAD, EOS, UNK = 0, 1, 6
 BYTE_TOKENS = [f"<0x{b:02X}>" for b in range(256)]  # ids 7 to 262
-FIRST_CHAR = len(SPECIAL_TOKENS) + 256
-REPLACEMENT_CHAR = 0xFFFD  # what a lone surrogate is read as
+FIRST_BYTE, FIRST_CHAR = len(SPECIAL_TOKENS), len(SPECIAL_TOKENS) + 256
+REPLACEMENT_CHAR = 0xFFFD  # what a lone surrogate, or a byte that is not UTF-8, is read as
 CHUNK_CHARS = 1 << 18  # texts are encoded in batches of about this many characters
-TRAINING_BYTES_PER_CHAR, TRAINING_BASE_BYTES = 90, 200_000_000  # of peak memory, rounded up from measurements
-LONG_PIECE = 128  # pieces of more symbols are merged one at a time, with a heap
 
-# The punctuation of the Rust crate behind tokenizers is that of Unicode 8: what came later is not punctuation there,
-# and two marks that were since moved to other categories still are. Its numerals are those of Unicode 17.
+# --- characters: where a piece begins, and NFKC -------------------------------------------------------------------------------
+
+# The Rust crates behind tokenizers know Unicode's punctuation of version 8 (two marks have since moved to other
+# categories), its numerals of version 17, and NFKC of version 9: what is listed here they take otherwise than Python.
 LATER_PUNCTUATION = (
     "61d 9fd a76 c77 c84 1b4e-1b4f 1b7d-1b7f 2e43-2e4f 2e52-2e63 10d6e 10ead 10ed0 10f55-10f59 10f86-10f89 113d4-113d8 "
     "1144b-1144f 1145a-1145d 11660-1166c 116b9 1183b 11944-11946 119e2 11a3f-11a46 11a9a-11aa2 11b00-11b09 11be1 "
@@ -54,25 +56,45 @@ EARLIER_PUNCTUATION = "166d 111c9"
 LATER_NUMERALS = (
     "10d40-10d49 116d0-116e3 11bf0-11bf9 11de0-11de9 11f50-11f59 16130-16139 16d70-16d79 16ff4-16ff6 1ccf0-1ccf9 "
     "1d2c0-1d2d3 1e4f0-1e4f9 1e5f1-1e5fa")
-PLAIN, SPACE, ALONE = 0, 1, 2
+LATER_NFKC = (
+    "558 58b-58c 5c8-5c9 7fd 897-89f 8ca-8d3 9fe c3c d3b-d3c eba 1715 1abf-1af0 1df6-1dfa 209d-209f 32ff a7f1-a7f4 a82c "
+    "ab69 105c9 105d2 105da 105e4 10781-107bf 10d24-10d27 10d69-10d6d 10eab-10eac 10ecb-10ecf 10ef0-10eff 10f46-10f50 "
+    "10f82-10f85 11070 1133b 11382-11385 1138b 1138e 11390-11391 113b8 113bb 113c2 113c5 113c7-113d0 1145e 11839-1183a "
+    "11930 11935 11938 1193d-1193e 11943 119e0 11a34 11a47 11a99 11d42-11d45 11d97 11f41-11f42 1611e-1612f 16d63 "
+    "16d67-16d6a 16ff0-16ff1 1b123-1b126 1ccd6-1ccf9 1d127-1d128 1d250-1d25f 1d280-1d281 1d6a6 1df95 1dfcd-1dfff "
+    "1e030-1e06d 1e08f 1e130-1e136 1e2ae 1e2ec-1e2ef 1e4ec-1e4ef 1e5ee-1e5ef 1e6e3-1e6f5 1f16c 1fbf0-1fbf9")
+BEGINS, ENDS = 1, 2  # a piece begins at this character; a piece ends with it
 
 
-def codepoint_classes() -> np.ndarray:
-    """(0x110000,) uint8: what a codepoint does to a piece. ALONE: is one; SPACE: begins one; PLAIN: goes on."""
+def code_ranges(text: str) -> list[tuple[int, int]]:
+    """"61d 1b4e-1b4f" -> [(0x61d, 0x61d), (0x1b4e, 0x1b4f)]"""
+    bounds = [item.partition("-") for item in text.split()]
+    return [(int(first, 16), int(last or first, 16)) for first, _, last in bounds]
+
+
+def character_classes() -> np.ndarray:
+    """(0x110000,) uint8: BEGINS | ENDS for what stands alone (punctuation, digits), BEGINS for a space, 0 for the rest."""
     table = np.zeros(0x110000, dtype=np.uint8)
-    for cp in range(0x20000):  # above are ideographs and private use
-        if unicodedata.category(chr(cp))[0] in "PN":
-            table[cp] = ALONE
-    for ranges, value in ((LATER_PUNCTUATION, PLAIN), (EARLIER_PUNCTUATION, ALONE), (LATER_NUMERALS, ALONE)):
-        for item in ranges.split():
-            first, _, last = item.partition("-")
-            table[int(first, 16):int(last or first, 16) + 1] = value
-    table[[ord(c) for c in "$+<=>^`|~"]] = ALONE  # symbols to Unicode, punctuation to ASCII
-    table[ord(" ")] = SPACE
+    for code in range(0x20000):  # above are ideographs and private use
+        if unicodedata.category(chr(code))[0] in "PN":
+            table[code] = BEGINS | ENDS
+    for ranges, value in ((LATER_PUNCTUATION, 0), (EARLIER_PUNCTUATION, BEGINS | ENDS), (LATER_NUMERALS, BEGINS | ENDS)):
+        for first, last in code_ranges(ranges):
+            table[first:last + 1] = value
+    table[[ord(c) for c in "$+<=>^`|~"]] = BEGINS | ENDS  # symbols to Unicode, punctuation to ASCII
+    table[ord(" ")] = BEGINS
     return table
 
 
-CLASSES = codepoint_classes()
+CLASSES = character_classes()
+UNNORMALIZED = re.compile("([" + "".join(f"{chr(a)}-{chr(b)}" for a, b in code_ranges(LATER_NFKC)) + "])")
+
+
+def normalize(text: str) -> str:
+    """NFKC, as tokenizers knows it: characters that are too new for it stay as they are."""
+    if not UNNORMALIZED.search(text):
+        return unicodedata.normalize("NFKC", text)
+    return "".join(part if i % 2 else unicodedata.normalize("NFKC", part) for i, part in enumerate(UNNORMALIZED.split(text)))
 
 
 def to_codepoints(text: str) -> np.ndarray:
@@ -82,73 +104,161 @@ def to_codepoints(text: str) -> np.ndarray:
     return np.where(surrogate, np.uint32(REPLACEMENT_CHAR), codes) if surrogate.any() else codes
 
 
-def piece_starts(codes: np.ndarray, text_starts: np.ndarray) -> np.ndarray:
-    """True (N,) where a piece begins: at a text's start, at and after what stands alone, at a space."""
-    classes = CLASSES[codes]
-    starts = classes != PLAIN
-    starts[1:] |= classes[:-1] == ALONE
-    starts[text_starts[text_starts < len(codes)]] = True
+def piece_starts(codes: np.ndarray, text_begins: np.ndarray, classes: np.ndarray = CLASSES) -> np.ndarray:
+    """True (N,) where a piece begins: at a text's beginning, at and after what stands alone, at a space."""
+    kinds = classes[codes]
+    starts = (kinds & BEGINS).astype(bool)
+    starts[1:] |= kinds[:-1] >= ENDS
+    starts[text_begins[text_begins < len(codes)]] = True
     return starts
 
 
-class PairTable:
-    """(left id, right id) -> rank of the merge, for whole arrays: open addressing, linear probing."""
-    MISSING = np.int32(0x7FFFFFFF)
+def joined_ranges(begins: np.ndarray, sizes: np.ndarray) -> np.ndarray:
+    """begins [5, 1], sizes [3, 2] -> [5, 6, 7, 1, 2]"""
+    return np.arange(sizes.sum()) + np.repeat(begins - (np.cumsum(sizes) - sizes), sizes)
 
-    def __init__(self, pairs: np.ndarray):
-        """pairs: (M, 2) int64, in order of rank."""
-        bits = max(4, int(4 * len(pairs)).bit_length())
-        self.mask, self.shift = (1 << bits) - 1, np.uint64(64 - bits)
-        self.keys = np.full(1 << bits, -1, dtype=np.int64)
-        self.ranks = np.full(1 << bits, self.MISSING, dtype=np.int32)
-        keys = pairs[:, 0] << 32 | pairs[:, 1]
-        for rank, (key, slot) in enumerate(zip(keys.tolist(), self.slots(keys).tolist())):
-            while self.keys[slot] >= 0 and self.keys[slot] != key:
-                slot = slot + 1 & self.mask
-            if self.keys[slot] < 0:
-                self.keys[slot], self.ranks[slot] = key, rank
 
-    def slots(self, keys: np.ndarray) -> np.ndarray:
-        return (keys.view(np.uint64) * np.uint64(0x9E3779B97F4A7C15) >> self.shift).view(np.int64)
+# --- merging -------------------------------------------------------------------------------------------------------------------
+
+NO_MERGE = np.int32(0x7FFFFFFF)  # the rank of a pair that is no merge: after all others
+
+
+class Merger:
+    """Applies merges to many pieces at once, to each as textbook BPE does: the pair of lowest rank first, of equals the left.
+
+    Symbols c d can come to stand in one token only if some merge joins a token that ends in c to one that begins with d.
+    Where none does, a piece is cut, and its parts are merged as if the other did not exist. `joins` holds these c d by a
+    hash of so many bits: a wrong hit only means that a cut is missed. What is left are short runs, a row of a matrix each.
+    """
+    HASH_BITS, WIDEST = 21, 128  # runs of more symbols are merged by themselves, with a heap
+
+    def __init__(self, merges: list[tuple[int, int]], merged: list[int]):
+        """merges: pairs of ids, in the order learnt; merged: the id that each becomes."""
+        self.ranks = {pair: rank for rank, pair in enumerate(merges)}
+        self.merged = np.array(merged, dtype=np.int32)
+        pairs = sorted((left << 32 | right, rank) for (left, right), rank in self.ranks.items()) + [(2 ** 63 - 1, NO_MERGE)]
+        self.pairs, self.pair_ranks = np.array([p for p, _ in pairs], np.int64), np.array([r for _, r in pairs], np.int32)
+        first, last, joins = {}, {}, set()  # the symbols that a token begins and ends with
+        for (a, b), new in zip(merges, merged):
+            joins.add((last.get(a, a), first.get(b, b)))
+            first[new], last[new] = first.get(a, a), last.get(b, b)
+        self.joins = np.zeros(1 << self.HASH_BITS, dtype=bool)
+        left, right = np.array(list(joins), dtype=np.uint32).reshape(-1, 2).T
+        self.joins[self.hashes(left, right)] = True
+
+    def hashes(self, left: np.ndarray, right: np.ndarray) -> np.ndarray:
+        return (left * np.uint32(0x9E3779B1) ^ right * np.uint32(0x85EBCA6B)) >> np.uint32(32 - self.HASH_BITS)
 
     def lookup(self, left: np.ndarray, right: np.ndarray) -> np.ndarray:
-        """left, right (N,) int32 ids, negative for none -> ranks (N,) int32, MISSING for no such merge."""
-        keys = left.astype(np.int64) << 32 | right
-        slots = self.slots(keys)
-        found = self.keys[slots]
-        ranks = self.ranks[slots]
-        wrong = np.flatnonzero(found != keys)
-        ranks[wrong] = self.MISSING
-        wrong = wrong[found[wrong] >= 0]
-        while len(wrong):
-            slots[wrong] = slots[wrong] + 1 & self.mask
-            found = self.keys[slots[wrong]]
-            hit = found == keys[wrong]
-            ranks[wrong[hit]] = self.ranks[slots[wrong[hit]]]
-            wrong = wrong[~hit & (found >= 0)]
-        return ranks
+        """left, right (N,) int32 ids -> ranks (N,) int32, NO_MERGE where there is none."""
+        pairs = left.astype(np.int64) << 32 | right
+        places = self.pairs.searchsorted(pairs)
+        return np.where(self.pairs[places] == pairs, self.pair_ranks[places], NO_MERGE)
+
+    def merge(self, symbols: np.ndarray, starts: np.ndarray) -> None:
+        """In place: symbols (N,) int32; starts (N,) bool, True where a piece begins. The tokens of a run stand at its
+        first places, and -1 at those that are left over."""
+        codes = symbols.view(np.uint32)
+        cut = starts.copy()
+        cut[1:] |= ~self.joins[self.hashes(codes[:-1], codes[1:])]
+        begins = np.flatnonzero(cut)
+        sizes = np.diff(begins, append=len(symbols))
+        width = 2
+        while width <= self.WIDEST:
+            rows = np.flatnonzero((sizes > width // 2) & (sizes <= width))
+            if len(rows):
+                self.merge_rows(symbols, begins[rows], sizes[rows], width)
+            width *= 2
+        for row in np.flatnonzero(sizes > self.WIDEST).tolist():
+            self.merge_long(symbols[begins[row]:begins[row] + sizes[row]])
+
+    def merge_rows(self, symbols: np.ndarray, begins: np.ndarray, sizes: np.ndarray, width: int) -> None:
+        """Runs of up to `width` symbols. In every round each row merges its next pair, and what stands behind moves up."""
+        columns = np.arange(width)
+        inside = columns < sizes[:, None]
+        places = joined_ranges(begins, sizes)
+        ids = np.full(inside.shape, -1, dtype=np.int32)  # (rows, width)
+        ids[inside] = symbols[places]
+        ranks = np.full((len(ids), width - 1), NO_MERGE)  # of a symbol and the one after it
+        ranks[inside[:, 1:]] = self.lookup(ids[:, :-1][inside[:, 1:]], ids[:, 1:][inside[:, 1:]])
+        done, rows = ids, np.arange(len(ids))
+        while True:
+            at = ranks.argmin(1)
+            rank = ranks[np.arange(len(rows)), at]
+            going = np.flatnonzero(rank != NO_MERGE)
+            if len(going) < len(rows):
+                if ids is not done:
+                    done[rows] = ids
+                if not len(going):
+                    break
+                rows, ids, ranks, at, rank = rows[going], ids[going], ranks[going], at[going], rank[going]
+            row = np.arange(len(rows))
+            behind = columns > at[:, None]
+            ids[row, at] = self.merged[rank]
+            ids[:, :-1] = np.where(behind[:, :-1], ids[:, 1:], ids[:, :-1])
+            ids[:, -1] = -1
+            ranks[:, :-1] = np.where(behind[:, :-2], ranks[:, 1:], ranks[:, :-1])
+            ranks[:, -1] = NO_MERGE
+            ranks[row, at] = NO_MERGE
+            right, left = np.flatnonzero(ids[row, at + 1] >= 0), np.flatnonzero(at)  # rows with a symbol after it, before it
+            row, at = np.concatenate([right, left]), np.concatenate([at[right], at[left] - 1])
+            ranks[row, at] = self.lookup(ids[row, at], ids[row, at + 1])
+        symbols[places] = done[inside]
+
+    def merge_long(self, symbols: np.ndarray) -> None:
+        """One long run, in place: a heap of (rank, position), neighbours linked, O(n log n)."""
+        ids, ranks, merged = symbols.tolist(), self.ranks, self.merged.tolist()
+        after, before = list(range(1, len(ids) + 1)), list(range(-1, len(ids) - 1))
+        heap = [(rank, i) for i, pair in enumerate(zip(ids, ids[1:])) if (rank := ranks.get(pair)) is not None]
+        heapq.heapify(heap)
+        ids.append(-1)  # after the last: in no pair
+        while heap:
+            rank, i = heapq.heappop(heap)
+            j = after[i] if ids[i] >= 0 else -1
+            if ranks.get((ids[i], ids[j])) != rank:
+                continue  # one of the two has been merged since
+            ids[i], ids[j] = merged[rank], -1
+            after[i] = after[j]
+            if after[i] < len(ids) - 1:
+                before[after[i]] = i
+            for left in (before[i], i):
+                if left >= 0 and (rank := ranks.get((ids[left], ids[after[left]]))) is not None:
+                    heapq.heappush(heap, (rank, left))
+        tokens = [i for i in ids if i >= 0]
+        symbols[:] = -1
+        symbols[:len(tokens)] = tokens
 
 
-def every_other(positions: np.ndarray, step: np.ndarray | int) -> np.ndarray:
-    """Which of the sorted positions of a pair (x, x) can be merged, from the left: in a run of neighbours `step`
-    apart every other one. [3, 4, 5, 9], step 1 -> [True, False, True, True]"""
-    index = np.arange(len(positions))
-    new_run = np.r_[True, np.diff(positions) != (step if np.isscalar(step) else step[1:])]
-    return (index - np.maximum.accumulate(np.where(new_run, index, 0))) % 2 == 0
-
+# --- the tokenizer ---------------------------------------------------------------------------------------------------------------
 
 class Tokenizer:
-    def __init__(self, vocab: list[str], merges: list[tuple[int, int]], nfkc: bool = False, append_eos: bool = True):
-        """vocab: tokens by id, SPECIAL_TOKENS and BYTE_TOKENS first; merges: pairs of ids, in the order learnt."""
-        self.vocab, self.merges, self.nfkc, self.append_eos = vocab, merges, nfkc, append_eos
+    """Text to ids and back, with tokenizer.json of two forms: ours, which spells unknown characters in bytes and keeps
+    every space, and ChatLM-mini-Chinese's (`spaced`), which puts ▁ before every piece and writes [UNK]."""
+
+    def __init__(self, vocab: list[str], merges: list[tuple[int, int]], nfkc: bool = False, append_eos: bool = True,
+                 spaced: bool = False, added: dict[str, bool] | None = None):
+        """vocab: tokens by id, SPECIAL_TOKENS first, then, unless spaced, BYTE_TOKENS; merges: pairs of ids, in the order
+        learnt; nfkc: normalise texts first; append_eos: end them with [EOS]; added: the tokens that are cut out of a text
+        before all else, with True for special ones (others are sought when it has been normalised)."""
+        self.vocab, self.merges, self.nfkc, self.append_eos, self.spaced = vocab, merges, nfkc, append_eos, spaced
+        self.added = added or dict.fromkeys(SPECIAL_TOKENS, True)
         self.ids = {token: i for i, token in enumerate(vocab)}
-        self.special_pattern = re.compile("|".join(map(re.escape, SPECIAL_TOKENS)))
-        self.char_ids = np.full(0x110000, -1, dtype=np.int32)  # -1: written as bytes
-        for i, token in enumerate(vocab[FIRST_CHAR:], FIRST_CHAR):
+        self.special_ids = {self.ids[token] for token, special in self.added.items() if special}
+        self.byte_ids = range(0) if spaced else range(FIRST_BYTE, FIRST_CHAR)
+        self.char_ids = np.full(0x110000, UNK if spaced else -1, dtype=np.int32)  # -1: written as bytes
+        for token, i in self.ids.items():
             if len(token) == 1:
                 self.char_ids[ord(token)] = i
-        self.pairs = PairTable(np.array(merges, dtype=np.int64).reshape(-1, 2))
-        self.merged = np.array([self.ids[vocab[a] + vocab[b]] for a, b in merges], dtype=np.int32)
+        self.classes = CLASSES
+        if spaced:
+            self.char_ids[ord(" ")] = self.char_ids[ord("▁")]
+            self.classes = CLASSES.copy()
+            self.classes[ord("▁")] = BEGINS
+        self.merger = Merger(merges, [self.ids[vocab[a] + vocab[b]] for a, b in merges])
+        self.cutters = []  # patterns of the special and of the other added tokens, the longest first
+        for kind in (True, False):
+            tokens = sorted((token for token, special in self.added.items() if special is kind), key=len, reverse=True)
+            self.cutters.append(re.compile("(" + "|".join(map(re.escape, tokens)) + ")" if tokens else "(?!)"))
 
     def __len__(self) -> int:
         return len(self.vocab)
@@ -159,194 +269,151 @@ class Tokenizer:
     # --- encoding -------------------------------------------------------------------------------------------------
 
     def encode(self, text: str) -> list[int]:
-        """The ids of a text, [EOS] at the end; what AutoTokenizer(text).input_ids is."""
+        """The ids of a text: what AutoTokenizer(text).input_ids is."""
         return self.encode_arrays([text])[0].tolist()
 
     def encode_batch(self, texts: Iterable[str]) -> list[list[int]]:
-        ids, lengths = self.encode_arrays(list(texts))
+        ids, lengths = self.encode_arrays(texts)
         flat, ends = ids.tolist(), np.cumsum(lengths).tolist()
         return [flat[a:b] for a, b in zip([0] + ends, ends)]
 
-    def encode_arrays(self, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
+    def encode_arrays(self, texts: Iterable[str]) -> tuple[np.ndarray, np.ndarray]:
         """All texts' ids one after the other (int32), and how many each has (int64)."""
-        parts, batch, chars = [], [], 0
-        for text in texts:
-            batch.append(unicodedata.normalize("NFKC", text) if self.nfkc else text)
-            chars += len(text)
-            if chars >= CHUNK_CHARS:
-                parts.append(self._encode_chunk(batch))
-                batch, chars = [], 0
-        if batch or not parts:
-            parts.append(self._encode_chunk(batch))
-        return np.concatenate([p[0] for p in parts]), np.concatenate([p[1] for p in parts])
+        parts = [self._encode_chunk(chunk) for chunk in batches(texts, CHUNK_CHARS)]
+        parts.append((np.empty(0, np.int32), np.empty(0, np.int64)))
+        ids, lengths = (np.concatenate(arrays) for arrays in zip(*parts))
+        return ids, lengths
+
+    def _cut(self, text: str) -> Iterator[tuple[str, int]]:
+        """The parts of a text: plain ones, normalised, with -1, and added tokens, with their ids."""
+        special, other = self.cutters
+        for i, part in enumerate(special.split(text)):
+            if i % 2:
+                yield part, self.ids[part]
+                continue
+            for j, piece in enumerate(other.split(normalize(part) if self.nfkc else part)):
+                if piece:
+                    yield piece, self.ids[piece] if j % 2 else -1
+
+    def _lay_out(self, texts: list[str]) -> tuple[np.ndarray, ...]:
+        """Texts -> the codepoints of all, one after the other; where a text begins; where a part of one begins (texts
+        are cut at added tokens); where an added token stands, as one character, and its id."""
+        joined, none = "".join(texts), np.empty(0, dtype=np.int64)
+        if not self.nfkc and not any(cutter.search(joined) for cutter in self.cutters):
+            begins = np.cumsum([0] + [len(text) for text in texts])[:-1]
+            return to_codepoints(joined), begins, begins, none, none
+        cut = [list(self._cut(text)) for text in texts]
+        parts = [(part if i < 0 else "\0", i) for text in cut for part, i in text]
+        begins = np.cumsum([0] + [len(part) for part, _ in parts])
+        text_begins = begins[np.cumsum([0] + [len(text) for text in cut])[:-1]]
+        ids = np.array([i for _, i in parts], dtype=np.int64)
+        return to_codepoints("".join(part for part, _ in parts)), text_begins, begins[:-1], begins[:-1][ids >= 0], ids[ids >= 0]
 
     def _encode_chunk(self, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
-        codes = to_codepoints("".join(texts))
-        text_chars = np.array([len(t) for t in texts], dtype=np.int64)
-        text_ends = np.cumsum(text_chars)
-        text_starts = text_ends - text_chars
-        # ids[i] is the token that begins at character i: -1 its bytes, DROPPED nothing begins here
-        dropped = np.int32(-2)
-        ids = self.char_ids[codes]
-        starts = piece_starts(codes, text_starts)
-        for text, offset in zip(texts, text_starts.tolist()):
-            if "[" in text:
-                for match in self.special_pattern.finditer(text):
-                    a, b = offset + match.start(), offset + match.end()
-                    ids[a:b], ids[a], starts[a:b] = dropped, self.ids[match[0]], True
-                    starts[b:b + 1] = True
-        self._merge(ids, starts, dropped)
-        # lay the tokens out: a place each, as many as it has bytes for a character written as bytes, one for [EOS]
-        size = (ids != dropped).astype(np.int64)
-        as_bytes = np.flatnonzero(ids == -1)
-        size[as_bytes] = 1 + np.searchsorted([0x80, 0x800, 0x10000], codes[as_bytes], side="right")
-        places = np.concatenate([[0], np.cumsum(size)])
-        lengths = places[text_ends] - places[text_starts]
-        out = np.repeat(ids, size)
-        for i in as_bytes.tolist():
-            out[places[i]:places[i + 1]] = np.frombuffer(chr(codes[i]).encode(), dtype=np.uint8) + np.int32(len(SPECIAL_TOKENS))
-        if self.append_eos:
-            out = np.insert(out, places[text_ends], EOS)
-            lengths += 1
-        return out, lengths
-
-    def _merge(self, ids: np.ndarray, starts: np.ndarray, dropped: np.int32) -> None:
-        """Apply the merges to every piece of ids at once, in place: a merged token stands at its first character.
-
-        A round merges, in every piece, the pair of lowest rank wherever it occurs, which is what BPE does to a piece
-        next. A piece without a pair to merge is finished and leaves the arrays.
-        """
-        begins = np.flatnonzero(starts)
-        lengths = np.diff(np.append(begins, len(ids)))
-        for begin, length in zip(begins[lengths > LONG_PIECE].tolist(), lengths[lengths > LONG_PIECE].tolist()):
-            self._merge_long(ids[begin:begin + length], dropped)
-        keep = np.repeat((lengths > 1) & (lengths <= LONG_PIECE), lengths)
-        place = np.flatnonzero(keep)  # where in ids a symbol stands
-        symbols, first = ids[place], starts[place]
-        rank = np.full(len(place), PairTable.MISSING)  # of the pair of a symbol and the one after it
-        pair = np.flatnonzero(~first[1:])
-        rank[pair] = self.pairs.lookup(symbols[pair], symbols[pair + 1])
-        while len(place):
-            begins = np.flatnonzero(first)
-            sizes = np.diff(np.append(begins, len(place)))
-            lowest = np.minimum.reduceat(rank, begins)
-            alive = lowest != PairTable.MISSING
-            if np.count_nonzero(alive) < 0.7 * len(alive):  # drop finished pieces, when there are enough of them
-                keep = np.repeat(alive, sizes)
-                ids[place] = symbols
-                place, symbols, first, rank = place[keep], symbols[keep], first[keep], rank[keep]
-                lowest, sizes = lowest[alive], sizes[alive]
-            at = np.flatnonzero((rank == np.repeat(lowest, sizes)) & (rank != PairTable.MISSING))
-            if not len(at):
-                ids[place] = symbols
-                return
-            twins = at[1:] == at[:-1] + 1  # two pairs that share a symbol: (x, x) in x x x
-            if twins.any():
-                at = at[every_other(at, 1)]
-            symbols[at] = self.merged[rank[at]]
-            gone = at + 1
-            ids[place[gone]] = dropped
-            keep = np.ones(len(place), dtype=bool)
-            keep[gone] = False
-            place, symbols, first, rank = place[keep], symbols[keep], first[keep], rank[keep]
-            at -= np.arange(len(at))  # where the merged symbols stand now
-            changed = np.unique(np.concatenate([at, at[at > 0] - 1]))
-            last = changed == len(place) - 1
-            rank[changed[last]] = PairTable.MISSING
-            changed = changed[~last]
-            inside = ~first[changed + 1]
-            rank[changed[~inside]] = PairTable.MISSING
-            changed = changed[inside]
-            rank[changed] = self.pairs.lookup(symbols[changed], symbols[changed + 1])
-
-    def _merge_long(self, ids: np.ndarray, dropped: np.int32) -> None:
-        """The same for one long piece, in place: a heap of (rank, position), neighbours linked, O(n log n)."""
-        symbols = ids.tolist()
-        after, before = list(range(1, len(symbols) + 1)), list(range(-1, len(symbols) - 1))
-        merged, missing = self.merged, int(PairTable.MISSING)
-        ranks = dict(zip(self.merges, range(len(self.merges)))) if not hasattr(self, "_ranks") else self._ranks
-        self._ranks = ranks  # built once, the first time a long piece is met
-        heap = [(r, i) for i, r in enumerate(self.pairs.lookup(ids[:-1], ids[1:]).tolist()) if r != missing]
-        heapq.heapify(heap)
-        while heap:
-            rank, i = heapq.heappop(heap)
-            j = after[i]
-            if symbols[i] < 0 or j >= len(symbols) or ranks.get((symbols[i], symbols[j])) != rank:
-                continue  # one of the two has been merged since
-            symbols[i], symbols[j] = int(merged[rank]), dropped
-            after[i] = after[j]
-            if after[i] < len(symbols):
-                before[after[i]] = i
-            for left in (before[i], i):
-                right = after[left] if left >= 0 else len(symbols)
-                if right < len(symbols) and (r := ranks.get((symbols[left], symbols[right]))) is not None:
-                    heapq.heappush(heap, (r, left))
-        ids[:] = symbols
+        codes, text_begins, part_begins, token_places, token_ids = self._lay_out(texts)
+        symbols, starts = self.char_ids[codes], piece_starts(codes, part_begins, self.classes)
+        symbols[token_places] = token_ids
+        prefixed = np.zeros(len(codes), dtype=bool)
+        if self.spaced:
+            prefixed = starts & (codes != ord(" ")) & (codes != ord("▁"))
+            prefixed[token_places] = False
+        unknown = symbols < 0
+        if prefixed.any() or unknown.any():  # some characters are several symbols: ▁ and itself, or its bytes
+            sizes = 1 + prefixed
+            sizes[unknown] += np.searchsorted([0x80, 0x800, 0x10000], codes[unknown], side="right")
+            places = np.cumsum(sizes) - sizes
+            first, text_begins = places[starts], np.append(places, sizes.sum())[text_begins]
+            symbols = np.repeat(symbols, sizes)
+            symbols[places[prefixed]] = self.char_ids[ord("▁")]
+            spelled = codes[unknown].tobytes().decode("utf-32-le").encode()
+            symbols[symbols < 0] = np.frombuffer(spelled, dtype=np.uint8) + np.int32(FIRST_BYTE)
+            starts = np.zeros(len(symbols), dtype=bool)
+            starts[first] = True
+        self.merger.merge(symbols, starts)
+        kept = symbols >= 0
+        before = np.concatenate([[0], np.cumsum(kept)])[np.append(text_begins, len(symbols))]  # tokens before each text
+        ids, lengths = symbols[kept], np.diff(before)
+        return (np.insert(ids, before[1:], EOS), lengths + 1) if self.append_eos else (ids, lengths)
 
     # --- decoding -------------------------------------------------------------------------------------------------
 
     def decode(self, ids: Iterable[int], skip_special_tokens: bool = True) -> str:
-        """The text of ids (any iterable of int). Bytes that are not UTF-8 become U+FFFD, one for each."""
-        out, pending = [], bytearray()
+        """The text of ids (any iterable of int); those that are no token are passed over, as tokenizers does."""
+        return "".join(self.stream(ids, skip_special_tokens))
+
+    def stream(self, ids: Iterable[int], skip_special_tokens: bool = True) -> Iterator[str]:
+        """decode's text in the parts in which it comes to be known, never half a character: for ids that come one by one.
+
+        A run of bytes is text when it has ended; one that is not UTF-8 becomes U+FFFD for each byte.
+        """
+        pending, first = bytearray(), True
         for i in map(int, ids):
-            if not 0 <= i < len(self.vocab):
-                continue  # as tokenizers does
-            if len(SPECIAL_TOKENS) <= i < FIRST_CHAR:
-                pending.append(i - len(SPECIAL_TOKENS))
+            if not 0 <= i < len(self.vocab) or skip_special_tokens and i in self.special_ids:
                 continue
-            if skip_special_tokens and i < len(SPECIAL_TOKENS):
+            if i in self.byte_ids:
+                pending.append(i - FIRST_BYTE)
                 continue
-            out += [_decode_bytes(pending), self.vocab[i]]
-            pending.clear()
-        return "".join(out) + _decode_bytes(pending)
+            token = self.vocab[i].replace("▁", "" if first else " ") if self.spaced else self.vocab[i]
+            yield spelled_text(pending) + token
+            pending, first = bytearray(), False
+        yield spelled_text(pending)
 
     # --- files ----------------------------------------------------------------------------------------------------
 
     def to_json(self) -> str:
-        added = [dict(id=i, content=t, single_word=False, lstrip=False, rstrip=False, normalized=False, special=True)
-                 for i, t in enumerate(SPECIAL_TOKENS)]
-        eos = {"SpecialToken": {"id": "[EOS]", "type_id": 0}}
-        a, b = ({"Sequence": {"id": name, "type_id": 0}} for name in "AB")
+        """tokenizer.json, as tokenizers reads it."""
+        mark = metaspace("▁", "always")
+        eos, a, b = {"SpecialToken": {"id": "[EOS]", "type_id": 0}}, *({"Sequence": {"id": name, "type_id": 0}} for name in "AB")
         return json.dumps({
-            "version": "1.0", "truncation": None, "padding": None, "added_tokens": added,
+            "version": "1.0", "truncation": None, "padding": None,
+            "added_tokens": [dict(id=self.ids[token], content=token, single_word=False, lstrip=False, rstrip=False,
+                                  normalized=not special, special=special) for token, special in self.added.items()],
             "normalizer": {"type": "NFKC"} if self.nfkc else None,
             "pre_tokenizer": {"type": "Sequence", "pretokenizers": [
-                {"type": "Punctuation", "behavior": "Isolated"},
-                {"type": "Digits", "individual_digits": True},
-                {"type": "Metaspace", "replacement": " ", "prepend_scheme": "never", "split": True}]},
+                {"type": "Punctuation", "behavior": "Isolated"}, {"type": "Digits", "individual_digits": True},
+                mark if self.spaced else metaspace(" ", "never")]},
             "post_processor": {"type": "TemplateProcessing", "single": [a, eos], "pair": [a, eos, b, eos],
                                "special_tokens": {"[EOS]": {"id": "[EOS]", "ids": [EOS], "tokens": ["[EOS]"]}}}
             if self.append_eos else None,
-            "decoder": {"type": "Sequence", "decoders": [{"type": "ByteFallback"}, {"type": "Fuse"}]},
-            "model": {"type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None,
-                      "end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": True, "ignore_merges": False,
-                      "vocab": {t: i for i, t in enumerate(self.vocab)},
-                      "merges": [[self.vocab[a], self.vocab[b]] for a, b in self.merges]}}, ensure_ascii=False) + "\n"
+            "decoder": mark if self.spaced else {"type": "Sequence", "decoders": [{"type": "ByteFallback"}, {"type": "Fuse"}]},
+            "model": {**MODEL_DEFAULTS, "unk_token": "[UNK]" if self.spaced else None, "byte_fallback": not self.spaced,
+                      "vocab": self.ids, "merges": [[self.vocab[a], self.vocab[b]] for a, b in self.merges]}},
+            ensure_ascii=False) + "\n"
 
     @classmethod
-    def from_pretrained(cls, folder) -> "Tokenizer":
-        """Read folder/tokenizer.json. Raises FileNotFoundError without one, ValueError naming what is not supported."""
+    def from_pretrained(cls, folder, append_eos: bool | None = None) -> "Tokenizer":
+        """Read folder/tokenizer.json; append_eos: end every text with [EOS] or not; None: as the file says.
+
+        Raises FileNotFoundError without one, ValueError for one cut off or of another form, naming the part.
+        """
         path = Path(folder) / "tokenizer.json"
         if not path.is_file():
             raise FileNotFoundError(f"{folder} has no tokenizer.json")
         try:
             form = json.loads(path.read_text("utf-8"))
-            model = form["model"]
-            ids: dict[str, int] = model["vocab"]
+            model, added = form["model"], form["added_tokens"]
+            ids = model["vocab"] | {token["content"]: token["id"] for token in added}
             vocab = sorted(ids, key=ids.__getitem__)
-            merges = [(ids[a], ids[b]) for a, b in model["merges"]]
-            tokenizer = cls(vocab, merges, nfkc=form["normalizer"] is not None, append_eos=form["post_processor"] is not None)
-        except (ValueError, KeyError, TypeError, IndexError) as e:
+            if [ids[token] for token in vocab] != list(range(len(vocab))):
+                raise ValueError("the ids are not 0, 1, 2, ...")
+            pairs = (merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"])
+            found = canonical(form)
+            tokenizer = cls(vocab, [(ids[a], ids[b]) for a, b in pairs], nfkc=found["normalizer"] is not None,
+                            append_eos=found["post_processor"] is not None, spaced=found["model"]["unk_token"] is not None,
+                            added={token["content"]: token["special"] for token in added})
+            known = canonical(json.loads(tokenizer.to_json()))
+        except (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError) as e:
             raise ValueError(f"{path} is damaged: {type(e).__name__}: {e}") from None
-        ours = json.loads(tokenizer.to_json())
-        for part in ours:
-            mine, theirs = ours[part], form.get(part)
-            if part == "model":
-                mine, theirs = ({k: v for k, v in m.items() if k not in ("vocab", "merges")} for m in (mine, theirs))
-            if mine != theirs:
-                raise ValueError(f"{path}: this kind of {part} is not supported: {json.dumps(theirs)[:200]}")
-        if vocab[:FIRST_CHAR] != SPECIAL_TOKENS + BYTE_TOKENS:
-            raise ValueError(f"{path}: the vocabulary does not begin with {' '.join(SPECIAL_TOKENS)} and the 256 bytes")
+        for part in known:
+            if found[part] != known[part]:
+                shown = json.dumps(found[part], ensure_ascii=False)
+                raise ValueError(f"{path}: this kind of {part} is not supported: {shown[:200]}")
+        first = SPECIAL_TOKENS + ([] if tokenizer.spaced else BYTE_TOKENS)
+        if vocab[:len(first)] != first:
+            raise ValueError(f"{path}: the vocabulary does not begin with {' '.join(SPECIAL_TOKENS)}"
+                             + ("" if tokenizer.spaced else " and the 256 bytes"))
+        if append_eos is not None:
+            tokenizer.append_eos = append_eos
         return tokenizer
 
     def save_pretrained(self, folder) -> None:
@@ -364,20 +431,19 @@ class Tokenizer:
     # --- training -------------------------------------------------------------------------------------------------
 
     @classmethod
-    def train(cls, texts: Iterable[str], vocab_size: int = 29298, min_frequency: int = 2,
-              character_coverage: float = 0.9999, nfkc: bool = False, workers: int = 1, progress: bool = False) -> "Tokenizer":
+    def train(cls, texts: Iterable[str], vocab_size: int = 29298, min_frequency: int = 2, character_coverage: float = 0.9999,
+              nfkc: bool = False, workers: int = 1, memory_bytes: int | None = None, progress: bool = False) -> "Tokenizer":
         """Learn a tokenizer: always merge the most frequent adjacent pair, ties by the smaller (left id, right id).
 
         min_frequency: pairs seen less often are not merged, so the vocabulary can stay smaller than vocab_size.
-        character_coverage: the alphabet holds the most frequent characters that make up this share of the text.
+        character_coverage: the alphabet holds the most frequent characters that make up this share of the text; ids
+        follow their frequency. memory_bytes: what all processes together may use; where the texts do not fit, a uniform
+        sample of them is taken, and texts must be such as can be read twice. The result does not depend on workers.
         Raises ValueError for a corpus without text or a vocabulary too small for alphabet, bytes and specials.
         """
-        counts = np.zeros(0x110000, dtype=np.int64)
-        parts = []
-        with multiprocessing.get_context("spawn").Pool(workers) if workers > 1 else nullcontext() as pool:
-            for seen, times, *part in (pool.imap if pool else map)(cut_chunk, ((c, nfkc) for c in batches(texts, CHUNK_CHARS))):
-                counts[seen] += times
-                parts.append(part)
+        id_type = np.dtype(np.int16 if vocab_size < 1 << 15 else np.int32)
+        pieces = count_pieces(texts, id_type.itemsize, nfkc, workers, memory_bytes, progress)
+        counts = pieces.characters
         if not counts.any():
             raise ValueError("the corpus has no text to learn a tokenizer from")
         alphabet = np.flatnonzero(counts)
@@ -389,150 +455,340 @@ class Tokenizer:
                              f"{len(alphabet)} characters need at least {FIRST_CHAR + len(alphabet)}")
         char_ids = np.full(0x110000, -1, dtype=np.int32)
         char_ids[alphabet] = np.arange(FIRST_CHAR, FIRST_CHAR + len(alphabet))
-        codes, sizes, frequency = unique_pieces(parts)
         vocab = SPECIAL_TOKENS + BYTE_TOKENS + [chr(c) for c in alphabet]
-        merges = learn_merges(char_ids[codes], sizes, frequency, vocab, vocab_size, min_frequency, progress)
+        merges = learn_merges(*pieces.laid_out(char_ids.astype(id_type)), vocab, vocab_size, min_frequency, progress)
         return cls(vocab, merges, nfkc=nfkc)
 
 
-def _decode_bytes(pending: bytearray) -> str:
+MODEL_DEFAULTS = {"type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None,
+                  "end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": False, "ignore_merges": False}
+
+
+def metaspace(mark: str, prefix: str) -> dict:
+    return {"type": "Metaspace", "replacement": mark, "prepend_scheme": prefix, "split": True}
+
+
+def canonical(form: dict) -> dict:
+    """tokenizer.json without what differs between versions of tokenizers (a sequence of one, what had a default then)
+    and without vocabulary and merges."""
+    def part(value):
+        if not isinstance(value, dict):
+            return value
+        steps = next((value[k] for k in ("normalizers", "pretokenizers", "decoders") if k in value), None)
+        if steps is not None:
+            return part(steps[0]) if len(steps) == 1 else [part(step) for step in steps]
+        if value.get("type") == "Metaspace":
+            prefix = value.get("prepend_scheme", "always" if value.get("add_prefix_space", True) else "never")
+            return {**metaspace(value["replacement"], prefix), "split": value.get("split", True)}
+        return None if value.get("type") == "TemplateProcessing" and not value["special_tokens"] else value
+
+    model = {k: v for k, v in {**MODEL_DEFAULTS, **form["model"]}.items() if k not in ("vocab", "merges")}
+    names = ("added_tokens", "normalizer", "pre_tokenizer", "post_processor", "decoder", "truncation", "padding")
+    return {name: part(form.get(name)) for name in names} | {"model": model}
+
+
+def spelled_text(spelled: bytearray) -> str:
     try:
-        return pending.decode()
+        return spelled.decode()
     except UnicodeDecodeError:
-        return chr(REPLACEMENT_CHAR) * len(pending)
+        return chr(REPLACEMENT_CHAR) * len(spelled)
 
 
-def cut_chunk(job: tuple[list[str], bool]) -> tuple[np.ndarray, ...]:
-    """Texts, and whether to normalise them -> their characters and how often each occurs; the pieces of two characters
-    and more, which alone can hold merges: codepoints one after the other, and sizes."""
-    texts, nfkc = job
-    if nfkc:
-        texts = [unicodedata.normalize("NFKC", t) for t in texts]
+# --- learning: pieces and their frequencies ----------------------------------------------------------------------------------------
+
+Block = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
+"""Pieces, each once, in order of their hashes: hashes (P,) uint64; sizes (P,) int32, in UTF-16 units; frequencies (P,)
+int64; and the units (N,) uint16 of one piece after the other. Equal pieces are known by equal hashes."""
+
+EMPTY: Block = tuple(np.empty(0, kind) for kind in (np.uint64, np.int32, np.int64, np.uint16))
+HASH_FACTOR = 0x9E3779B97F4A7C15
+HASH_UNITS = np.random.default_rng(0).integers(0, 1 << 64, size=1 << 16, dtype=np.uint64)
+
+
+def united(blocks: list[Block]) -> Block:
+    """The pieces of several blocks, or of one that is neither in order nor without repetition."""
+    hashes, sizes, frequencies, units = (np.concatenate([block[i] for block in blocks]) for i in range(4))
+    order = np.argsort(hashes)
+    hashes = hashes[order]
+    first = np.flatnonzero(np.concatenate([np.ones(min(1, len(hashes)), bool), hashes[1:] != hashes[:-1]]))
+    if len(first):
+        frequencies = np.add.reduceat(frequencies[order], first)
+    begins, order = np.cumsum(sizes) - sizes, order[first]
+    return hashes[first], sizes[order], frequencies, units[joined_ranges(begins[order], sizes[order])]
+
+
+def cut_pieces(job: tuple[list[str], bool]) -> tuple[np.ndarray, np.ndarray, Block]:
+    """Texts, and whether to normalise them -> their characters, how often each occurs, and the pieces of two units and
+    more, which alone can hold merges."""
+    texts, normalized = job
+    if normalized:
+        texts = [normalize(text) for text in texts]
     codes = to_codepoints("".join(texts))
-    lengths = np.array([len(t) for t in texts], dtype=np.int64)
-    sizes = np.diff(np.append(np.flatnonzero(piece_starts(codes, np.cumsum(lengths) - lengths)), len(codes)))
-    return *np.unique(codes, return_counts=True), codes[np.repeat(sizes > 1, sizes)], sizes[sizes > 1]
+    starts = piece_starts(codes, np.cumsum([0] + [len(text) for text in texts]))
+    counts = np.bincount(codes)
+    units, wide = codes.astype(np.uint16), np.flatnonzero(codes > 0xFFFF)
+    if len(wide):  # two units each, of which the second begins no piece
+        units = np.frombuffer(codes.tobytes().decode("utf-32-le").encode("utf-16-le"), dtype=np.uint16)
+        starts = np.insert(starts, wide + 1, False)
+    begins = np.flatnonzero(starts)
+    sizes = np.diff(begins, append=len(units))
+    # A piece's hash: the sum of a random number a unit times factor^position, from sums over the whole chunk
+    powers = np.cumprod(np.full(len(units), HASH_FACTOR, dtype=np.uint64))
+    inverse = np.cumprod(np.full(len(units), pow(HASH_FACTOR, -1, 1 << 64), dtype=np.uint64))
+    sums = np.concatenate([np.zeros(1, np.uint64), np.cumsum(HASH_UNITS[units] * powers, dtype=np.uint64)])
+    hashes = (sums[begins + sizes] - sums[begins]) * inverse[begins]
+    long = sizes > 1
+    block = hashes[long], sizes[long].astype(np.int32), np.ones(np.count_nonzero(long), np.int64), units[np.repeat(long, sizes)]
+    seen = np.flatnonzero(counts)
+    return seen, counts[seen], united([block])
 
 
-def unique_pieces(parts: list[list[np.ndarray]]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Equal pieces once, with their number: (codepoints, sizes) parts -> codepoints, sizes, frequency.
+class Pieces:
+    """What learning needs to know of a corpus: how often each character occurs, and each piece.
 
-    Pieces are compared by a 64-bit hash: the sum of a random number a codepoint times an odd factor a position.
+    Blocks are kept apart by the first bits of the hashes, and those of a part united as they come to be half again as
+    many, so that there is little twice and little to copy at a time.
     """
-    codes, sizes = (np.concatenate([p[i] for p in parts]) for i in (0, 1))
-    if not len(sizes):
-        return codes, sizes, sizes
-    rng = np.random.default_rng(0)
-    per_code = rng.integers(0, 1 << 64, size=0x110000, dtype=np.uint64)
-    begins = np.cumsum(sizes) - sizes
-    inside = np.arange(len(codes)) - np.repeat(begins, sizes)
-    factor = np.cumprod(np.full(sizes.max(), 0x9E3779B97F4A7C15, dtype=np.uint64))
-    hashes = np.add.reduceat(per_code[codes] * factor[inside], begins)
-    _, index, frequency = np.unique(hashes, return_index=True, return_counts=True)
-    chosen = np.zeros(len(sizes), dtype=bool)
-    chosen[index] = True
-    in_order = np.zeros(len(sizes), dtype=np.int64)
-    in_order[index] = frequency
-    return codes[np.repeat(chosen, sizes)], sizes[chosen], in_order[chosen]
+    PARTS = 16
+
+    def __init__(self):
+        self.characters = np.zeros(0x110000, dtype=np.int64)
+        self.parts: list[list[Block]] = [[EMPTY] for _ in range(self.PARTS)]
+        self.edges = np.arange(1, self.PARTS, dtype=np.uint64) * np.uint64((1 << 64) // self.PARTS)
+
+    def add(self, seen: np.ndarray, counts: np.ndarray, block: Block) -> None:
+        self.characters[seen] += counts
+        hashes, sizes, frequencies, units = block
+        ends = np.append(np.searchsorted(hashes, self.edges), len(hashes))
+        unit_ends = np.concatenate([[0], np.cumsum(sizes)])[ends]
+        a = b = 0
+        for part, c, d in zip(self.parts, ends.tolist(), unit_ends.tolist()):
+            part.append((hashes[a:c].copy(), sizes[a:c].copy(), frequencies[a:c].copy(), units[b:d].copy()))
+            a, b = c, d
+            if sum(len(block[3]) for block in part[1:]) > len(part[0][3]) // 2 + (1 << 16):
+                part[:] = [united(part)]
+
+    def unite(self) -> None:
+        for part in self.parts:
+            part[:] = [united(part)] if len(part) > 1 else part
+
+    def chars(self) -> int:
+        return int(self.characters.sum())
+
+    def cells(self) -> int:
+        """How many places the corpus takes: a unit each, and a separator for every piece."""
+        return sum(len(block[0]) + len(block[3]) for part in self.parts for block in part)
+
+    def need_bytes(self, id_bytes: int) -> int:
+        """What they take, or what learning from them takes, whichever is more: from measurements, with a margin."""
+        blocks = [block for part in self.parts for block in part]
+        held = sum(array.nbytes for block in blocks for array in block)
+        several = sum(int((block[1][block[2] > 1] + 1).sum()) for block in blocks)
+        return max(held * 3 // 2, self.cells() * (8 + id_bytes) + 4 * several)
+
+    def laid_out(self, char_ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """All pieces as ids of characters, with -1 around each and for what has no id: those that occur more than once
+        at the front. And how often each place there occurs; the last number, 1, goes for all behind. Empties self."""
+        corpus, front, back, weights = np.full(self.cells() + 1, -1, char_ids.dtype), 1, self.cells() + 1, [np.ones(1, np.int64)]
+        for part in self.parts:
+            _, sizes, frequencies, units = united(part)
+            part.clear()
+            second = np.concatenate([[0], np.cumsum((units & 0xFC00) == 0xDC00)])  # units that end a character of two
+            ends = np.cumsum(sizes)
+            sizes = sizes - (second[ends] - second[ends - sizes])
+            ids = char_ids[np.frombuffer(units.tobytes().decode("utf-16-le").encode("utf-32-le"), dtype=np.uint32)]
+            ids = np.insert(ids, np.cumsum(sizes), -1)
+            several = np.repeat(frequencies > 1, sizes + 1)
+            weights.append(np.repeat(frequencies, sizes + 1)[several])
+            corpus[front:front + len(weights[-1])] = ids[several]
+            corpus[back - len(ids) + len(weights[-1]):back] = ids[~several]
+            front, back = front + len(weights[-1]), back - len(ids) + len(weights[-1])
+        weight = np.concatenate([*weights, np.ones(1, np.int64)])
+        return corpus, weight.astype(np.min_scalar_type(weight.max()))
 
 
-def learn_merges(symbols: np.ndarray, sizes: np.ndarray, frequency: np.ndarray, vocab: list[str], vocab_size: int,
-                 min_frequency: int, progress: bool = False) -> list[tuple[int, int]]:
-    """Textbook BPE over pieces (symbols one after the other, -1 for none), growing vocab in place.
+LEARNING_CHUNK_CHARS = 1 << 19  # texts are cut into pieces in batches of about this many characters
+PROCESS_BYTES, WORKER_BYTES = 300_000_000, 150_000_000  # what a process takes, whatever the corpus
+SCAN_CELLS = 1 << 20  # pairs are counted in stretches of this many places
 
-    The corpus is one array with a separator around every piece. A token stands at its first character's place, and
-    where it ends stands ~token (for one of a single character both are one place, and the token stands there): so
-    what follows is found by adding a token's length, what precedes by reading the place before, and a merge touches
-    only its own places.
 
-    A heap holds (-count, left, right) for the pairs that occur `floor` times or more, with the positions of each. A
-    count in it may be too high, since merges take occurrences away, never too low. So a popped pair is counted anew:
-    if the count stands, no other pair can have more, and it is merged; else it goes back with its true count. The
-    pairs that a merge makes are new ones, and enter the heap if they reach the floor. When it is empty, all pairs are
-    counted over the whole corpus with a lower floor. (Should a merge make a token that exists already, by another
-    way, known pairs can become more frequent: then too all are counted anew.)
+def count_pieces(texts: Iterable[str], id_bytes: int, normalized: bool, workers: int, memory_bytes: int | None,
+                 progress: bool) -> Pieces:
+    """The pieces of texts or, where memory_bytes would not hold what learning takes, of a uniform sample: of the texts
+    whose hash is below a share of all hashes. The share is found by trying, and is the same for any number of workers.
+    (A text of more than LEARNING_CHUNK_CHARS counts as several.)"""
+    budget_bytes, share = None, 1.0
+    if memory_bytes:
+        if memory_bytes < 2 * PROCESS_BYTES:
+            raise ValueError(f"{memory_bytes / 1e6:,.0f} MB are not enough to learn in: the least is {2 * PROCESS_BYTES / 1e6:,.0f} MB")
+        if iter(texts) is texts:
+            raise ValueError("with memory_bytes, texts must be such as can be read twice, like a list")
+        processes_bytes = max(PROCESS_BYTES, memory_bytes // 4)
+        budget_bytes = memory_bytes - processes_bytes
+        workers = min(workers, max(1, (processes_bytes - PROCESS_BYTES) // WORKER_BYTES))
+    while True:
+        pieces, chars_read, need_bytes, cells_then, shown_s = Pieces(), 0, 0, 0, time.monotonic()
+
+        def sample() -> Iterator[str]:
+            nonlocal chars_read
+            for text in texts:
+                if share == 1 or xxhash.xxh3_64_intdigest(text.encode("utf-8", "surrogatepass")) < share * 2 ** 64:
+                    chars_read += len(text)
+                    for begin in range(0, len(text), LEARNING_CHUNK_CHARS):
+                        yield text[begin:begin + LEARNING_CHUNK_CHARS]
+
+        reading = sample()
+        jobs = ((chunk, normalized) for chunk in batches(reading, LEARNING_CHUNK_CHARS))
+        for part in in_order(cut_pieces, jobs, workers):
+            pieces.add(*part)
+            if budget_bytes and need_bytes + (pieces.cells() - cells_then) * (12 + id_bytes) > budget_bytes:  # it may be too much
+                pieces.unite()
+                need_bytes, cells_then = pieces.need_bytes(id_bytes), pieces.cells()
+                if need_bytes > 0.9 * budget_bytes:
+                    break
+            if progress and time.monotonic() - shown_s > 1:
+                shown_s = time.monotonic()
+                print(f"\r{pieces.chars():,} characters read ", end="", file=sys.stderr, flush=True)
+        else:
+            if progress:
+                print(f"\r{pieces.chars():,} characters read{' ' * 20}", file=sys.stderr)
+            return pieces
+        if share == 1:
+            counted = pieces.chars()
+            deque(reading, maxlen=0)  # to know how many characters there are
+            share = 0.95 * counted / chars_read
+        else:
+            share *= 0.8
+        print(f"\rthe corpus does not fit into the memory allowed: learning from a sample of {100 * share:.1f} % of its texts",
+              file=sys.stderr)
+
+
+def learn_merges(corpus: np.ndarray, weight: np.ndarray, vocab: list[str], vocab_size: int, min_frequency: int,
+                 progress: bool = False) -> list[tuple[int, int]]:
+    """Textbook BPE over Pieces.laid_out's corpus and weight, growing vocab in place; the merges in their order.
+
+    A token stands at its first character's place, and where it ends stands ~token (for one of a single character both are
+    one place, and the token stands there): so what follows is found by adding a token's length, what precedes by reading
+    the place before, and a merge touches only its own places.
+
+    A heap holds (-count, left, right) for all pairs up to `bound`, one such triple, with the places of each. A count in it
+    may be too high, since merges take occurrences away, never too low. So a popped pair is counted anew: if the count
+    stands, no other pair comes before it, and it is merged; else it goes back with its true count. The pairs that a merge
+    makes are new ones, and enter the heap if they come before the bound. When it is empty, all pairs are counted over the
+    whole corpus, up to a farther bound. (Should a merge make a token that exists already, by another way, known pairs can
+    become more frequent: then too all are counted anew.)
     """
-    separator, dead = -1, np.iinfo(np.int32).min
-    n = len(symbols) + len(sizes) + 1
-    corpus = np.full(n, separator, dtype=np.int32)
-    corpus[1 + np.arange(len(symbols)) + np.repeat(np.arange(len(sizes)), sizes)] = symbols
-    weight = np.zeros(n, dtype=np.int32)
-    weight[1 + np.arange(len(symbols)) + np.repeat(np.arange(len(sizes)), sizes)] = np.repeat(frequency, sizes)
+    separator, dead, several = -1, np.iinfo(corpus.dtype).min, len(weight) - 1
+    id_bits = (vocab_size - 1).bit_length()
+    whole = (1 << id_bits) - 1  # a bound of this pair leaves out none of its count
+    place_bits = 64 - 2 * id_bits
+    if len(corpus) > min(1 << place_bits, 1 << 31):
+        raise ValueError(f"{len(corpus):,} characters of distinct pieces are too many at once: learn from a sample (--memory)")
     length = np.ones(vocab_size, dtype=np.int32)
     ids = {token: i for i, token in enumerate(vocab)}
     merges: list[tuple[int, int]] = []
     heap: list[tuple[int, int, int]] = []
-    positions: dict[tuple[int, int], np.ndarray] = {}
-    floor, stale, shown_s = sys.maxsize, False, time.monotonic()
+    places: dict[tuple[int, int], np.ndarray] = {}
+    bound, few, stale, shown_s = (-sys.maxsize, 0, 0), 0, False, time.monotonic()
+    slot_bits = min(22, len(corpus).bit_length())
 
-    def enter(left: np.ndarray, right: np.ndarray, at: np.ndarray) -> None:
-        """Group the occurrences of pairs by pair; those that reach the floor enter the heap."""
-        key = left.astype(np.int64) * vocab_size + right
-        order = np.argsort(key, kind="stable")
-        key, at = key[order], at[order]
-        begins = np.flatnonzero(np.r_[True, key[1:] != key[:-1]])
-        counts = np.add.reduceat(weight[at], begins, dtype=np.int64)
-        ends = np.append(begins[1:], len(key))
-        for i in np.flatnonzero(counts >= floor).tolist():
-            a, b = divmod(int(key[begins[i]]), vocab_size)
-            positions[a, b] = at[begins[i]:ends[i]].copy()
-            heapq.heappush(heap, (-int(counts[i]), a, b))
+    def times(at: np.ndarray) -> np.ndarray:
+        return weight[np.minimum(at, several)]
 
-    while len(vocab) < vocab_size:
-        if not heap or stale:
-            # Count all pairs, in slots that several may share: no pair that reaches the floor can be missed.
-            at = np.flatnonzero(corpus >= 0).astype(np.int32)
+    def packed(left: np.ndarray, right: np.ndarray, at: np.ndarray) -> np.ndarray:
+        """Occurrences as one uint64 each, so that sorting groups them by pair and orders them by place."""
+        pair = left.astype(np.uint64) << np.uint64(id_bits) | right.astype(np.uint64)
+        return pair << np.uint64(place_bits) | at.astype(np.uint64)
+
+    def enter(occurrences: np.ndarray) -> None:
+        """Sort occurrences into pairs; those up to the bound enter the heap; if they are too many, the bound comes nearer."""
+        nonlocal bound, heap
+        occurrences.sort()
+        while len(occurrences):
+            part = occurrences
+            if len(part) > SCAN_CELLS:  # as many as make whole pairs
+                end = np.searchsorted(part, (part[SCAN_CELLS] >> np.uint64(place_bits)) << np.uint64(place_bits))
+                part = part[:end or np.searchsorted(part, (part[0] >> np.uint64(place_bits)) + np.uint64(1) << np.uint64(place_bits))]
+            occurrences = occurrences[len(part):]
+            pairs, at = part >> np.uint64(place_bits), (part & np.uint64((1 << place_bits) - 1)).astype(np.int32)
+            begins = np.concatenate([[0], np.flatnonzero(pairs[1:] != pairs[:-1]) + 1])
+            counts, pairs = np.add.reduceat(times(at), begins, dtype=np.int64), pairs[begins]
+            last = np.uint64(bound[1] << id_bits | bound[2])
+            near = np.flatnonzero((counts > -bound[0]) | (counts == -bound[0]) & (pairs <= last))
+            ends = np.append(begins, len(at))[near + 1]
+            for count, pair, begin, end in zip(*(x.tolist() for x in (counts[near], pairs[near], begins[near], ends))):
+                left, right = divmod(pair, 1 << id_bits)
+                places[left, right] = at[begin:end].copy()
+                heapq.heappush(heap, (-count, left, right))
+            if len(heap) > 2 * few:
+                heap = heapq.nsmallest(few, heap)
+                bound, kept = heap[-1], {(left, right) for _, left, right in heap}
+                for pair in places.keys() - kept:
+                    del places[pair]
+
+    def scan() -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Every stretch of the corpus: its occurrences of pairs, and a slot for each, which several pairs may share."""
+        for begin in range(0, len(corpus), SCAN_CELLS):
+            at = np.flatnonzero(corpus[begin:begin + SCAN_CELLS] >= 0) + begin
             left = corpus[at]
             right = corpus[at + length[left]]
-            at, left, right = at[right >= 0], left[right >= 0], right[right >= 0]
-            slot = ((left.astype(np.uint32) * np.uint32(0x9E3779B1) ^ right.astype(np.uint32)) * np.uint32(0x85EBCA6B)) >> 10
-            slot_counts = np.bincount(slot, weights=weight[at], minlength=1)
-            most = int(slot_counts.max())
-            if not stale:  # the heap ran empty: nothing is left that reaches the last floor
-                most = min(most, floor - 1)
-            if most < min_frequency:
+            inside = right >= 0
+            found = packed(left[inside], right[inside], at[inside])
+            yield found, ((found >> np.uint64(place_bits)) * np.uint64(0x9E3779B97F4A7C15) >> np.uint64(64 - slot_bits)).view(np.int64)
+
+    while len(vocab) < vocab_size:
+        if stale or not heap or heap[0] > bound:
+            # Count what falls into each slot, which is no less than any of its pairs; the bound shall let in some twice as
+            # many pairs as there are tokens to come.
+            slots = np.zeros(1 << slot_bits)
+            for found, slot in scan():
+                slots += np.bincount(slot, times(found & np.uint64((1 << place_bits) - 1)), len(slots))
+            ranked = np.sort(slots[slots >= min_frequency])
+            if not len(ranked) or not stale and bound == (-min_frequency, whole, whole):
                 break
-            floor = max(min_frequency, most // 4)
-            enough = (slot_counts >= floor)[slot]
-            heap, positions, stale = [], {}, False
-            if enough.any():
-                enter(left[enough], right[enough], at[enough])
+            few = 2 * (vocab_size - len(vocab)) + 1000
+            floor = int(ranked[-min(len(ranked), few)])
+            if not stale:  # what comes before the old bound is done
+                floor = min(floor, -bound[0] if bound[1] < whole else -bound[0] // 2)
+            floor = max(floor, min_frequency)
+            bound, heap, places, stale = (-floor, whole, whole), [], {}, False
+            rounds = min(8, 1 + int(slots[slots >= floor].sum()) // max(1 << 23, len(corpus) // 8))
+            for i in range(rounds):  # some of the slots at a time, to sort less at once
+                now = slots >= floor
+                now[np.arange(len(slots)) % rounds != i] = False
+                enter(np.concatenate([found[now[slot]] for found, slot in scan()]))
             continue
         count, a, b = heapq.heappop(heap)
-        at = positions.pop((a, b))
+        at = places.pop((a, b))
         at = at[corpus[at] == a]
         at = at[corpus[at + length[a]] == b]
         mergeable = at[every_other(at, int(length[a]))] if a == b and len(at) > 1 else at
-        true_count = int(weight[mergeable].sum(dtype=np.int64))
+        true_count = int(times(mergeable).sum(dtype=np.int64))
         if true_count != -count:
-            if true_count >= floor:
-                positions[a, b] = at
+            if (-true_count, a, b) <= bound:
+                places[a, b] = at
                 heapq.heappush(heap, (-true_count, a, b))
             continue
         at = mergeable
         token = vocab[a] + vocab[b]
         new = ids.setdefault(token, len(vocab))
-        if new == len(vocab):
+        stale = new < len(vocab)
+        if not stale:
             vocab.append(token)
             length[new] = length[a] + length[b]
-        else:
-            stale = True
         merges.append((a, b))
         end = at + (length[new] - 1)
         corpus[at] = new
         corpus[at + length[a]] = dead
         corpus[end] = ~new
         if not stale:
-            before = corpus[at - 1]
+            before, after = corpus[at - 1], corpus[end + 1]
             before = np.where(before < separator, ~before, before)
-            inside = (before != separator) & (before != new)  # (new, new) is counted from its left
-            after = corpus[end + 1]
-            right = after != separator
-            left_at, new_ = at[inside] - length[before[inside]], np.int32(new)
-            if len(left_at):
-                enter(before[inside], np.full(len(left_at), new_), left_at)
-            if right.any():
-                enter(np.full(np.count_nonzero(right), new_), after[right], at[right])
+            left, right = (before != separator) & (before != new), after != separator  # (new, new) is counted from its left
+            before, after = before[left], after[right]
+            made = np.concatenate([packed(before, np.full(len(before), new), at[left] - length[before]),
+                                   packed(np.full(len(after), new), after, at[right])])
+            enter(made)
         if progress and time.monotonic() - shown_s > 1:
             shown_s = time.monotonic()
             print(f"\rvocabulary {len(vocab):,} of {vocab_size:,}, newest pair seen {true_count:,} times ",
@@ -540,6 +796,44 @@ def learn_merges(symbols: np.ndarray, sizes: np.ndarray, frequency: np.ndarray, 
     if progress:
         print(f"\rvocabulary {len(vocab):,}, {len(merges):,} merges{' ' * 40}", file=sys.stderr)
     return merges
+
+
+def every_other(positions: np.ndarray, step: int) -> np.ndarray:
+    """Which of the sorted positions of a pair (x, x) can be merged, from the left: in a run of neighbours `step` apart
+    every other one. [3, 4, 5, 9], step 1 -> [True, False, True, True]"""
+    index = np.arange(len(positions))
+    new_run = np.concatenate([[True], np.diff(positions) != step])
+    return (index - np.maximum.accumulate(np.where(new_run, index, 0))) % 2 == 0
+
+
+def in_order(function: Callable, jobs: Iterable, workers: int) -> Iterator:
+    """function(job) of every job, in their order: in other processes if workers is more than 1, only a few ahead."""
+    if workers == 1:
+        yield from map(function, jobs)
+        return
+    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), end_with_parent) as pool:
+        waiting = deque()
+        try:
+            for job in jobs:
+                waiting.append(pool.submit(function, job))
+                if len(waiting) > workers:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        finally:
+            for job in waiting:
+                job.cancel()
+
+
+def end_with_parent() -> None:
+    """In a background process: end when the one that began it has gone, however it went."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = multiprocessing.parent_process()
+
+    def watch() -> None:
+        parent.join()
+        os._exit(0)
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def batches(texts: Iterable[str], chars: int) -> Iterator[list[str]]:
@@ -567,55 +861,109 @@ def write_file(path, text: str) -> None:
 
 # --- what the scripts share: reading files, and a command line that speaks to people (kept in the file all import) -----
 
-def read_rows(paths: Iterable[str | Path], report=None, encoding: str = "utf-8") -> Iterator[dict]:
+class Problems(Counter):
+    """What was wrong in files that were read all the same: reason -> how often; `first` tells where it was met first."""
+
+    def __init__(self):
+        super().__init__()
+        self.first: dict[str, str] = {}
+
+    def note(self, reason: str, path, row: int, times: int = 1) -> None:
+        self.first.setdefault(reason, f"{path}, row {row:,}")
+        self[reason] += times
+
+    def lines(self) -> list[str]:
+        return [f"{n:,} x {reason} (first in {self.first[reason]})" for reason, n in self.items()]
+
+
+undecodable = [0]  # bytes of text files that were read as U+FFFD so far
+
+
+def replace_and_count(error: UnicodeDecodeError) -> tuple[str, int]:
+    undecodable[0] += error.end - error.start
+    return chr(REPLACEMENT_CHAR), error.end
+
+
+codecs.register_error("replace_and_count", replace_and_count)
+csv.field_size_limit(1 << 30)
+
+
+def read_rows(paths: Iterable[str | Path], problems: Problems | None = None, encoding: str = "utf-8") -> Iterator[dict]:
     """The rows of files and folders as dicts: .parquet, .jsonl, .json (lines or one list), .csv, .txt, each also .gz.
 
-    A line of text is {"text": line}. Rows that cannot be read are skipped and handed to report(path, row, reason).
-    Raises FileNotFoundError or ValueError, naming the file, where it is missing, empty, damaged or of another kind.
+    A line of text is {"text": line}. Lines that are not JSON objects are passed over and noted in problems, and so are
+    bytes that are not of the encoding. Raises FileNotFoundError or ValueError, naming the file, where one is missing,
+    damaged or of another kind, and for a line that is not JSON if there is nowhere to note it.
     """
+    problems, strict = (Problems(), True) if problems is None else (problems, False)
     for path in input_files(paths):
-        kind = Path(path.name.removesuffix(".gz")).suffix
+        kind, number = Path(path.name.removesuffix(".gz")).suffix, 0
+        codec, bad = "utf-8-sig" if encoding == "utf-8" else encoding, undecodable[0]
         try:
             if kind == ".parquet":
-                for batch in pq.ParquetFile(path).iter_batches(8192):
-                    yield from batch.to_pylist()
+                yield from read_parquet(path)
                 continue
-            with gzip.open(path, "rt", encoding=encoding, errors="replace") if path.suffix == ".gz" else \
-                    open(path, encoding=encoding, errors="replace", newline="") as f:
+            with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding=codec, errors="replace_and_count", newline="") as f:
+                head = f.read(1024).lstrip()
+                f.seek(0)
+                bad = undecodable[0]  # what comes now counts
                 if kind == ".csv":
                     yield from csv.DictReader(f)
                 elif kind == ".txt":
-                    yield from ({"text": line.rstrip("\r\n")} for line in f)
-                elif kind == ".json" and (head := f.read(1024).lstrip("\ufeff \t\r\n")) and head[0] == "[":
-                    f.seek(0)
-                    yield from json.loads(f.read().lstrip("\ufeff"))
+                    for line in iter(lambda: f.readline(1 << 22), ""):  # a longer line is several
+                        yield {"text": line.rstrip("\r\n")}
+                elif kind == ".json" and head[:1] == "[":
+                    yield from read_json_list(f)
                 else:
-                    f.seek(0)
-                    for n, line in enumerate(f, 1):
-                        if line.strip("\ufeff \t\r\n"):
-                            try:
-                                row = json.loads(line.lstrip("\ufeff"))
-                                if not isinstance(row, dict):
-                                    raise ValueError("not an object")
-                                yield row
-                            except ValueError as e:
-                                if report is None:
-                                    raise ValueError(f"line {n}: {e}") from None
-                                report(path, n, f"not JSON: {e}")
-        except (pa.ArrowException, EOFError, gzip.BadGzipFile, zlib.error, csv.Error, ValueError) as e:
+                    for number, line in enumerate(f, 1):
+                        line = line.strip(" \t\r\n")
+                        try:
+                            if line and not isinstance(row := json.loads(line), dict):
+                                raise ValueError("not an object")
+                        except (ValueError, RecursionError) as e:
+                            if strict:
+                                raise ValueError(f"line {number}: {e}") from None
+                            problems.note("line is not JSON", path, number)
+                            continue
+                        if line:
+                            yield row
+        except (EOFError, gzip.BadGzipFile, zlib.error, csv.Error, ValueError, RecursionError) as e:
             raise ValueError(f"{path} cannot be read: {e}") from None
+        finally:
+            if undecodable[0] > bad:
+                problems.note(f"byte that is not {encoding}, read as U+FFFD", path, number, undecodable[0] - bad)
 
 
-def sampled_texts(paths: list[str], memory_bytes: int) -> Iterator[str]:
-    """The texts of files, or of a corpus whose training would not fit the memory a uniform sample: those whose hash falls
-    below the share that fits, the same whatever their order."""
-    fits = max(1, (memory_bytes - TRAINING_BASE_BYTES) // TRAINING_BYTES_PER_CHAR)
-    chars = sum(map(len, read_texts(paths)))
-    if chars > fits:
-        print(f"{chars:,} characters do not fit --memory: training on a sample of {100 * fits / chars:.1f} % of the texts", file=sys.stderr)
-    for text in read_texts(paths):
-        if chars <= fits or xxhash.xxh3_64_intdigest(text.encode("utf-8", "surrogatepass")) < fits / chars * 2 ** 64:
-            yield text
+def read_parquet(path: Path) -> Iterator[dict]:
+    """The rows of one file, a few at a time however large its row groups are. (pyarrow is imported where it is needed, so
+    that what only cuts or answers text starts fast and small.)"""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+    try:
+        for batch in pq.ParquetFile(path, pre_buffer=False, buffer_size=1 << 20).iter_batches(1024):
+            yield from batch.to_pylist()
+    except pa.ArrowException as e:
+        raise ValueError(e) from None
+
+
+def read_json_list(f) -> Iterator[dict]:
+    """The objects of a JSON list, one after the other, without holding all of them."""
+    decoder, text = json.JSONDecoder(), f.read(1 << 16).lstrip()[1:]
+    while True:
+        text = text.lstrip(", \t\r\n")
+        try:
+            if text[:1] == "]":
+                return
+            row, end = decoder.raw_decode(text)
+        except ValueError:
+            if not (block := f.read(max(1 << 16, len(text)))):
+                raise
+            text += block
+            continue
+        if not isinstance(row, dict):
+            raise ValueError(f"its list holds {json.dumps(row, ensure_ascii=False)[:40]}, not objects")
+        yield row
+        text = text[end:]
 
 
 def memory_size(text: str) -> int:
@@ -642,11 +990,23 @@ def input_files(paths: Iterable[str | Path]) -> list[Path]:
     return files
 
 
-def read_texts(paths: Iterable[str | Path]) -> Iterator[str]:
+def read_texts(paths: Iterable[str | Path], problems: Problems | None = None) -> Iterator[str]:
     """The texts of files: of pairs their prompts and responses, of other rows every string."""
-    for row in read_rows(paths, report=lambda path, n, reason: None):
+    for row in read_rows(paths, Problems() if problems is None else problems):
         chosen = [row[c] for c in ("prompt", "response")] if {"prompt", "response"} <= row.keys() else row.values()
         yield from (value for value in chosen if isinstance(value, str) and value)
+
+
+class Corpus:
+    """The texts of files, to be read as often as one likes."""
+
+    def __init__(self, paths: list[str]):
+        self.paths, self.problems = paths, Problems()
+        input_files(paths)  # fails early
+
+    def __iter__(self) -> Iterator[str]:
+        self.problems = Problems()
+        return read_texts(self.paths, self.problems)
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
@@ -714,9 +1074,14 @@ def main() -> None:
     stats.add_argument("--tokenizer", required=True, metavar="DIR", help="folder with tokenizer.json")
     args = parser.parse_args()
     if args.command == "train":
-        tokenizer = Tokenizer.train(sampled_texts(args.input, args.memory), args.vocab_size, args.min_frequency,
-                                    args.character_coverage, args.nfkc, args.workers, progress=sys.stderr.isatty())
+        if Path(args.out).is_file():
+            raise ValueError(f"--out {args.out} is a file, not a folder")
+        corpus = Corpus(args.input)
+        tokenizer = Tokenizer.train(corpus, args.vocab_size, args.min_frequency, args.character_coverage, args.nfkc,
+                                    args.workers, args.memory, progress=sys.stderr.isatty())
         tokenizer.save_pretrained(args.out)
+        for line in corpus.problems.lines():
+            print(f"tokenizer.py: warning: {line}", file=sys.stderr)
         print(f"{args.out}: {len(tokenizer):,} tokens, {len(tokenizer.merges):,} merges")
     else:
         tokenizer = Tokenizer.from_pretrained(args.tokenizer)

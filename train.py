@@ -593,7 +593,7 @@ def find_tokenizer(args: argparse.Namespace, ranks: Ranks) -> Tokenizer:
     """The one named, or the starting model's, or the one in the out_dir; else one is trained on the data and put there."""
     named = args.tokenizer or args.init_from
     if named:
-        return Tokenizer.from_pretrained(named)
+        return Tokenizer.from_pretrained(named, append_eos=True)
     out = Path(args.out_dir)
     if ranks.first and not (out / "tokenizer.json").exists():
         print(f"training a tokenizer of up to {args.vocab_size:,} tokens on {', '.join(args.data)}", flush=True)

@@ -1,19 +1,28 @@
 """The tokenizer learns textbook BPE, and encodes and decodes as tokenizers does from the same file."""
+import gzip
+import io
 import json
 import subprocess
 import sys
+import time
 import unicodedata
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
+import sentencepiece
 import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import AutoTokenizer
+from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from data import make_demo
-from tokenizer import BYTE_TOKENS, CLASSES, SPECIAL_TOKENS, ArgumentParser, Tokenizer, input_files, number, piece_starts, read_rows, to_codepoints
+from tokenizer import (BEGINS, BYTE_TOKENS, CLASSES, ENDS, SPECIAL_TOKENS, ArgumentParser, Problems, Tokenizer, input_files, normalize,
+                       number, piece_starts, read_rows, to_codepoints)
 
 CORPUS = [text for pair in make_demo()[0][:4000] for text in pair] + ["Hello, world! 3.14 def f(x):\n    return x + 1", "哈哈哈哈哈哈哈"]
 
@@ -69,7 +78,7 @@ def naive_bpe(texts: list[str], vocab_size: int, min_frequency: int) -> tuple[li
 
 
 @settings(max_examples=150, deadline=None)
-@given(st.lists(st.one_of(st.text(alphabet="ab", max_size=40), st.text(alphabet="abc 你好，1", max_size=30)), min_size=1, max_size=15),
+@given(st.lists(st.one_of(st.text(alphabet="ab", max_size=40), st.text(alphabet="abc 你好，1𠮷😀𝟙", max_size=30)), min_size=1, max_size=15),
        st.integers(1, 3), st.integers(0, 40))
 def test_merges_are_textbook_bpe(texts, min_frequency, extra):
     if not "".join(texts):
@@ -85,6 +94,101 @@ def test_merges_are_textbook_bpe_on_text():
     vocab, merges = naive_bpe(texts, 1100, 2)
     ours = Tokenizer.train(texts, 1100, 2, character_coverage=1.0)
     assert (ours.vocab, ours.merges) == (vocab, merges)
+
+
+def test_learning_depends_on_neither_order_nor_workers():
+    texts = CORPUS[:1000] * 40
+    one = Tokenizer.train(texts, 1500)
+    assert Tokenizer.train(texts[::-1], 1500) == one
+    assert Tokenizer.train(iter(texts), 1500, workers=2) == one
+    assert Tokenizer.train(texts, 1500, memory_bytes=10 ** 9) == one
+
+
+def rss_bytes(pid: int) -> int:
+    """Resident memory of a process and all that descend from it."""
+    try:
+        own = int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * 4096
+        children = [c for task in Path(f"/proc/{pid}/task").iterdir() for c in (task / "children").read_text().split()]
+    except OSError:  # it has just ended
+        return 0
+    return own + sum(rss_bytes(int(c)) for c in children)
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="memory is read from /proc")
+@pytest.mark.parametrize("mark", [5, 3, 1000])  # every how many characters a mark ends a piece: many short ones, or few long
+def test_memory_is_a_promise(tmp_path, mark):
+    rng = np.random.default_rng(0)
+    with open(tmp_path / "corpus.txt", "wb") as f:  # as bad as it gets: all pieces differ
+        for _ in range(40):
+            codes = rng.integers(0x4E00, 0x6E00, size=1_000_000).astype("<u4")
+            codes[mark - 1::mark] = ord("，")
+            codes[::2000] = ord("\n")
+            f.write(codes.tobytes().decode("utf-32-le").encode())
+    command = [sys.executable, "tokenizer.py", "train", str(tmp_path), "--out", str(tmp_path / "tok"), "--vocab_size", "9000", "--memory", "600MB"]
+    running, peak = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True), 0
+    while running.poll() is None:
+        peak = max(peak, rss_bytes(running.pid))
+        time.sleep(0.01)
+    said = running.communicate()
+    assert running.returncode == 0, said
+    assert "learning from a sample of" in said[1]
+    assert 200e6 < peak < 600e6
+
+
+def test_a_sample_is_uniform_and_the_same_for_any_number_of_workers(tmp_path):
+    class Twice:  # texts that do not fit 600 MB: a mark in each tells its half
+        def __iter__(self):
+            rng = np.random.default_rng(0)
+            for i in range(60_000):
+                yield ("a" if i % 2 else "b") + rng.integers(0x4E00, 0x6E00, size=600).astype("<u4").tobytes().decode("utf-32-le")
+
+    one = Tokenizer.train(Twice(), 8600, memory_bytes=600_000_000)
+    assert Tokenizer.train(Twice(), 8600, memory_bytes=600_000_000, workers=2) == one
+    with pytest.raises(ValueError, match="read twice"):
+        Tokenizer.train(iter(Twice()), 8600, memory_bytes=600_000_000)
+
+
+def test_compression_is_that_of_tokenizers_and_sentencepiece():
+    train, held_out = CORPUS[::2], CORPUS[1::2]
+    size = len(SPECIAL_TOKENS + BYTE_TOKENS) + len(set("".join(train))) + 300
+    ours = Tokenizer.train(train, size, character_coverage=1.0)
+    theirs = tokenizers.Tokenizer(models.BPE(byte_fallback=True))
+    theirs.pre_tokenizer = tokenizers.Tokenizer.from_str(ours.to_json()).pre_tokenizer
+    theirs.train_from_iterator(train, trainers.BpeTrainer(vocab_size=size, min_frequency=2, special_tokens=SPECIAL_TOKENS + BYTE_TOKENS, show_progress=False))
+    # sentencepiece learns from our pieces, with a mark between them, and then spells each by itself
+    mark = "\x01"
+
+    def pieces(text: str) -> list[str]:
+        starts = np.flatnonzero(piece_starts(to_codepoints(text), np.array([0]))).tolist()
+        return [text[a:b] for a, b in zip(starts, [*starts[1:], len(text)])]
+
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=(mark.join(pieces(t)) for t in train), model_writer=model, model_type="bpe", vocab_size=size, character_coverage=1.0,
+        byte_fallback=True, user_defined_symbols=SPECIAL_TOKENS[:4], pretokenization_delimiter=mark, normalization_rule_name="identity",
+        add_dummy_prefix=False, remove_extra_whitespaces=False, split_by_unicode_script=False, split_by_number=False, minloglevel=2)
+    spm = sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
+    tokens = sum(map(len, ours.encode_batch(held_out))) - len(held_out)
+    # what ties are broken by differs, so that the last tokens learnt are not the same
+    assert tokens <= 1.005 * sum(len(e.ids) for e in theirs.encode_batch(held_out))
+    assert tokens <= 1.005 * sum(len(spm.encode(piece)) for t in held_out for piece in pieces(t))
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.tuples(st.integers(0, 30), st.integers(0, 30)), min_size=1, max_size=25), st.lists(st.text(alphabet="abcd ", max_size=300), max_size=5))
+def test_any_merges_are_applied_as_tokenizers_does(choices, texts):
+    """Also merges that no learning would give, where one token is made in several ways."""
+    vocab = SPECIAL_TOKENS + BYTE_TOKENS + list("abcd")
+    merges: list[tuple[int, int]] = []
+    for pair in choices:
+        a, b = (263 + i % (len(vocab) - 263) for i in pair)
+        if (a, b) not in merges and len(vocab[a] + vocab[b]) < 40:
+            merges.append((a, b))
+            if vocab[a] + vocab[b] not in vocab:
+                vocab.append(vocab[a] + vocab[b])
+    tokenizer = Tokenizer(vocab, merges)
+    theirs = tokenizers.Tokenizer.from_str(tokenizer.to_json())
+    assert tokenizer.encode_batch(texts) == [e.ids for e in theirs.encode_batch(texts)]
 
 
 def assert_same(tokenizer: Tokenizer, theirs: tokenizers.Tokenizer, text: str) -> None:
@@ -122,7 +226,7 @@ def test_pieces_are_tokenizers_for_every_character():
         part = points[i:i + (1 << 16)]
         pieces = both.pre_tokenize_str("".join("a" + chr(c) for c in part))
         alone = {span[0] // 2 for piece, span in pieces if span[0] % 2 and len(piece) == 1 and piece != "a"}
-        assert alone == {k for k, c in enumerate(part) if CLASSES[c] == 2}
+        assert alone == {k for k, c in enumerate(part) if CLASSES[c] == BEGINS | ENDS}
     assert unicodedata.unidata_version  # the tables hold whatever Unicode this Python knows
 
 
@@ -138,6 +242,18 @@ def test_decoding_is_tokenizers_for_any_ids(tokenizer, theirs, ids):
     assert tokenizer.decode(ids, skip_special_tokens=False) == theirs.decode(ids, skip_special_tokens=False)
 
 
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.one_of(st.integers(0, 262), st.integers(0, 2499)), max_size=30), st.booleans())
+def test_streaming_never_shows_half_a_character(tokenizer, ids, skip):
+    parts, shown = [], 0
+    for n, part in enumerate(tokenizer.stream(iter(ids), skip)):
+        parts.append(part)
+        shown += len(part)
+    assert "".join(parts) == tokenizer.decode(ids, skip)
+    spelled = [i for char in "你😀" for i in (b + 7 for b in char.encode())]
+    assert [p for p in tokenizer.stream([*spelled, 300, 301]) if p] == ["你😀" + tokenizer.vocab[300], tokenizer.vocab[301]]
+
+
 def test_auto_tokenizer_reads_the_folder(tokenizer, tmp_path):
     tokenizer.save_pretrained(tmp_path)
     auto = AutoTokenizer.from_pretrained(tmp_path)
@@ -148,6 +264,61 @@ def test_auto_tokenizer_reads_the_folder(tokenizer, tmp_path):
     assert Tokenizer.from_pretrained(tmp_path) == tokenizer
 
 
+@pytest.fixture(scope="module", params=["as saved", "by transformers", "of an old version"])
+def reference(request, tmp_path_factory) -> tuple[Tokenizer, tokenizers.Tokenizer]:
+    """A tokenizer as ChatLM-mini-Chinese makes it, with tokenizers: read by us, and by tokenizers."""
+    theirs = tokenizers.Tokenizer(models.BPE(unk_token="[UNK]"))
+    theirs.normalizer = normalizers.Sequence([normalizers.NFKC()])
+    theirs.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Punctuation(), pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.Metaspace()])
+    theirs.add_special_tokens(SPECIAL_TOKENS)
+    theirs.decoder = decoders.Metaspace()
+    texts = [t.replace("\n", " ") for t in CORPUS]
+    theirs.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=1500, min_frequency=2, special_tokens=SPECIAL_TOKENS, show_progress=False))
+    theirs.add_tokens(["\t", "\n"])
+    folder = tmp_path_factory.mktemp("reference")
+    if request.param == "by transformers":
+        names = dict(zip(("pad", "eos", "sep", "bos", "cls", "mask", "unk"), SPECIAL_TOKENS))
+        PreTrainedTokenizerFast(tokenizer_object=theirs, **{f"{k}_token": v for k, v in names.items()}).save_pretrained(folder)
+    else:
+        form = json.loads(theirs.to_str())
+        if request.param == "of an old version":
+            form["pre_tokenizer"]["pretokenizers"][2] = {"type": "Metaspace", "replacement": "▁", "add_prefix_space": True}
+            form["decoder"] = {"type": "Metaspace", "replacement": "▁", "add_prefix_space": True}
+            form["model"]["merges"] = [" ".join(pair) for pair in form["model"]["merges"]]
+            del form["model"]["ignore_merges"], form["model"]["byte_fallback"]
+        (folder / "tokenizer.json").write_text(json.dumps(form), "utf-8")
+    return Tokenizer.from_pretrained(folder), theirs
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.one_of(st.text(max_size=60), st.text(alphabet="的首都是北京，。 1a[EOS]PAD▁\n\t\u0301\u0327\u200d😀Ａ１ﬁ㎏", max_size=60)))
+def test_the_reference_form_has_tokenizers_ids(reference, text):
+    ours, theirs = reference
+    ids = ours.encode(text)
+    assert ids == theirs.encode(text).ids
+    assert ours.decode(ids) == theirs.decode(ids)
+    assert ours.decode(ids, False) == theirs.decode(ids, skip_special_tokens=False)
+
+
+def test_the_reference_form_is_saved_and_ends_texts_when_asked(reference, tmp_path):
+    ours, theirs = reference
+    ours.save_pretrained(tmp_path)
+    assert Tokenizer.from_pretrained(tmp_path) == ours
+    again = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    assert [e.ids for e in again.encode_batch(CORPUS)] == ours.encode_batch(CORPUS) == [e.ids for e in theirs.encode_batch(CORPUS)]
+    ending = Tokenizer.from_pretrained(tmp_path, append_eos=True)
+    assert ending.encode_batch(CORPUS[:100]) == [[*ids, 1] for ids in ours.encode_batch(CORPUS[:100])]
+    ending.save_pretrained(tmp_path)
+    assert AutoTokenizer.from_pretrained(tmp_path)(CORPUS[0]).input_ids == ending.encode(CORPUS[0])
+
+
+def test_nfkc_is_tokenizers_for_every_character():
+    theirs = normalizers.NFKC()
+    for c in [*range(0xD800), *range(0xE000, 0x110000)]:
+        text = f"a{chr(c)}\u0327\u0301"
+        assert normalize(text) == theirs.normalize_str(text)
+
+
 def test_nfkc_normalises_as_tokenizers_does(tmp_path):
     tokenizer = Tokenizer.train(CORPUS[:500], 1500, nfkc=True)
     tokenizer.save_pretrained(tmp_path)
@@ -155,10 +326,6 @@ def test_nfkc_normalises_as_tokenizers_does(tmp_path):
     for text in ("ＡＢＣ１２３，㎏①ﬁ", "法国的首都？", "e\u0301"):
         assert tokenizer.encode(text) == theirs.encode(text).ids
     assert Tokenizer.from_pretrained(tmp_path) == tokenizer
-
-
-def test_training_does_not_depend_on_order():
-    assert Tokenizer.train(CORPUS[:1000], 1500) == Tokenizer.train(CORPUS[:1000][::-1], 1500)
 
 
 def test_bad_tokenizer_files_are_refused(tokenizer, tmp_path):
@@ -195,7 +362,6 @@ def test_bad_corpora_are_refused(tmp_path):
 
 
 def test_rows_are_read_from_every_kind_of_file(tmp_path):
-    import gzip
     row = {"prompt": "问，\"题\"", "response": "答\n案"}
     (tmp_path / "a.jsonl").write_text(json.dumps(row) + "\n\n" + json.dumps(row), "utf-8")
     (tmp_path / "b.json").write_text("\ufeff" + json.dumps([row, row]), "utf-8")
@@ -208,29 +374,74 @@ def test_rows_are_read_from_every_kind_of_file(tmp_path):
     assert list(read_rows([tmp_path / "f.txt"])) == [{"text": "一"}, {"text": "二"}]
 
 
+def test_bad_rows_are_noted_and_passed_over(tmp_path):
+    good = json.dumps({"text": "你好"})
+    (tmp_path / "a.jsonl").write_bytes(f"{good}\n[1]\n{{\n\n{good}\n".encode() + b'{"text": "\xe4\xbd"}\n')
+    problems = Problems()
+    assert [row["text"] for row in read_rows([tmp_path], problems)] == ["你好", "你好", "\ufffd"]
+    assert dict(problems) == {"line is not JSON": 2, "byte that is not utf-8, read as U+FFFD": 2}
+    assert "a.jsonl, row 2" in problems.lines()[0]
+    with pytest.raises(ValueError, match="line 2: not an object"):
+        list(read_rows([tmp_path]))
+    whole = json.dumps([{"text": "你" * n} for n in (1, 70_000, 200_000, 0)], indent=1)
+    (tmp_path / "a.jsonl").unlink()
+    (tmp_path / "b.json").write_text(whole, "utf-8")
+    assert [len(row["text"]) for row in read_rows([tmp_path], problems)] == [1, 70_000, 200_000, 0]
+    for damaged in (whole[:-300_000], whole.replace("{", "", 1), "[1, 2]", "[" * 5000):
+        (tmp_path / "b.json").write_text(damaged, "utf-8")
+        with pytest.raises(ValueError, match=r"b\.json cannot be read"):
+            list(read_rows([tmp_path], problems))
+    with gzip.open(tmp_path / "b.json", "wt") as f:
+        f.write(whole)
+    (tmp_path / "b.jsonl.gz").write_bytes((tmp_path / "b.json").read_bytes()[:-20])
+    (tmp_path / "b.json").unlink()
+    with pytest.raises(ValueError, match=r"b\.jsonl\.gz cannot be read"):
+        list(read_rows([tmp_path], problems))
+
+
+def call(*args: str) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, "tokenizer.py", *args], capture_output=True, text=True, timeout=60)
+
+
 def test_command_line(tmp_path):
-    (tmp_path / "corpus.txt").write_text("\n".join(CORPUS[:500]), "utf-8")
-
-    def call(*args: str):
-        return subprocess.run([sys.executable, "tokenizer.py", *args], capture_output=True, text=True, timeout=60)
-
-    done = call("train", str(tmp_path), "--out", str(tmp_path / "tok"), "--vocab_size=800")
-    assert done.returncode == 0, done.stderr
-    assert "800 tokens" in done.stdout
-    done = call("train", str(tmp_path / "corpus.txt"), "--out", str(tmp_path / "two"), "--vocab_size=800", "--workers", "2", "--memory", "1GB")
+    corpus, tok = tmp_path / "corpus.txt", tmp_path / "tok"
+    corpus.write_text("\n".join(CORPUS[:500]), "utf-8")
+    done = call("train", str(tmp_path), "--out", str(tok), "--vocab_size=800")
     assert done.returncode == 0 and done.stderr == "", done.stderr
-    assert (tmp_path / "two" / "tokenizer.json").read_bytes() == (tmp_path / "tok" / "tokenizer.json").read_bytes()
-    done = call("train", str(tmp_path / "corpus.txt"), "--out", str(tmp_path / "sample"), "--vocab_size=800", "--memory", "200.3MB")
-    assert done.returncode == 0 and "training on a sample of" in done.stderr, done.stderr
-    done = call("stats", str(tmp_path / "corpus.txt"), "--tokenizer", str(tmp_path / "tok"))
+    assert "800 tokens" in done.stdout
+    pq.write_table(pa.table({"prompt": CORPUS[:500:2], "response": CORPUS[1:500:2]}), tmp_path / "corpus.parquet")
+    done = call("train", str(tmp_path / "corpus.parquet"), "--out", str(tmp_path / "two"), "--vocab_size=800", "--workers", "1", "--memory", "1GB")
+    assert done.returncode == 0 and done.stderr == "", done.stderr
+    assert (tmp_path / "two" / "tokenizer.json").read_bytes() == (tok / "tokenizer.json").read_bytes()
+    done = call("stats", str(corpus), "--tokenizer", str(tok))
     assert done.returncode == 0, done.stderr
     assert "characters a token" in done.stdout
-    for args in (["train", "no.txt", "--out", "x"], ["train", str(tmp_path), "--out", str(tmp_path / "y"), "--vocab_size", "300"],
-                 ["train", str(tmp_path), "--out", "x", "--vocab_size", "many"], ["train", str(tmp_path), "--out", "x", "--memory", "much"], ["stats", str(tmp_path), "--tokenizer", "nowhere"], []):
+    corpus.write_bytes(corpus.read_bytes() + b"\xff\xfe")
+    done = call("train", str(corpus), "--out", str(tmp_path / "three"), "--vocab_size=800")
+    assert done.returncode == 0 and done.stderr.count("\n") == 1 and "2 x byte that is not utf-8" in done.stderr
+
+
+def test_wrong_commands_end_with_one_line_and_change_nothing(tmp_path):
+    corpus, tok = tmp_path / "corpus.txt", tmp_path / "tok"
+    corpus.write_text("\n".join(CORPUS[:500]), "utf-8")
+    (tmp_path / "empty.txt").write_text("")
+    Tokenizer.train(CORPUS[:500], 700).save_pretrained(tok)
+    before = {path: path.read_bytes() for path in tok.iterdir()}
+    half = tmp_path / "half"
+    half.mkdir()
+    (half / "tokenizer.json").write_bytes(before[tok / "tokenizer.json"][:5000])
+    to = ["--out", str(tok)]
+    for args in (["train", "no.txt", *to], ["train", str(tmp_path / "empty.txt"), *to], ["train", str(tok), *to, "--vocab_size", "9"],
+                 ["train", str(corpus), *to, "--vocab_size", "300"], ["train", str(corpus), *to, "--vocab_size", "many"],
+                 ["train", str(corpus), *to, "--memory", "much"], ["train", str(corpus), *to, "--memory", "100MB"],
+                 ["train", str(corpus), *to, "--workers", "0"], ["train", str(corpus), *to, "--character_coverage", "2"],
+                 ["train", str(corpus), "--out", str(corpus)], ["stats", str(corpus), "--tokenizer", "nowhere"],
+                 ["stats", str(corpus), "--tokenizer", str(half)], ["stats", str(tmp_path / "empty.txt"), "--tokenizer", str(tok)], []):
         done = call(*args)
-        assert done.returncode == 2
-        assert len(done.stderr.splitlines()) == 1, done.stderr
-    assert not (tmp_path / "y").exists()
+        assert done.returncode == 2, args
+        assert len(done.stderr.splitlines()) == 1 and "Traceback" not in done.stderr, done.stderr
+    assert {path: path.read_bytes() for path in tok.iterdir()} == before
+    assert "need at least" in call("train", str(corpus), *to, "--vocab_size", "300").stderr
 
 
 def test_number_types(capsys):

@@ -1,0 +1,278 @@
+"""Side by side with its peers: every claim of speed and memory, measured in one run on one machine.
+
+    python tests/bench.py tokenizer_train  --data pairs.parquet poems.parquet --megabytes 20 180
+    python tests/bench.py tokenizer_encode --data pairs.parquet
+
+Every contender runs in a process of its own, in turn, so that what slows the machine slows all of them; the median of
+--runs is shown. Memory is the greatest resident memory of a contender's whole process tree, its imports included. Without
+--data the demo's questions and answers are used. Prints a Markdown table, and a line of JSON with versions and machine.
+"""
+import argparse
+import json
+import os
+import platform
+import random
+import re
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+from data import make_demo  # noqa: E402
+from tokenizer import BYTE_TOKENS, SPECIAL_TOKENS, Tokenizer, piece_starts, read_texts, to_codepoints  # noqa: E402
+
+ROOT = Path(__file__).parent.parent
+PIECE_MARK = "\x01"  # between the pieces that sentencepiece is given
+
+
+# --- measuring -------------------------------------------------------------------------------------------------------------------
+
+def rss_bytes(pid: int) -> int:
+    """Resident memory of a process and all that descend from it (Linux)."""
+    try:
+        own = int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+        children = [c for task in Path(f"/proc/{pid}/task").iterdir() for c in (task / "children").read_text().split()]
+    except OSError:  # it has just ended
+        return 0
+    return own + sum(rss_bytes(int(c)) for c in children)
+
+
+def measure(command: list[str], env: dict[str, str] | None = None) -> tuple[float, int, str]:
+    """Seconds from start to end, greatest resident bytes, and what was printed. Raises RuntimeError if it fails."""
+    with tempfile.TemporaryFile("w+") as out:
+        begin_s, peak = time.perf_counter(), 0
+        running = subprocess.Popen(command, stdout=out, stderr=subprocess.DEVNULL, env={**os.environ, **(env or {})}, cwd=ROOT)
+        while running.poll() is None:
+            peak = max(peak, rss_bytes(running.pid))
+            time.sleep(0.01)
+        wall_s = time.perf_counter() - begin_s
+        out.seek(0)
+        if running.returncode:
+            raise RuntimeError(f"{' '.join(command)} ended with status {running.returncode}")
+        return wall_s, peak, out.read()
+
+
+def child(task: str, *args: str) -> list[str]:
+    """The command that runs one of this file's child_ functions."""
+    return [sys.executable, __file__, "child", task, *args]
+
+
+def machine() -> dict:
+    models = re.findall(r"model name\s*:\s*(.*)", Path("/proc/cpuinfo").read_text()) if Path("/proc/cpuinfo").exists() else []
+    packages = ("torch", "numpy", "pyarrow", "tokenizers", "sentencepiece", "transformers")
+    versions = {}
+    for package in packages:
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            versions[package] = None
+    return {"date": time.strftime("%Y-%m-%d"), "cpu": models[0] if models else platform.processor(), "cores": os.cpu_count(),
+            "python": platform.python_version(), **versions}
+
+
+def show(title: str, columns: list[str], rows: list[list[str]], figures: dict) -> None:
+    """A Markdown table for people, and the same as JSON for programs."""
+    print(f"\n**{title}**\n\n| {' | '.join(columns)} |\n|{' --- |' * len(columns)}")
+    for row in rows:
+        print(f"| {' | '.join(row)} |")
+    print("\n" + json.dumps({"bench": title, **figures, "machine": machine()}, ensure_ascii=False), flush=True)
+
+
+# --- corpora ---------------------------------------------------------------------------------------------------------------------
+
+def load_texts(paths: list[str]) -> list[str]:
+    return list(read_texts(paths)) if paths else [text for pair in make_demo()[0] for text in pair]
+
+
+def endless(texts: list[str], rng: random.Random) -> Iterator[str]:
+    """The texts in random order, once; then texts of some ten clauses each, of which seven in ten are the beginning of one
+    real clause and the end of another, so that new pieces keep coming as they do in a real corpus."""
+    yield from rng.sample(texts, len(texts))
+    clauses = re.findall(r"[^，。！？；：、\n]+[，。！？；：、\n]?", "\n".join(texts))
+    while True:
+        made = []
+        for _ in range(10):
+            clause = rng.choice(clauses)
+            if rng.random() < 0.7:
+                other, share = rng.choice(clauses), rng.random()
+                clause = clause[:int(share * len(clause))].rstrip("，。！？；：、\n") + other[int(share * len(other)):]
+            made.append(clause)
+        yield "".join(made)
+
+
+def write_corpus(texts: list[str], path: Path, megabytes: float) -> int:
+    """A text file, a text a line, of so many megabytes; its characters."""
+    size = chars = 0
+    with open(path, "w", encoding="utf-8") as f:
+        for text in endless(texts, random.Random(0)):
+            line = text.replace("\n", " ") + "\n"
+            f.write(line)
+            size, chars = size + len(line.encode()), chars + len(line)
+            if size >= megabytes * 1e6:
+                return chars
+
+
+# --- tokenizer_train ---------------------------------------------------------------------------------------------------------------
+
+def our_pieces(text: str) -> list[str]:
+    starts = np.flatnonzero(piece_starts(to_codepoints(text), np.zeros(1, np.int64))).tolist()
+    return [text[a:b] for a, b in zip(starts, [*starts[1:], len(text)])]
+
+
+def child_tokenizers(corpus: str, out: str, vocab_size: str) -> None:
+    import tokenizers
+    from tokenizers import models, pre_tokenizers, trainers
+    tokenizer = tokenizers.Tokenizer(models.BPE(byte_fallback=True))
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
+        pre_tokenizers.Punctuation("isolated"), pre_tokenizers.Digits(individual_digits=True),
+        pre_tokenizers.Metaspace(replacement=" ", prepend_scheme="never")])
+    tokenizer.train([corpus], trainers.BpeTrainer(
+        vocab_size=int(vocab_size), min_frequency=2, special_tokens=SPECIAL_TOKENS + BYTE_TOKENS, show_progress=False))
+    tokenizer.save(out)
+
+
+def child_sentencepiece(corpus: str, out: str, vocab_size: str, coverage: str = "") -> None:
+    """By its own rules or, with a coverage, on pieces with a mark between them."""
+    import sentencepiece
+    rules = dict(split_digits=True)
+    if coverage:
+        rules = dict(pretokenization_delimiter=PIECE_MARK, split_by_unicode_script=False, split_by_number=False)
+    sentencepiece.SentencePieceTrainer.train(
+        input=corpus, model_prefix=out, model_type="bpe", vocab_size=int(vocab_size), character_coverage=float(coverage or 0.9999), byte_fallback=True,
+        num_threads=os.cpu_count(), max_sentence_length=1 << 20, normalization_rule_name="identity", add_dummy_prefix=False,
+        remove_extra_whitespaces=False, minloglevel=2, **rules)
+
+
+def chars_per_token(kind: str, model: str, texts: list[str]) -> float:
+    if kind == "ours":
+        tokenizer = Tokenizer.from_pretrained(model)
+        tokens = len(tokenizer.encode_arrays(texts)[0]) - len(texts)  # without the [EOS] of each
+    elif kind == "tokenizers":
+        import tokenizers
+        tokens = sum(len(e.ids) for e in tokenizers.Tokenizer.from_file(model).encode_batch(texts))
+    else:
+        import sentencepiece
+        spm = sentencepiece.SentencePieceProcessor(model_file=f"{model}.model")
+        parts = [piece for text in texts for piece in our_pieces(text)] if kind.endswith("our pieces") else texts
+        tokens = sum(map(len, spm.encode(parts)))
+    return sum(map(len, texts)) / tokens
+
+
+def tokenizer_train(args: argparse.Namespace) -> None:
+    """Time, memory and compression of learning a tokenizer: this project, tokenizers, sentencepiece."""
+    texts = load_texts(args.data)
+    held_out, texts = texts[::50], [text for i, text in enumerate(texts) if i % 50]
+    for megabytes in args.megabytes:
+        with tempfile.TemporaryDirectory() as scratch:
+            corpus, marked, size = Path(scratch) / "corpus.txt", Path(scratch) / "marked.txt", str(args.vocab_size)
+            chars = write_corpus(texts, corpus, megabytes)
+            models = {name: f"{scratch}/{name}" for name in ("ours", "tokenizers", "sentencepiece", "sentencepiece, our pieces")}
+            commands = {
+                "ours": [sys.executable, "tokenizer.py", "train", str(corpus), "--out", models["ours"], "--vocab_size", size],
+                "tokenizers": child("tokenizers", str(corpus), models["tokenizers"], size),
+                "sentencepiece": child("sentencepiece", str(corpus), models["sentencepiece"], size)}
+            if args.same_pieces:
+                marks = 0
+                with open(corpus, encoding="utf-8") as f, open(marked, "w", encoding="utf-8") as g:
+                    for line in f:
+                        pieces = our_pieces(line[:-1])
+                        g.write(PIECE_MARK.join(pieces) + "\n")
+                        marks += max(0, len(pieces) - 1)
+                coverage = 1 - 1e-4 * chars / (chars + marks)  # so that the alphabet is the same: marks count as characters there
+                commands["sentencepiece, our pieces"] = child(
+                    "sentencepiece", str(marked), models["sentencepiece, our pieces"], size, str(coverage))
+            if args.only_ours:
+                commands = {"ours": commands["ours"]}
+            times, peaks = {name: [] for name in commands}, dict.fromkeys(commands, 0)
+            for _ in range(args.runs):
+                for name, command in commands.items():
+                    wall_s, peak, _ = measure(command)
+                    times[name].append(wall_s)
+                    peaks[name] = max(peaks[name], peak)
+            median = {name: statistics.median(t) for name, t in times.items()}
+            packed = {name: chars_per_token(name, models[name], held_out) for name in commands}
+            show(f"tokenizer_train, {megabytes:g} MB ({chars:,} characters), {args.vocab_size:,} tokens",
+                 ["", "seconds", "ours / it", "peak MB", "ours / it", "characters a token, held out"],
+                 [[name, f"{median[name]:.1f}", f"{median['ours'] / median[name]:.2f}", f"{peaks[name] / 1e6:,.0f}",
+                   f"{peaks['ours'] / peaks[name]:.2f}", f"{packed[name]:.4f}"] for name in commands],
+                 {"seconds": times, "peak_bytes": peaks, "chars_per_token": packed})
+
+
+# --- tokenizer_encode --------------------------------------------------------------------------------------------------------------
+
+def child_encode(kind: str, folder: str, runs: str, *data: str) -> None:
+    """Prints seconds for all texts, a run each after a warm-up."""
+    if data[0] == "run of":  # one text of so many characters without a mark in it
+        clauses = [c for text in load_texts(list(data[2:])) for c in our_pieces(text) if len(c) > 1 and c.isalpha()]
+        texts = ["".join(random.Random(0).choices(clauses, k=int(data[1])))[:int(data[1])]]
+    else:
+        texts = load_texts(list(data[1:]))
+    if kind == "ours":
+        tokenizer = Tokenizer.from_pretrained(folder)
+        encode = tokenizer.encode_batch
+    elif kind == "ours, arrays":
+        encode = Tokenizer.from_pretrained(folder).encode_arrays
+    else:
+        import tokenizers
+        encode = tokenizers.Tokenizer.from_file(f"{folder}/tokenizer.json").encode_batch
+    times = []
+    for _ in range(1 + int(runs)):
+        begin_s = time.perf_counter()
+        encode(texts)
+        times.append(time.perf_counter() - begin_s)
+    print(json.dumps({"chars": sum(map(len, texts)), "seconds": times[1:]}))
+
+
+def tokenizer_encode(args: argparse.Namespace) -> None:
+    """Characters a second: this project in one process, tokenizers on one thread and on all."""
+    cores = os.cpu_count()
+    contenders = {"ours, one process": ("ours", 1), "ours, one process, arrays": ("ours, arrays", 1), "tokenizers, one thread": ("tokenizers", 1),
+                  f"tokenizers, {cores} threads": ("tokenizers", cores)}
+    with tempfile.TemporaryDirectory() as folder:
+        texts = load_texts(args.data)
+        Tokenizer.train(texts, args.vocab_size).save_pretrained(folder)
+        for title, what in (("real texts", ["texts"]), ("one text of 100,000 characters, no mark in it", ["run of", "100000"]),
+                            ("one text of 1,000,000 characters, no mark in it", ["run of", "1000000"])):
+            speeds, peaks = {name: [] for name in contenders}, dict.fromkeys(contenders, 0)
+            for _ in range(args.runs):
+                for name, (kind, threads) in contenders.items():
+                    _, peak, said = measure(child("encode", kind, folder, "3", *what, *args.data),
+                                            {"RAYON_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": str(threads > 1).lower()})
+                    result = json.loads(said)
+                    speeds[name] += [result["chars"] / s for s in result["seconds"]]
+                    peaks[name] = max(peaks[name], peak)
+            median = {name: statistics.median(s) for name, s in speeds.items()}
+            show(f"tokenizer_encode, {title} ({result['chars']:,} characters)", ["", "million characters/s", "ours / it", "peak MB"],
+                 [[name, f"{s / 1e6:.2f}", f"{median['ours, one process'] / s:.2f}", f"{peaks[name] / 1e6:,.0f}"] for name, s in median.items()],
+                 {"chars_per_s": speeds, "peak_bytes": peaks})
+
+
+def main() -> None:
+    if sys.argv[1:2] == ["child"]:
+        globals()[f"child_{sys.argv[2]}"](*sys.argv[3:])
+        return
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="what", required=True)
+    for task in (tokenizer_train, tokenizer_encode):
+        sub = commands.add_parser(task.__name__, help=task.__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+        sub.set_defaults(task=task)
+        sub.add_argument("--data", nargs="+", default=[], metavar="FILE", help="texts or pairs; none: the demo's")
+        sub.add_argument("--vocab_size", type=int, default=29298, help="tokens")
+        sub.add_argument("--runs", type=int, default=3, help="of every contender")
+        if task is tokenizer_train:
+            sub.add_argument("--megabytes", type=float, nargs="+", default=[20, 180], help="sizes of the corpora made of the data")
+            sub.add_argument("--same_pieces", action="store_true", help="sentencepiece also on our pieces, to compare compression")
+            sub.add_argument("--only_ours", action="store_true", help="no peers: for sizes that they cannot hold")
+    args = parser.parse_args()
+    args.task(args)
+
+
+if __name__ == "__main__":
+    main()
