@@ -675,13 +675,17 @@ def learn_merges(corpus: np.ndarray, weight: np.ndarray, vocab: list[str], vocab
     may be too high, since merges take occurrences away, never too low. So a popped pair is counted anew: if the count
     stands, no other pair comes before it, and it is merged; else it goes back with its true count. The pairs that a merge
     makes are new ones, and enter the heap if they come before the bound. When it is empty, all pairs are counted over the
-    whole corpus, up to a farther bound. (Should a merge make a token that exists already, by another way, known pairs can
-    become more frequent: then too all are counted anew.)
+    whole corpus, up to a farther bound.
+
+    Should a merge make a token that exists already, by another way (ab + c, where a + bc is known), known pairs can become
+    more frequent: then too all are counted anew. Hugging Face's trainer differs here: its queue then holds such a pair
+    twice, each with a part of its places, and merges one part later than the other, and than it should.
     """
     separator, dead, several = -1, np.iinfo(corpus.dtype).min, len(weight) - 1
     id_bits = (vocab_size - 1).bit_length()
     whole = (1 << id_bits) - 1  # a bound of this pair leaves out none of its count
     place_bits = 64 - 2 * id_bits
+    place_mask = np.uint64((1 << place_bits) - 1)
     if len(corpus) > min(1 << place_bits, 1 << 31):
         raise ValueError(f"{len(corpus):,} characters of distinct pieces are too many at once: learn from a sample (--memory)")
     length = np.ones(vocab_size, dtype=np.int32)
@@ -705,12 +709,9 @@ def learn_merges(corpus: np.ndarray, weight: np.ndarray, vocab: list[str], vocab
         nonlocal bound, heap
         occurrences.sort()
         while len(occurrences):
-            part = occurrences
-            if len(part) > SCAN_CELLS:  # as many as make whole pairs
-                end = np.searchsorted(part, (part[SCAN_CELLS] >> np.uint64(place_bits)) << np.uint64(place_bits))
-                part = part[:end or np.searchsorted(part, (part[0] >> np.uint64(place_bits)) + np.uint64(1) << np.uint64(place_bits))]
-            occurrences = occurrences[len(part):]
-            pairs, at = part >> np.uint64(place_bits), (part & np.uint64((1 << place_bits) - 1)).astype(np.int32)
+            last = occurrences[min(SCAN_CELLS, len(occurrences)) - 1] | place_mask  # a stretch ends with a pair
+            part, occurrences = np.split(occurrences, [np.searchsorted(occurrences, last, "right")])
+            pairs, at = part >> np.uint64(place_bits), (part & place_mask).astype(np.int32)
             begins = np.concatenate([[0], np.flatnonzero(pairs[1:] != pairs[:-1]) + 1])
             counts, pairs = np.add.reduceat(times(at), begins, dtype=np.int64), pairs[begins]
             last = np.uint64(bound[1] << id_bits | bound[2])
@@ -737,12 +738,12 @@ def learn_merges(corpus: np.ndarray, weight: np.ndarray, vocab: list[str], vocab
             yield found, ((found >> np.uint64(place_bits)) * np.uint64(0x9E3779B97F4A7C15) >> np.uint64(64 - slot_bits)).view(np.int64)
 
     while len(vocab) < vocab_size:
-        if stale or not heap or heap[0] > bound:
+        if stale or not heap:
             # Count what falls into each slot, which is no less than any of its pairs; the bound shall let in some twice as
             # many pairs as there are tokens to come.
             slots = np.zeros(1 << slot_bits)
             for found, slot in scan():
-                slots += np.bincount(slot, times(found & np.uint64((1 << place_bits) - 1)), len(slots))
+                slots += np.bincount(slot, times(found & place_mask), len(slots))
             ranked = np.sort(slots[slots >= min_frequency])
             if not len(ranked) or not stale and bound == (-min_frequency, whole, whole):
                 break
@@ -806,6 +807,8 @@ def every_other(positions: np.ndarray, step: int) -> np.ndarray:
     return (index - np.maximum.accumulate(np.where(new_run, index, 0))) % 2 == 0
 
 
+# --- what the scripts share: processes, files, and a command line that speaks to people (kept in the file all import) ----
+
 def in_order(function: Callable, jobs: Iterable, workers: int) -> Iterator:
     """function(job) of every job, in their order: in other processes if workers is more than 1, only a few ahead."""
     if workers == 1:
@@ -858,8 +861,6 @@ def write_file(path, text: str) -> None:
         os.fsync(f.fileno())
     os.replace(beside, path)
 
-
-# --- what the scripts share: reading files, and a command line that speaks to people (kept in the file all import) -----
 
 class Problems(Counter):
     """What was wrong in files that were read all the same: reason -> how often; `first` tells where it was met first."""
@@ -1067,8 +1068,9 @@ def main() -> None:
     train.add_argument("--character_coverage", type=number(float, 0, 1, above=True), default=0.9999,
                        help="share of the text that the alphabet spells without bytes")
     train.add_argument("--nfkc", action="store_true", help="normalise text to NFKC first (decoding gives the normalised text)")
-    train.add_argument("--memory", type=memory_size, default="4GB", help="what training may use; of a corpus too large for it, a sample is taken")
-    train.add_argument("--workers", type=number(int, 1), default=1, help="processes that cut the corpus into pieces")
+    train.add_argument("--memory", type=memory_size, default="4GB",
+                       help="resident memory that all processes together stay below; of a corpus too large for it, a sample is taken")
+    train.add_argument("--workers", type=number(int, 1), default=os.cpu_count(), help="processes that cut the corpus into pieces")
     stats = commands.add_parser("stats", help="characters per token, byte-fallback rate, speed")
     stats.add_argument("input", nargs="+", metavar="IN", help="files as for train")
     stats.add_argument("--tokenizer", required=True, metavar="DIR", help="folder with tokenizer.json")
