@@ -14,7 +14,9 @@ import multiprocessing
 import os
 import random
 import re
+import signal
 import sys
+import threading
 import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -27,7 +29,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import xxhash
 
-from tokenizer import EOS, PAD, ArgumentParser, Problems, Tokenizer, end_with_parent, in_order, input_files, number, read_rows, run, to_codepoints
+from tokenizer import EOS, PAD, ArgumentParser, Problems, Tokenizer, in_order, input_files, number, read_rows, run, to_codepoints
 
 ROW_GROUP = 8192  # rows of a Parquet row group that we write, and of the batches handed to workers
 WINDOW_ROWS = 1 << 16  # PairStream shuffles and sorts within windows of at least so many rows
@@ -344,8 +346,7 @@ def clean(inputs: list[str], source: str, out: str, fields: list[str], min_chars
     dropped["line is not JSON"] += problems.pop("line is not JSON", 0)
     for reason, rows in [("kept", total), *(+dropped).most_common(), ("all", total + dropped.total())]:
         print(f"{rows:>12,}  {reason}")
-    for line in problems.lines():
-        print(f"data.py: warning: {line}", file=sys.stderr)
+    problems.warn()
     if not total:
         print(f"data.py: warning: no row was kept; is this a {source} file?", file=sys.stderr)
 
@@ -735,6 +736,17 @@ class PairStream:
         if self._pool is not None:
             self._pool.shutdown(wait=False, cancel_futures=True)
             self._pool = None
+
+
+def end_with_parent() -> None:
+    """In a background process: end when the one that began it has gone, however it went."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = multiprocessing.parent_process()
+
+    def watch() -> None:
+        parent.join()
+        os._exit(0)
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def main() -> None:

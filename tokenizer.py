@@ -23,15 +23,15 @@ import json
 import multiprocessing
 import os
 import re
+import shutil
 import signal
 import sys
-import threading
+import tempfile
 import time
 import unicodedata
 import zlib
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -391,27 +391,33 @@ class Tokenizer:
             raise FileNotFoundError(f"{folder} has no tokenizer.json")
         try:
             form = json.loads(path.read_text("utf-8"))
-            model, added = form["model"], form["added_tokens"]
-            ids = model["vocab"] | {token["content"]: token["id"] for token in added}
+            kind, added = form["model"].get("type"), form["added_tokens"]
+            if kind != "BPE":
+                raise NotImplementedError(f"this kind of model is not supported: {kind}")
+            ids = form["model"]["vocab"] | {token["content"]: token["id"] for token in added}
+            if [ids.get(token) for token in SPECIAL_TOKENS] != list(range(len(SPECIAL_TOKENS))):
+                raise NotImplementedError(f"the vocabulary does not begin with {' '.join(SPECIAL_TOKENS)}")
             vocab = sorted(ids, key=ids.__getitem__)
-            if [ids[token] for token in vocab] != list(range(len(vocab))):
-                raise ValueError("the ids are not 0, 1, 2, ...")
-            pairs = (merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"])
+            if [ids[token] for token in vocab] != list(range(len(vocab))) or "" in ids:
+                raise ValueError("the ids are not 0, 1, 2, ..., one for each token")
+            pairs = [merge.split(" ") if isinstance(merge, str) else merge for merge in form["model"]["merges"]]
+            if missing := {token for a, b in pairs for token in (a, b, a + b)} - ids.keys():
+                raise ValueError(f"its merges have {missing.pop()!r}, which the vocabulary has not")
             found = canonical(form)
             tokenizer = cls(vocab, [(ids[a], ids[b]) for a, b in pairs], nfkc=found["normalizer"] is not None,
                             append_eos=found["post_processor"] is not None, spaced=found["model"]["unk_token"] is not None,
                             added={token["content"]: token["special"] for token in added})
             known = canonical(json.loads(tokenizer.to_json()))
+            for part in known:
+                if found[part] != known[part]:
+                    shown = json.dumps(found[part], ensure_ascii=False)
+                    raise NotImplementedError(f"this kind of {part} is not supported: {shown[:200]}")
+            if not tokenizer.spaced and vocab[FIRST_BYTE:FIRST_CHAR] != BYTE_TOKENS:
+                raise NotImplementedError("the 256 bytes do not follow the special tokens")
+        except NotImplementedError as e:
+            raise ValueError(f"{path}: {e}") from None
         except (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError) as e:
             raise ValueError(f"{path} is damaged: {type(e).__name__}: {e}") from None
-        for part in known:
-            if found[part] != known[part]:
-                shown = json.dumps(found[part], ensure_ascii=False)
-                raise ValueError(f"{path}: this kind of {part} is not supported: {shown[:200]}")
-        first = SPECIAL_TOKENS + ([] if tokenizer.spaced else BYTE_TOKENS)
-        if vocab[:len(first)] != first:
-            raise ValueError(f"{path}: the vocabulary does not begin with {' '.join(SPECIAL_TOKENS)}"
-                             + ("" if tokenizer.spaced else " and the 256 bytes"))
         if append_eos is not None:
             tokenizer.append_eos = append_eos
         return tokenizer
@@ -441,8 +447,7 @@ class Tokenizer:
         sample of them is taken, and texts must be such as can be read twice. The result does not depend on workers.
         Raises ValueError for a corpus without text or a vocabulary too small for alphabet, bytes and specials.
         """
-        id_type = np.dtype(np.int16 if vocab_size < 1 << 15 else np.int32)
-        pieces = count_pieces(texts, id_type.itemsize, nfkc, workers, memory_bytes, progress)
+        pieces = count_pieces(texts, vocab_size, nfkc, workers, memory_bytes, progress)
         counts = pieces.characters
         if not counts.any():
             raise ValueError("the corpus has no text to learn a tokenizer from")
@@ -452,11 +457,12 @@ class Tokenizer:
         alphabet = alphabet[:1 + np.searchsorted(covered, character_coverage * covered[-1])]
         if vocab_size < FIRST_CHAR + len(alphabet):
             raise ValueError(f"vocab_size {vocab_size} is too small: {len(SPECIAL_TOKENS)} special tokens, 256 bytes and "
-                             f"{len(alphabet)} characters need at least {FIRST_CHAR + len(alphabet)}")
+                             f"{len(alphabet)} characters need at least {FIRST_CHAR + len(alphabet)} (a lower character_coverage "
+                             "makes fewer characters)")
         char_ids = np.full(0x110000, -1, dtype=np.int32)
         char_ids[alphabet] = np.arange(FIRST_CHAR, FIRST_CHAR + len(alphabet))
         vocab = SPECIAL_TOKENS + BYTE_TOKENS + [chr(c) for c in alphabet]
-        merges = learn_merges(*pieces.laid_out(char_ids.astype(id_type)), vocab, vocab_size, min_frequency, progress)
+        merges = learn_merges(*pieces.laid_out(char_ids.astype(id_type(vocab_size))), vocab, vocab_size, min_frequency, progress)
         return cls(vocab, merges, nfkc=nfkc)
 
 
@@ -607,17 +613,27 @@ class Pieces:
         return corpus, weight.astype(np.min_scalar_type(weight.max()))
 
 
-LEARNING_CHUNK_CHARS = 1 << 19  # texts are cut into pieces in batches of about this many characters
+LEARNING_CHUNK_CHARS, LONGEST_TEXT = 1 << 19, 1 << 17  # texts are cut into pieces in batches of about so many characters
 PROCESS_BYTES, WORKER_BYTES = 300_000_000, 150_000_000  # what a process takes, whatever the corpus
 SCAN_CELLS = 1 << 20  # pairs are counted in stretches of this many places
 
 
-def count_pieces(texts: Iterable[str], id_bytes: int, normalized: bool, workers: int, memory_bytes: int | None,
+def id_type(vocab_size: int) -> np.dtype:
+    """What learn_merges needs to hold ids, and as many negative numbers."""
+    return np.dtype(np.int16 if vocab_size < 1 << 15 else np.int32)
+
+
+def most_cells(vocab_size: int) -> int:
+    """How many places learn_merges can number: two ids and a place are one uint64, a place by itself is an int32."""
+    return min(1 << 64 - 2 * (vocab_size - 1).bit_length(), 1 << 31)
+
+
+def count_pieces(texts: Iterable[str], vocab_size: int, normalized: bool, workers: int, memory_bytes: int | None,
                  progress: bool) -> Pieces:
     """The pieces of texts or, where memory_bytes would not hold what learning takes, of a uniform sample: of the texts
     whose hash is below a share of all hashes. The share is found by trying, and is the same for any number of workers.
-    (A text of more than LEARNING_CHUNK_CHARS counts as several.)"""
-    budget_bytes, share = None, 1.0
+    (A text of more than LONGEST_TEXT characters counts as several.)"""
+    budget_bytes, share, id_bytes = None, 1.0, id_type(vocab_size).itemsize
     if memory_bytes:
         if memory_bytes < 2 * PROCESS_BYTES:
             raise ValueError(f"{memory_bytes / 1e6:,.0f} MB are not enough to learn in: the least is {2 * PROCESS_BYTES / 1e6:,.0f} MB")
@@ -631,20 +647,22 @@ def count_pieces(texts: Iterable[str], id_bytes: int, normalized: bool, workers:
 
         def sample() -> Iterator[str]:
             nonlocal chars_read
-            for text in texts:
-                if share == 1 or xxhash.xxh3_64_intdigest(text.encode("utf-8", "surrogatepass")) < share * 2 ** 64:
-                    chars_read += len(text)
-                    for begin in range(0, len(text), LEARNING_CHUNK_CHARS):
-                        yield text[begin:begin + LEARNING_CHUNK_CHARS]
+            for whole in texts:
+                for begin in range(0, len(whole), LONGEST_TEXT):
+                    text = whole[begin:begin + LONGEST_TEXT]
+                    if share == 1 or xxhash.xxh3_64_intdigest(text.encode("utf-8", "surrogatepass")) < share * 2 ** 64:
+                        chars_read += len(text)
+                        yield text
 
         reading = sample()
         jobs = ((chunk, normalized) for chunk in batches(reading, LEARNING_CHUNK_CHARS))
         for part in in_order(cut_pieces, jobs, workers):
             pieces.add(*part)
-            if budget_bytes and need_bytes + (pieces.cells() - cells_then) * (12 + id_bytes) > budget_bytes:  # it may be too much
-                pieces.unite()
+            cells = pieces.cells()
+            if budget_bytes and (need_bytes + (cells - cells_then) * (12 + id_bytes) > budget_bytes or cells > most_cells(vocab_size)):
+                pieces.unite()  # it may be too much
                 need_bytes, cells_then = pieces.need_bytes(id_bytes), pieces.cells()
-                if need_bytes > 0.9 * budget_bytes:
+                if need_bytes > 0.9 * budget_bytes or cells_then > 0.9 * most_cells(vocab_size):
                     break
             if progress and time.monotonic() - shown_s > 1:
                 shown_s = time.monotonic()
@@ -659,8 +677,8 @@ def count_pieces(texts: Iterable[str], id_bytes: int, normalized: bool, workers:
             share = 0.95 * counted / chars_read
         else:
             share *= 0.8
-        print(f"\rthe corpus does not fit into the memory allowed: learning from a sample of {100 * share:.1f} % of its texts",
-              file=sys.stderr)
+        print("\r\x1b[K" * progress + f"the corpus does not fit into the memory allowed: learning from a sample of {100 * share:.1f} % "
+              "of its texts", file=sys.stderr)
 
 
 def learn_merges(corpus: np.ndarray, weight: np.ndarray, vocab: list[str], vocab_size: int, min_frequency: int,
@@ -684,10 +702,11 @@ def learn_merges(corpus: np.ndarray, weight: np.ndarray, vocab: list[str], vocab
     separator, dead, several = -1, np.iinfo(corpus.dtype).min, len(weight) - 1
     id_bits = (vocab_size - 1).bit_length()
     whole = (1 << id_bits) - 1  # a bound of this pair leaves out none of its count
-    place_bits = 64 - 2 * id_bits
+    place_bits = 64 - 2 * id_bits  # see most_cells
     place_mask = np.uint64((1 << place_bits) - 1)
-    if len(corpus) > min(1 << place_bits, 1 << 31):
-        raise ValueError(f"{len(corpus):,} characters of distinct pieces are too many at once: learn from a sample (--memory)")
+    if len(corpus) > most_cells(vocab_size):
+        raise ValueError(f"{len(corpus):,} characters of distinct pieces are too many at once for {vocab_size:,} tokens: name "
+                         "memory_bytes, to learn from a sample, or a smaller vocab_size")
     length = np.ones(vocab_size, dtype=np.int32)
     ids = {token: i for i, token in enumerate(vocab)}
     merges: list[tuple[int, int]] = []
@@ -810,33 +829,55 @@ def every_other(positions: np.ndarray, step: int) -> np.ndarray:
 # --- what the scripts share: processes, files, and a command line that speaks to people (kept in the file all import) ----
 
 def in_order(function: Callable, jobs: Iterable, workers: int) -> Iterator:
-    """function(job) of every job, in their order: in other processes if workers is more than 1, only a few ahead."""
+    """function(job) of every job, in their order; with more than one worker in so many processes, a job each at a time.
+
+    Raises ChildProcessError when one of them has been killed.
+    """
     if workers == 1:
         yield from map(function, jobs)
         return
-    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), end_with_parent) as pool:
-        waiting = deque()
-        try:
-            for job in jobs:
-                waiting.append(pool.submit(function, job))
-                if len(waiting) > workers:
-                    yield waiting.popleft().result()
-            while waiting:
-                yield waiting.popleft().result()
-        finally:
-            for job in waiting:
-                job.cancel()
+    context, pipes, processes = multiprocessing.get_context("spawn"), [], []
+    try:
+        sent = received = 0
+        for job in jobs:
+            if len(pipes) < workers:
+                ours, theirs = context.Pipe()
+                processes.append(context.Process(target=serve, args=(function, theirs), daemon=True))
+                processes[-1].start()
+                theirs.close()
+                pipes.append(ours)
+            done = [pipes[received % workers].recv()] if sent - received == workers else []
+            pipes[sent % workers].send(job)
+            sent, received = sent + 1, received + len(done)
+            yield from map(unpacked, done)
+        for received in range(received, sent):
+            yield unpacked(pipes[received % workers].recv())
+    except (EOFError, ConnectionError):
+        raise ChildProcessError("a background process was killed (is there enough memory? --workers 1 takes the least)") from None
+    finally:
+        for process in processes:
+            process.kill()
 
 
-def end_with_parent() -> None:
-    """In a background process: end when the one that began it has gone, however it went."""
+def serve(function: Callable, pipe) -> None:
+    """In a background process: answer jobs until the other end of the pipe has gone."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    parent = multiprocessing.parent_process()
+    try:
+        while True:
+            job = pipe.recv()
+            try:
+                pipe.send((function(job), None))
+            except (ValueError, OSError, MemoryError) as e:
+                pipe.send((None, e))
+    except (EOFError, ConnectionError):
+        pass
 
-    def watch() -> None:
-        parent.join()
-        os._exit(0)
-    threading.Thread(target=watch, daemon=True).start()
+
+def unpacked(answer: tuple):
+    result, error = answer
+    if error is not None:
+        raise error
+    return result
 
 
 def batches(texts: Iterable[str], chars: int) -> Iterator[list[str]]:
@@ -854,12 +895,26 @@ def batches(texts: Iterable[str], chars: int) -> Iterator[list[str]]:
 
 def write_file(path, text: str) -> None:
     """Write beside, sync, rename: the file is either the old one or the new one, whole."""
-    beside = Path(f"{path}.tmp")
-    with open(beside, "w", encoding="utf-8") as f:
-        f.write(text)
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(beside, path)
+    beside = Path(f"{path}.{os.getpid()}.tmp")
+    try:
+        with open(beside, "w", encoding="utf-8") as f:
+            f.write(text)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(beside, path)
+    except OSError as e:
+        raise OSError(e.errno, e.strerror, str(path)) from None
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def check_folder(path) -> None:
+    """Raises OSError if a folder cannot be made or written to there: said before the work, not after it."""
+    there = next(p for p in (Path(path), *Path(path).absolute().parents) if p.exists())
+    if not there.is_dir():
+        raise NotADirectoryError(errno.ENOTDIR, "not a folder", str(there))
+    if not os.access(there, os.W_OK):
+        raise PermissionError(errno.EACCES, "no permission to write", str(there))
 
 
 class Problems(Counter):
@@ -869,12 +924,13 @@ class Problems(Counter):
         super().__init__()
         self.first: dict[str, str] = {}
 
-    def note(self, reason: str, path, row: int, times: int = 1) -> None:
-        self.first.setdefault(reason, f"{path}, row {row:,}")
+    def note(self, reason: str, where: str, times: int = 1) -> None:
+        self.first.setdefault(reason, where)
         self[reason] += times
 
-    def lines(self) -> list[str]:
-        return [f"{n:,} x {reason} (first in {self.first[reason]})" for reason, n in self.items()]
+    def warn(self) -> None:
+        for reason, n in self.items():
+            print(f"{Path(sys.argv[0]).name}: warning: {n:,} x {reason} (first in {self.first[reason]})", file=sys.stderr)
 
 
 undecodable = [0]  # bytes of text files that were read as U+FFFD so far
@@ -898,18 +954,18 @@ def read_rows(paths: Iterable[str | Path], problems: Problems | None = None, enc
     """
     problems, strict = (Problems(), True) if problems is None else (problems, False)
     for path in input_files(paths):
-        kind, number = Path(path.name.removesuffix(".gz")).suffix, 0
-        codec, bad = "utf-8-sig" if encoding == "utf-8" else encoding, undecodable[0]
+        kind, bad = kind_of(path), undecodable[0]
         try:
             if kind == ".parquet":
                 yield from read_parquet(path)
                 continue
-            with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding=codec, errors="replace_and_count", newline="") as f:
+            codec = "utf-8-sig" if encoding == "utf-8" else encoding
+            with (gzip.open if path.suffix.lower() == ".gz" else open)(path, "rt", encoding=codec, errors="replace_and_count", newline="") as f:
                 head = f.read(1024).lstrip()
                 f.seek(0)
                 bad = undecodable[0]  # what comes now counts
                 if kind == ".csv":
-                    yield from csv.DictReader(f)
+                    yield from csv.DictReader(f, strict=True)
                 elif kind == ".txt":
                     for line in iter(lambda: f.readline(1 << 22), ""):  # a longer line is several
                         yield {"text": line.rstrip("\r\n")}
@@ -924,37 +980,48 @@ def read_rows(paths: Iterable[str | Path], problems: Problems | None = None, enc
                         except (ValueError, RecursionError) as e:
                             if strict:
                                 raise ValueError(f"line {number}: {e}") from None
-                            problems.note("line is not JSON", path, number)
+                            problems.note("line is not JSON", f"{path}, line {number:,}")
                             continue
                         if line:
                             yield row
         except (EOFError, gzip.BadGzipFile, zlib.error, csv.Error, ValueError, RecursionError) as e:
-            raise ValueError(f"{path} cannot be read: {e}") from None
+            raise ValueError(f"{path} cannot be read: {' '.join(str(e).split())}") from None
         finally:
             if undecodable[0] > bad:
-                problems.note(f"byte that is not {encoding}, read as U+FFFD", path, number, undecodable[0] - bad)
+                problems.note(f"byte that is not {encoding}, read as U+FFFD", str(path), undecodable[0] - bad)
 
 
 def read_parquet(path: Path) -> Iterator[dict]:
-    """The rows of one file, a few at a time however large its row groups are. (pyarrow is imported where it is needed, so
-    that what only cuts or answers text starts fast and small.)"""
+    """The rows of one file, a few at a time however large its row groups are; dates and times are left out. (pyarrow is
+    imported where it is needed, so that what only cuts or answers text starts fast and small.)"""
     import pyarrow as pa
     import pyarrow.parquet as pq
-    try:
-        for batch in pq.ParquetFile(path, pre_buffer=False, buffer_size=1 << 20).iter_batches(1024):
-            yield from batch.to_pylist()
-    except pa.ArrowException as e:
-        raise ValueError(e) from None
+    with gzip.open(path) if path.suffix.lower() == ".gz" else open(path, "rb") as source, tempfile.TemporaryFile() as plain:
+        if path.suffix.lower() == ".gz":
+            shutil.copyfileobj(source, plain)
+        try:
+            file = pq.ParquetFile(path if path.suffix.lower() != ".gz" else plain, pre_buffer=False, buffer_size=1 << 20)
+            columns = [field.name for field in file.schema_arrow if not pa.types.is_temporal(field.type)]
+            for batch in file.iter_batches(1024, columns=columns):
+                yield from batch.to_pylist()
+        except (pa.ArrowException, OSError, OverflowError) as e:
+            raise ValueError(e) from None
 
 
 def read_json_list(f) -> Iterator[dict]:
     """The objects of a JSON list, one after the other, without holding all of them."""
-    decoder, text = json.JSONDecoder(), f.read(1 << 16).lstrip()[1:]
+    decoder, text, after = json.JSONDecoder(), f.read(1 << 16).lstrip()[1:], "["
     while True:
-        text = text.lstrip(", \t\r\n")
+        text = text.lstrip()
         try:
-            if text[:1] == "]":
+            if text[:1] == "]" and after != ",":
+                if text[1:].strip() or f.read(1024).strip():
+                    raise csv.Error("there is more after the end of its list")
                 return
+            if text and after == "object":
+                if text[0] != ",":
+                    raise csv.Error("a comma is missing between two objects of its list")
+                text, after = text[1:].lstrip(), ","
             row, end = decoder.raw_decode(text)
         except ValueError:
             if not (block := f.read(max(1 << 16, len(text)))):
@@ -964,30 +1031,37 @@ def read_json_list(f) -> Iterator[dict]:
         if not isinstance(row, dict):
             raise ValueError(f"its list holds {json.dumps(row, ensure_ascii=False)[:40]}, not objects")
         yield row
-        text = text[end:]
+        text, after = text[end:], "object"
 
 
-def memory_size(text: str) -> int:
-    """An argparse type: 4GB, 512MB, or bytes -> bytes."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)B?", text.strip().upper())
-    if not match or not float(match[1]):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a size like 4GB or 512MB")
-    return int(float(match[1]) * 1000 ** " KMGT".index(match[2] or " "))
+KINDS = (".parquet", ".jsonl", ".json", ".csv", ".txt")
+
+
+def kind_of(path: Path) -> str:
+    """.jsonl for a.jsonl, A.JSONL and a.jsonl.gz"""
+    name = path.name.lower().removesuffix(".gz")
+    return next((kind for kind in KINDS if name.endswith(kind)), "")
 
 
 def input_files(paths: Iterable[str | Path]) -> list[Path]:
     """The files meant by names of files and folders, in a fixed order."""
-    kinds = (".parquet", ".jsonl", ".json", ".csv", ".txt")
+    def refuse(error: OSError) -> None:
+        raise error
+
     files = []
     for path in map(Path, paths):
         if not path.exists():
             raise FileNotFoundError(f"no such file or folder: {path}")
-        found = sorted(p for p in path.rglob("*") if p.name.removesuffix(".gz").endswith(kinds)) if path.is_dir() else [path]
-        if not found:
-            raise ValueError(f"{path} has no files that can be read ({' '.join(kinds)}, also .gz)")
-        if not found[0].name.removesuffix(".gz").endswith(kinds):
-            raise ValueError(f"{path}: unknown kind of file; known are {' '.join(kinds)}, also .gz")
-        files += found
+        if path.is_dir():
+            found = sorted(Path(folder, name) for folder, _, names in os.walk(path, onerror=refuse) for name in names)
+            found = [file for file in found if kind_of(file) and file.is_file()]
+            if not found:
+                raise ValueError(f"{path} has no files that can be read ({' '.join(KINDS)}, also .gz)")
+            files += found
+        elif not path.is_file() or not kind_of(path):
+            raise ValueError(f"{path}: unknown kind of file; known are {' '.join(KINDS)}, also .gz")
+        else:
+            files.append(path)
     return files
 
 
@@ -1037,69 +1111,85 @@ def number(kind: type, low: float, high: float = float("inf"), above: bool = Fal
             raise argparse.ArgumentTypeError(f"{text!r} is not {'a whole number' if kind is int else 'a number'}") from None
         if not (low < value if above else low <= value) or not value <= high:
             limit = f"more than {low:g}" if above else f"{low:g} or more"
-            raise argparse.ArgumentTypeError(f"{text} is out of range: {limit}" + (f", {high:g} at most" if high < 1e300 else ""))
+            raise argparse.ArgumentTypeError(f"{text} is out of range: {limit}" + (f", {high:.10g} at most" if high < 1e300 else ""))
         return value
     return parse
 
 
+def memory_size(text: str) -> int:
+    """An argparse type: 4GB, 512MB, 4GiB, or bytes -> bytes."""
+    match = re.fullmatch(r"(\d{1,12}(?:\.\d{1,12})?)\s*([KMGT]?)(I?)B?", text.strip().upper())
+    if not match or not float(match[1]):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a size like 4GB or 512MB")
+    return int(float(match[1]) * (1024 if match[3] else 1000) ** " KMGT".index(match[2] or " "))
+
+
 def run(main) -> None:
     """Call main() and end as a command should: an error is one line on stderr, status 2, or 1 for a failing disk."""
+    clear = "\r\x1b[K" if sys.stderr.isatty() else ""  # of a progress line
     try:
         main()
     except KeyboardInterrupt:
+        print(f"{clear}{Path(sys.argv[0]).name}: interrupted", file=sys.stderr)
         sys.exit(130)
     except (ValueError, OSError) as e:
         if isinstance(e, BrokenPipeError):  # the reader of our output has left
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             sys.exit(1)
         text = f"{e.strerror}: {e.filename}" if isinstance(e, OSError) and e.filename else e.strerror if isinstance(e, OSError) and e.strerror else e
-        print(f"{Path(sys.argv[0]).name}: error: {text}", file=sys.stderr)
+        print(f"{clear}{Path(sys.argv[0]).name}: error: {text}", file=sys.stderr)
         sys.exit(1 if isinstance(e, OSError) and e.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO) else 2)
 
 
 def main() -> None:
     parser = ArgumentParser(description="Train a BPE tokenizer, or measure one.")
     commands = parser.add_subparsers(dest="command", required=True)
+    kinds = ".parquet .jsonl .json .csv .txt, .gz, or folders of them; columns prompt and response where both are there, else all text"
     train = commands.add_parser("train", help="learn a tokenizer from files of text or pairs")
-    train.add_argument("input", nargs="+", metavar="IN", help=".parquet .jsonl .json .csv .txt, .gz, or folders of them")
+    train.add_argument("input", nargs="+", metavar="IN", help=kinds)
     train.add_argument("--out", required=True, metavar="DIR", help="folder for tokenizer.json")
-    train.add_argument("--vocab_size", type=number(int, 264), default=29298, help="tokens")
+    train.add_argument("--vocab_size", type=number(int, 264, 1 << 18), default=29298, help="tokens, or fewer where no pair is frequent enough")
     train.add_argument("--min_frequency", type=number(int, 1), default=2, help="pairs seen less often are not merged")
     train.add_argument("--character_coverage", type=number(float, 0, 1, above=True), default=0.9999,
                        help="share of the text that the alphabet spells without bytes")
     train.add_argument("--nfkc", action="store_true", help="normalise text to NFKC first (decoding gives the normalised text)")
-    train.add_argument("--memory", type=memory_size, default="4GB",
-                       help="resident memory that all processes together stay below; of a corpus too large for it, a sample is taken")
-    train.add_argument("--workers", type=number(int, 1), default=os.cpu_count(), help="processes that cut the corpus into pieces")
+    train.add_argument("--memory", type=memory_size, default="4GB", help="resident memory that all processes together stay below, "
+                       "600MB at the least; of a corpus too large for it a sample is taken")
+    train.add_argument("--workers", type=number(int, 1), default=os.cpu_count(), help="processes that cut the corpus into pieces, or fewer "
+                       "where --memory is small")
     stats = commands.add_parser("stats", help="characters per token, byte-fallback rate, speed")
-    stats.add_argument("input", nargs="+", metavar="IN", help="files as for train")
+    stats.add_argument("input", nargs="+", metavar="IN", help=kinds)
     stats.add_argument("--tokenizer", required=True, metavar="DIR", help="folder with tokenizer.json")
     args = parser.parse_args()
-    if args.command == "train":
-        if Path(args.out).is_file():
-            raise ValueError(f"--out {args.out} is a file, not a folder")
-        corpus = Corpus(args.input)
-        tokenizer = Tokenizer.train(corpus, args.vocab_size, args.min_frequency, args.character_coverage, args.nfkc,
-                                    args.workers, args.memory, progress=sys.stderr.isatty())
-        tokenizer.save_pretrained(args.out)
-        for line in corpus.problems.lines():
-            print(f"tokenizer.py: warning: {line}", file=sys.stderr)
-        print(f"{args.out}: {len(tokenizer):,} tokens, {len(tokenizer.merges):,} merges")
-    else:
-        tokenizer = Tokenizer.from_pretrained(args.tokenizer)
-        chars = tokens = byte_tokens = 0
-        encode_s = 0.0
-        for texts in batches(read_texts(args.input), CHUNK_CHARS):
-            start_s = time.perf_counter()
-            ids, _ = tokenizer.encode_arrays(texts)
-            encode_s += time.perf_counter() - start_s
-            chars += sum(map(len, texts))
-            tokens += len(ids) - len(texts) * tokenizer.append_eos
-            byte_tokens += np.count_nonzero((ids >= len(SPECIAL_TOKENS)) & (ids < FIRST_CHAR))
-        if not tokens:
-            raise ValueError("no text in " + " ".join(args.input))
-        print(f"{chars:,} characters, {tokens:,} tokens: {chars / tokens:.3f} characters a token, "
-              f"{100 * byte_tokens / tokens:.4f} % of the tokens are bytes, {chars / encode_s / 1e6:.2f} million characters/s")
+    corpus = Corpus(args.input)
+    try:
+        if args.command == "train":
+            check_folder(args.out)
+            tokenizer = Tokenizer.train(corpus, args.vocab_size, args.min_frequency, args.character_coverage, args.nfkc,
+                                        args.workers, args.memory, progress=sys.stderr.isatty())
+            tokenizer.save_pretrained(args.out)
+            print(f"{args.out}: {len(tokenizer):,} tokens, {len(tokenizer.merges):,} merges")
+        else:
+            measure(Tokenizer.from_pretrained(args.tokenizer), corpus)
+    finally:
+        corpus.problems.warn()
+
+
+def measure(tokenizer: Tokenizer, corpus: Corpus) -> None:
+    """Print what tokenizer.py stats tells."""
+    chars = tokens = unknown = 0
+    encode_s = 0.0
+    for texts in batches(corpus, CHUNK_CHARS):
+        begin_s = time.perf_counter()
+        ids, _ = tokenizer.encode_arrays(texts)
+        encode_s += time.perf_counter() - begin_s
+        chars += sum(map(len, texts))
+        tokens += len(ids) - len(texts) * tokenizer.append_eos
+        unknown += np.count_nonzero(ids == UNK if tokenizer.spaced else (ids >= FIRST_BYTE) & (ids < FIRST_CHAR))
+    if not tokens:
+        raise ValueError("no text in " + " ".join(corpus.paths))
+    print(f"{chars:,} characters, {tokens:,} tokens: {chars / tokens:.3f} characters a token, {100 * unknown / tokens:.4f} % of the tokens "
+          f"are {'[UNK]' if tokenizer.spaced else 'bytes'}, {chars / encode_s / 1e6:.2f} million characters/s")
 
 
 if __name__ == "__main__":
