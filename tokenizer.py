@@ -33,6 +33,7 @@ import zlib
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import xxhash
@@ -41,13 +42,15 @@ SPECIAL_TOKENS = ["[PAD]", "[EOS]", "[SEP]", "[BOS]", "[CLS]", "[MASK]", "[UNK]"
 PAD, EOS, UNK = 0, 1, 6
 BYTE_TOKENS = [f"<0x{b:02X}>" for b in range(256)]  # ids 7 to 262
 FIRST_BYTE, FIRST_CHAR = len(SPECIAL_TOKENS), len(SPECIAL_TOKENS) + 256
+MOST_TOKENS = 1 << 18
 REPLACEMENT_CHAR = 0xFFFD  # what a lone surrogate, or a byte that is not UTF-8, is read as
 CHUNK_CHARS = 1 << 18  # texts are encoded in batches of about this many characters
 
 # --- characters: where a piece begins, and NFKC -------------------------------------------------------------------------------
 
 # The Rust crates behind tokenizers know Unicode's punctuation of version 8 (two marks have since moved to other
-# categories), its numerals of version 17, and NFKC of version 9: what is listed here they take otherwise than Python.
+# categories), its numerals of version 17, and NFKC of version 9. Listed here is what they take otherwise than Python, or
+# than a later Python will: found by trying every character of Unicode 18 with both, alone and with marks around it.
 LATER_PUNCTUATION = (
     "61d 9fd a76 c77 c84 1b4e-1b4f 1b7d-1b7f 2e43-2e4f 2e52-2e63 10d6e 10ead 10ed0 10f55-10f59 10f86-10f89 113d4-113d8 "
     "1144b-1144f 1145a-1145d 11660-1166c 116b9 1183b 11944-11946 119e2 11a3f-11a46 11a9a-11aa2 11b00-11b09 11be1 "
@@ -108,7 +111,7 @@ def piece_starts(codes: np.ndarray, text_begins: np.ndarray, classes: np.ndarray
     """True (N,) where a piece begins: at a text's beginning, at and after what stands alone, at a space."""
     kinds = classes[codes]
     starts = (kinds & BEGINS).astype(bool)
-    starts[1:] |= kinds[:-1] >= ENDS
+    starts[1:] |= (kinds[:-1] & ENDS).astype(bool)
     starts[text_begins[text_begins < len(codes)]] = True
     return starts
 
@@ -132,14 +135,14 @@ class Merger:
     """
     HASH_BITS, WIDEST = 21, 128  # runs of more symbols are merged by themselves, with a heap
 
-    def __init__(self, merges: list[tuple[int, int]], merged: list[int]):
-        """merges: pairs of ids, in the order learnt; merged: the id that each becomes."""
+    def __init__(self, vocab: list[str], merges: list[tuple[int, int]], merged: list[int]):
+        """vocab: tokens by id; merges: pairs of ids, in the order of their ranks; merged: the id that each becomes."""
         self.ranks = {pair: rank for rank, pair in enumerate(merges)}
-        self.merged = np.array(merged, dtype=np.int32)
+        self.merged, self.merged_ids = np.array(merged, dtype=np.int32), merged
         pairs = sorted((left << 32 | right, rank) for (left, right), rank in self.ranks.items()) + [(2 ** 63 - 1, NO_MERGE)]
         self.pairs, self.pair_ranks = np.array([p for p, _ in pairs], np.int64), np.array([r for _, r in pairs], np.int32)
         first, last, joins = {}, {}, set()  # the symbols that a token begins and ends with
-        for (a, b), new in zip(merges, merged):
+        for new, (a, b) in sorted(zip(merged, merges), key=lambda made: len(vocab[made[0]])):  # parts before what they make
             joins.add((last.get(a, a), first.get(b, b)))
             first[new], last[new] = first.get(a, a), last.get(b, b)
         self.joins = np.zeros(1 << self.HASH_BITS, dtype=bool)
@@ -207,7 +210,7 @@ class Merger:
 
     def merge_long(self, symbols: np.ndarray) -> None:
         """One long run, in place: a heap of (rank, position), neighbours linked, O(n log n)."""
-        ids, ranks, merged = symbols.tolist(), self.ranks, self.merged.tolist()
+        ids, ranks, merged = symbols.tolist(), self.ranks, self.merged_ids
         after, before = list(range(1, len(ids) + 1)), list(range(-1, len(ids) - 1))
         heap = [(rank, i) for i, pair in enumerate(zip(ids, ids[1:])) if (rank := ranks.get(pair)) is not None]
         heapq.heapify(heap)
@@ -247,14 +250,14 @@ class Tokenizer:
         self.byte_ids = range(0) if spaced else range(FIRST_BYTE, FIRST_CHAR)
         self.char_ids = np.full(0x110000, UNK if spaced else -1, dtype=np.int32)  # -1: written as bytes
         for token, i in self.ids.items():
-            if len(token) == 1:
+            if len(token) == 1 and i not in self.special_ids:
                 self.char_ids[ord(token)] = i
         self.classes = CLASSES
         if spaced:
             self.char_ids[ord(" ")] = self.char_ids[ord("▁")]
             self.classes = CLASSES.copy()
             self.classes[ord("▁")] = BEGINS
-        self.merger = Merger(merges, [self.ids[vocab[a] + vocab[b]] for a, b in merges])
+        self.merger = Merger(vocab, merges, [self.ids[vocab[a] + vocab[b]] for a, b in merges])
         self.cutters = []  # patterns of the special and of the other added tokens, the longest first
         for kind in (True, False):
             tokens = sorted((token for token, special in self.added.items() if special is kind), key=len, reverse=True)
@@ -404,6 +407,8 @@ class Tokenizer:
             if missing := {token for a, b in pairs for token in (a, b, a + b)} - ids.keys():
                 raise ValueError(f"its merges have {missing.pop()!r}, which the vocabulary has not")
             found = canonical(form)
+            if found["normalizer"] and (odd := [t["content"] for t in added if normalize(t["content"]) != t["content"]]):
+                raise NotImplementedError(f"the added token {odd[0]!r}, which NFKC changes, is not supported")
             tokenizer = cls(vocab, [(ids[a], ids[b]) for a, b in pairs], nfkc=found["normalizer"] is not None,
                             append_eos=found["post_processor"] is not None, spaced=found["model"]["unk_token"] is not None,
                             added={token["content"]: token["special"] for token in added})
@@ -447,6 +452,8 @@ class Tokenizer:
         sample of them is taken, and texts must be such as can be read twice. The result does not depend on workers.
         Raises ValueError for a corpus without text or a vocabulary too small for alphabet, bytes and specials.
         """
+        if vocab_size > MOST_TOKENS or min_frequency < 1:
+            raise ValueError(f"vocab_size must be {MOST_TOKENS:,} at most, and min_frequency 1 at least")
         pieces = count_pieces(texts, vocab_size, nfkc, workers, memory_bytes, progress)
         counts = pieces.characters
         if not counts.any():
@@ -502,11 +509,16 @@ def spelled_text(spelled: bytearray) -> str:
 
 # --- learning: pieces and their frequencies ----------------------------------------------------------------------------------------
 
-Block = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
-"""Pieces, each once, in order of their hashes: hashes (P,) uint64; sizes (P,) int32, in UTF-16 units; frequencies (P,)
-int64; and the units (N,) uint16 of one piece after the other. Equal pieces are known by equal hashes."""
+class Block(NamedTuple):
+    """Pieces, each once, in order of their hashes; equal hashes are taken for equal pieces (of 64 bits: only a text made for
+    it has two pieces with one hash). A unit is one of UTF-16: two bytes, one for nearly every character, two for the rest."""
+    hashes: np.ndarray  # (P,) uint64
+    sizes: np.ndarray  # (P,) int32, in units
+    frequencies: np.ndarray  # (P,) int64
+    units: np.ndarray  # (N,) uint16, of one piece after the other
 
-EMPTY: Block = tuple(np.empty(0, kind) for kind in (np.uint64, np.int32, np.int64, np.uint16))
+
+EMPTY = Block(*(np.empty(0, kind) for kind in (np.uint64, np.int32, np.int64, np.uint16)))
 HASH_FACTOR = 0x9E3779B97F4A7C15
 HASH_UNITS = np.random.default_rng(0).integers(0, 1 << 64, size=1 << 16, dtype=np.uint64)
 
@@ -520,14 +532,15 @@ def united(blocks: list[Block]) -> Block:
     if len(first):
         frequencies = np.add.reduceat(frequencies[order], first)
     begins, order = np.cumsum(sizes) - sizes, order[first]
-    return hashes[first], sizes[order], frequencies, units[joined_ranges(begins[order], sizes[order])]
+    return Block(hashes[first], sizes[order], frequencies, units[joined_ranges(begins[order], sizes[order])])
 
 
-def cut_pieces(job: tuple[list[str], bool]) -> tuple[np.ndarray, np.ndarray, Block]:
-    """Texts, and whether to normalise them -> their characters, how often each occurs, and the pieces of two units and
-    more, which alone can hold merges."""
-    texts, normalized = job
-    if normalized:
+def cut_pieces(job: tuple[list[str], bool]) -> tuple[int, np.ndarray, np.ndarray, Block]:
+    """Texts, and whether to normalise them -> how many characters they have; the codepoints in them, normalised, and how
+    often each occurs; the pieces of two units and more, which alone can hold merges."""
+    texts, nfkc = job
+    chars = sum(map(len, texts))
+    if nfkc:
         texts = [normalize(text) for text in texts]
     codes = to_codepoints("".join(texts))
     starts = piece_starts(codes, np.cumsum([0] + [len(text) for text in texts]))
@@ -544,9 +557,9 @@ def cut_pieces(job: tuple[list[str], bool]) -> tuple[np.ndarray, np.ndarray, Blo
     sums = np.concatenate([np.zeros(1, np.uint64), np.cumsum(HASH_UNITS[units] * powers, dtype=np.uint64)])
     hashes = (sums[begins + sizes] - sums[begins]) * inverse[begins]
     long = sizes > 1
-    block = hashes[long], sizes[long].astype(np.int32), np.ones(np.count_nonzero(long), np.int64), units[np.repeat(long, sizes)]
+    block = Block(hashes[long], sizes[long].astype(np.int32), np.ones(np.count_nonzero(long), np.int64), units[np.repeat(long, sizes)])
     seen = np.flatnonzero(counts)
-    return seen, counts[seen], united([block])
+    return chars, seen, counts[seen], united([block])
 
 
 class Pieces:
@@ -569,28 +582,27 @@ class Pieces:
         unit_ends = np.concatenate([[0], np.cumsum(sizes)])[ends]
         a = b = 0
         for part, c, d in zip(self.parts, ends.tolist(), unit_ends.tolist()):
-            part.append((hashes[a:c].copy(), sizes[a:c].copy(), frequencies[a:c].copy(), units[b:d].copy()))
+            part.append(Block(hashes[a:c].copy(), sizes[a:c].copy(), frequencies[a:c].copy(), units[b:d].copy()))
             a, b = c, d
-            if sum(len(block[3]) for block in part[1:]) > len(part[0][3]) // 2 + (1 << 16):
+            if sum(len(block.units) for block in part[1:]) > len(part[0].units) // 2 + (1 << 16):
                 part[:] = [united(part)]
 
     def unite(self) -> None:
         for part in self.parts:
             part[:] = [united(part)] if len(part) > 1 else part
 
-    def chars(self) -> int:
-        return int(self.characters.sum())
-
     def cells(self) -> int:
         """How many places the corpus takes: a unit each, and a separator for every piece."""
-        return sum(len(block[0]) + len(block[3]) for part in self.parts for block in part)
+        return sum(len(block.sizes) + len(block.units) for part in self.parts for block in part)
 
-    def need_bytes(self, id_bytes: int) -> int:
-        """What they take, or what learning from them takes, whichever is more: from measurements, with a margin."""
+    def need_bytes(self, vocab_size: int) -> int:
+        """What they take, or what learning from them takes, whichever is more. Found by measuring, with corpora of long and
+        short pieces that all differ; tests/test_tokenizer.py holds it to that."""
         blocks = [block for part in self.parts for block in part]
         held = sum(array.nbytes for block in blocks for array in block)
-        several = sum(int((block[1][block[2] > 1] + 1).sum()) for block in blocks)
-        return max(held * 3 // 2, self.cells() * (8 + id_bytes) + 4 * several)
+        repeated = sum(int((block.sizes[block.frequencies > 1] + 1).sum()) for block in blocks)
+        learning = self.cells() * (8 + id_type(vocab_size).itemsize) + 4 * repeated + 2000 * vocab_size  # the last: pairs in the heap
+        return max(held * 3 // 2, learning)
 
     def laid_out(self, char_ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """All pieces as ids of characters, with -1 around each and for what has no id: those that occur more than once
@@ -628,13 +640,13 @@ def most_cells(vocab_size: int) -> int:
     return min(1 << 64 - 2 * (vocab_size - 1).bit_length(), 1 << 31)
 
 
-def count_pieces(texts: Iterable[str], vocab_size: int, normalized: bool, workers: int, memory_bytes: int | None,
+def count_pieces(texts: Iterable[str], vocab_size: int, nfkc: bool, workers: int, memory_bytes: int | None,
                  progress: bool) -> Pieces:
     """The pieces of texts or, where memory_bytes would not hold what learning takes, of a uniform sample: of the texts
     whose hash is below a share of all hashes. The share is found by trying, and is the same for any number of workers.
-    (A text of more than LONGEST_TEXT characters counts as several.)"""
-    budget_bytes, share, id_bytes = None, 1.0, id_type(vocab_size).itemsize
-    if memory_bytes:
+    (A text of more than LONGEST_TEXT characters counts as several. The hash's seed makes it another than data.py split's.)"""
+    budget_bytes, share, cell_bytes = None, 1.0, 12 + id_type(vocab_size).itemsize  # that a new one takes at the most
+    if memory_bytes is not None:
         if memory_bytes < 2 * PROCESS_BYTES:
             raise ValueError(f"{memory_bytes / 1e6:,.0f} MB are not enough to learn in: the least is {2 * PROCESS_BYTES / 1e6:,.0f} MB")
         if iter(texts) is texts:
@@ -643,38 +655,38 @@ def count_pieces(texts: Iterable[str], vocab_size: int, normalized: bool, worker
         budget_bytes = memory_bytes - processes_bytes
         workers = min(workers, max(1, (processes_bytes - PROCESS_BYTES) // WORKER_BYTES))
     while True:
-        pieces, chars_read, need_bytes, cells_then, shown_s = Pieces(), 0, 0, 0, time.monotonic()
+        pieces, chars_read, chars_counted, need_bytes, cells_then, shown_s = Pieces(), 0, 0, 2000 * vocab_size, 0, time.monotonic()
 
         def sample() -> Iterator[str]:
             nonlocal chars_read
             for whole in texts:
                 for begin in range(0, len(whole), LONGEST_TEXT):
                     text = whole[begin:begin + LONGEST_TEXT]
-                    if share == 1 or xxhash.xxh3_64_intdigest(text.encode("utf-8", "surrogatepass")) < share * 2 ** 64:
+                    if share == 1 or xxhash.xxh3_64_intdigest(text.encode("utf-8", "surrogatepass"), seed=1) < share * 2 ** 64:
                         chars_read += len(text)
                         yield text
 
         reading = sample()
-        jobs = ((chunk, normalized) for chunk in batches(reading, LEARNING_CHUNK_CHARS))
-        for part in in_order(cut_pieces, jobs, workers):
-            pieces.add(*part)
+        jobs = ((chunk, nfkc) for chunk in batches(reading, LEARNING_CHUNK_CHARS))
+        for chars, *counted in in_order(cut_pieces, jobs, workers):
+            pieces.add(*counted)
+            chars_counted += chars
             cells = pieces.cells()
-            if budget_bytes and (need_bytes + (cells - cells_then) * (12 + id_bytes) > budget_bytes or cells > most_cells(vocab_size)):
+            if budget_bytes and (need_bytes + (cells - cells_then) * cell_bytes > budget_bytes or cells > most_cells(vocab_size)):
                 pieces.unite()  # it may be too much
-                need_bytes, cells_then = pieces.need_bytes(id_bytes), pieces.cells()
+                need_bytes, cells_then = pieces.need_bytes(vocab_size), pieces.cells()
                 if need_bytes > 0.9 * budget_bytes or cells_then > 0.9 * most_cells(vocab_size):
                     break
             if progress and time.monotonic() - shown_s > 1:
                 shown_s = time.monotonic()
-                print(f"\r{pieces.chars():,} characters read ", end="", file=sys.stderr, flush=True)
+                print(f"\r{chars_counted:,} characters read ", end="", file=sys.stderr, flush=True)
         else:
             if progress:
-                print(f"\r{pieces.chars():,} characters read{' ' * 20}", file=sys.stderr)
+                print(f"\r{chars_counted:,} characters read{' ' * 20}", file=sys.stderr)
             return pieces
         if share == 1:
-            counted = pieces.chars()
             deque(reading, maxlen=0)  # to know how many characters there are
-            share = 0.95 * counted / chars_read
+            share = 0.95 * chars_counted / chars_read
         else:
             share *= 0.8
         print("\r\x1b[K" * progress + f"the corpus does not fit into the memory allowed: learning from a sample of {100 * share:.1f} % "
@@ -712,7 +724,7 @@ def learn_merges(corpus: np.ndarray, weight: np.ndarray, vocab: list[str], vocab
     merges: list[tuple[int, int]] = []
     heap: list[tuple[int, int, int]] = []
     places: dict[tuple[int, int], np.ndarray] = {}
-    bound, few, stale, shown_s = (-sys.maxsize, 0, 0), 0, False, time.monotonic()
+    bound, heap_pairs, stale, shown_s = (-sys.maxsize, 0, 0), 0, False, time.monotonic()
     slot_bits = min(22, len(corpus).bit_length())
 
     def times(at: np.ndarray) -> np.ndarray:
@@ -738,10 +750,15 @@ def learn_merges(corpus: np.ndarray, weight: np.ndarray, vocab: list[str], vocab
             ends = np.append(begins, len(at))[near + 1]
             for count, pair, begin, end in zip(*(x.tolist() for x in (counts[near], pairs[near], begins[near], ends))):
                 left, right = divmod(pair, 1 << id_bits)
-                places[left, right] = at[begin:end].copy()
+                found = at[begin:end].copy()
+                if left == right:  # in x x x there are two, of which one can be merged
+                    count = int(times(found[every_other(found, int(length[left]))]).sum(dtype=np.int64))
+                    if (-count, left, right) > bound:
+                        continue
+                places[left, right] = found
                 heapq.heappush(heap, (-count, left, right))
-            if len(heap) > 2 * few:
-                heap = heapq.nsmallest(few, heap)
+            if len(heap) > 2 * heap_pairs:
+                heap = heapq.nsmallest(heap_pairs, heap)
                 bound, kept = heap[-1], {(left, right) for _, left, right in heap}
                 for pair in places.keys() - kept:
                     del places[pair]
@@ -766,8 +783,8 @@ def learn_merges(corpus: np.ndarray, weight: np.ndarray, vocab: list[str], vocab
             ranked = np.sort(slots[slots >= min_frequency])
             if not len(ranked) or not stale and bound == (-min_frequency, whole, whole):
                 break
-            few = 2 * (vocab_size - len(vocab)) + 1000
-            floor = int(ranked[-min(len(ranked), few)])
+            heap_pairs = 2 * (vocab_size - len(vocab)) + 1000
+            floor = int(ranked[-min(len(ranked), heap_pairs)])
             if not stale:  # what comes before the old bound is done
                 floor = min(floor, -bound[0] if bound[1] < whole else -bound[0] // 2)
             floor = max(floor, min_frequency)
@@ -867,7 +884,7 @@ def serve(function: Callable, pipe) -> None:
             job = pipe.recv()
             try:
                 pipe.send((function(job), None))
-            except (ValueError, OSError, MemoryError) as e:
+            except Exception as e:
                 pipe.send((None, e))
     except (EOFError, ConnectionError):
         pass
@@ -996,13 +1013,16 @@ def read_parquet(path: Path) -> Iterator[dict]:
     imported where it is needed, so that what only cuts or answers text starts fast and small.)"""
     import pyarrow as pa
     import pyarrow.parquet as pq
-    with gzip.open(path) if path.suffix.lower() == ".gz" else open(path, "rb") as source, tempfile.TemporaryFile() as plain:
+    with tempfile.TemporaryFile() if path.suffix.lower() == ".gz" else open(path, "rb") as f:
         if path.suffix.lower() == ".gz":
-            shutil.copyfileobj(source, plain)
+            with gzip.open(path) as source:
+                shutil.copyfileobj(source, f)
         try:
-            file = pq.ParquetFile(path if path.suffix.lower() != ".gz" else plain, pre_buffer=False, buffer_size=1 << 20)
+            file = pq.ParquetFile(f, pre_buffer=False, buffer_size=1 << 20)
+            groups = [file.metadata.row_group(i) for i in range(file.num_row_groups)]
+            rows = min((group.num_rows * (1 << 23) // max(1, group.total_byte_size) for group in groups if group.num_rows), default=1)
             columns = [field.name for field in file.schema_arrow if not pa.types.is_temporal(field.type)]
-            for batch in file.iter_batches(1024, columns=columns):
+            for batch in file.iter_batches(max(1, min(1024, rows)), columns=columns):
                 yield from batch.to_pylist()
         except (pa.ArrowException, OSError, OverflowError) as e:
             raise ValueError(e) from None
@@ -1010,31 +1030,36 @@ def read_parquet(path: Path) -> Iterator[dict]:
 
 def read_json_list(f) -> Iterator[dict]:
     """The objects of a JSON list, one after the other, without holding all of them."""
-    decoder, text, after = json.JSONDecoder(), f.read(1 << 16).lstrip()[1:], "["
+    decoder, white, text, at = json.JSONDecoder(), re.compile(r"\s*"), f.read(1 << 16), 0
+    at, before = white.match(text).end() + 1, ""  # behind the [; what the last object was followed by
     while True:
-        text = text.lstrip()
+        at = white.match(text, at).end()
+        if text[at:at + 1] == "]" and before != ",":
+            if text[at + 1:].strip() or f.read(1024).strip():
+                raise ValueError("there is more behind the end of its list")
+            return
         try:
-            if text[:1] == "]" and after != ",":
-                if text[1:].strip() or f.read(1024).strip():
-                    raise csv.Error("there is more after the end of its list")
-                return
-            if text and after == "object":
-                if text[0] != ",":
-                    raise csv.Error("a comma is missing between two objects of its list")
-                text, after = text[1:].lstrip(), ","
-            row, end = decoder.raw_decode(text)
+            row, end = decoder.raw_decode(text, at)
+            after = white.match(text, end).end()
+            if after == len(text):
+                raise ValueError("its list does not end")
         except ValueError:
-            if not (block := f.read(max(1 << 16, len(text)))):
+            if not (block := f.read(max(1 << 16, len(text) - at))):
                 raise
-            text += block
+            text, at = text[at:] + block, 0
             continue
         if not isinstance(row, dict):
             raise ValueError(f"its list holds {json.dumps(row, ensure_ascii=False)[:40]}, not objects")
         yield row
-        text, after = text[end:], "object"
+        before, at = text[after], after
+        if before == ",":
+            at += 1
+        elif before != "]":
+            raise ValueError("a comma is missing between two objects of its list")
 
 
 KINDS = (".parquet", ".jsonl", ".json", ".csv", ".txt")
+MODEL_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "config.json", "generation_config.json")
 
 
 def kind_of(path: Path) -> str:
@@ -1054,7 +1079,7 @@ def input_files(paths: Iterable[str | Path]) -> list[Path]:
             raise FileNotFoundError(f"no such file or folder: {path}")
         if path.is_dir():
             found = sorted(Path(folder, name) for folder, _, names in os.walk(path, onerror=refuse) for name in names)
-            found = [file for file in found if kind_of(file) and file.is_file()]
+            found = [file for file in found if kind_of(file) and file.is_file() and file.name not in MODEL_FILES]
             if not found:
                 raise ValueError(f"{path} has no files that can be read ({' '.join(KINDS)}, also .gz)")
             files += found
@@ -1088,7 +1113,7 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
     """Defaults in --help, where there are any."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        return super()._get_help_string(action) if action.default not in (None, "", False) else action.help
+        return action.help if action.default is None or action.default is False or action.default == "" else super()._get_help_string(action)
 
 
 class ArgumentParser(argparse.ArgumentParser):
@@ -1119,9 +1144,10 @@ def number(kind: type, low: float, high: float = float("inf"), above: bool = Fal
 def memory_size(text: str) -> int:
     """An argparse type: 4GB, 512MB, 4GiB, or bytes -> bytes."""
     match = re.fullmatch(r"(\d{1,12}(?:\.\d{1,12})?)\s*([KMGT]?)(I?)B?", text.strip().upper())
-    if not match or not float(match[1]):
+    size = int(float(match[1]) * (1024 if match[3] else 1000) ** " KMGT".index(match[2] or " ")) if match else 0
+    if not size:
         raise argparse.ArgumentTypeError(f"{text!r} is not a size like 4GB or 512MB")
-    return int(float(match[1]) * (1024 if match[3] else 1000) ** " KMGT".index(match[2] or " "))
+    return size
 
 
 def run(main) -> None:
@@ -1148,7 +1174,7 @@ def main() -> None:
     train = commands.add_parser("train", help="learn a tokenizer from files of text or pairs")
     train.add_argument("input", nargs="+", metavar="IN", help=kinds)
     train.add_argument("--out", required=True, metavar="DIR", help="folder for tokenizer.json")
-    train.add_argument("--vocab_size", type=number(int, 264, 1 << 18), default=29298, help="tokens, or fewer where no pair is frequent enough")
+    train.add_argument("--vocab_size", type=number(int, 264, MOST_TOKENS), default=29298, help="tokens, or fewer where no pair is frequent enough")
     train.add_argument("--min_frequency", type=number(int, 1), default=2, help="pairs seen less often are not merged")
     train.add_argument("--character_coverage", type=number(float, 0, 1, above=True), default=0.9999,
                        help="share of the text that the alphabet spells without bytes")

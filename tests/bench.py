@@ -97,14 +97,13 @@ def endless(texts: list[str], rng: random.Random) -> Iterator[str]:
     yield from rng.sample(texts, len(texts))
     clauses = re.findall(r"[^，。！？；：、\n]+[，。！？；：、\n]?", "\n".join(texts))
     while True:
-        made = []
-        for _ in range(10):
-            clause = rng.choice(clauses)
-            if rng.random() < 0.7:
-                other, share = rng.choice(clauses), rng.random()
-                clause = clause[:int(share * len(clause))].rstrip("，。！？；：、\n") + other[int(share * len(other)):]
-            made.append(clause)
-        yield "".join(made)
+        made = rng.choices(clauses, k=10_000)
+        for i, other in enumerate(rng.choices(clauses, k=7_000)):
+            share = rng.random()
+            made[i] = made[i][:int(share * len(made[i]))].rstrip("，。！？；：、\n") + other[int(share * len(other)):]
+        rng.shuffle(made)
+        for i in range(0, len(made), 10):
+            yield "".join(made[i:i + 10])
 
 
 def write_corpus(texts: list[str], path: Path, megabytes: float) -> int:

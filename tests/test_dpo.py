@@ -129,7 +129,7 @@ def test_the_commands_from_reject_to_merge(folder, tmp_path):
     rows = list(read_rows([triples]))
     assert rows and rows[0].keys() == {"prompt", "chosen", "rejected"} and all(r["chosen"] != r["rejected"] for r in rows)
     flags = ["--init_from", str(folder), "--data", triples, "--valid", triples, "--max_len", "40", "--batch_tokens", "1200", "--micro_batch_tokens", "600",
-             "--max_steps", "12", "--workers", "0", "--warmup_steps", "2"]
+             "--max_steps", "12", "--workers", "0", "--warmup_steps", "2", "--dtype", "float32"]
     for name, more in (("full", ["--lr", "1e-3"]), ("lora", ["--lr", "1e-2", "--lora_rank", "4"])):
         done = call(*flags, *more, "--out_dir", str(tmp_path / name))
         assert done.returncode == 0, done.stderr
@@ -151,7 +151,7 @@ def test_the_commands_from_reject_to_merge(folder, tmp_path):
 def test_bad_input_ends_with_one_line(folder, tmp_path):
     pq.write_table(pa.table({"prompt": ["a"], "chosen": ["b"]}), tmp_path / "x.parquet")
     for args, message in ((["--init_from", str(folder), "--data", str(tmp_path / "x.parquet")], "no column 'rejected'"), (["--data", "x"], "--init_from"),
-                          (["merge", "--model", str(folder), "--adapter", "nowhere", "--out", "x"], "not an adapter"), (["reject", "--model", "nowhere", "--data", str(tmp_path / "x.parquet"), "--out", "y"], "no column 'response'")):
+                          (["merge", "--model", str(folder), "--adapter", "nowhere", "--out", "x"], "not an adapter"), (["reject", "--model", "nowhere", "--data", str(tmp_path / "x.parquet"), "--out", "y"], "no text in 'response'")):
         done = call(*args)
         assert done.returncode == 2 and message in done.stderr and len(done.stderr.splitlines()) == 1, done.stderr
 
