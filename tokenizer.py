@@ -601,7 +601,7 @@ class Pieces:
         blocks = [block for part in self.parts for block in part]
         held = sum(array.nbytes for block in blocks for array in block)
         repeated = sum(int((block.sizes[block.frequencies > 1] + 1).sum()) for block in blocks)
-        learning = self.cells() * (8 + id_type(vocab_size).itemsize) + 4 * repeated + 2000 * vocab_size  # the last: pairs in the heap
+        learning = self.cells() * (8 + id_type(vocab_size).itemsize) + 4 * repeated
         return max(held * 3 // 2, learning)
 
     def laid_out(self, char_ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -626,7 +626,7 @@ class Pieces:
 
 
 LEARNING_CHUNK_CHARS, LONGEST_TEXT = 1 << 19, 1 << 17  # texts are cut into pieces in batches of about so many characters
-PROCESS_BYTES, WORKER_BYTES = 300_000_000, 150_000_000  # what a process takes, whatever the corpus
+PROCESS_BYTES, WORKER_BYTES, LEAST_PIECES_BYTES = 300_000_000, 150_000_000, 240_000_000  # measured, and rounded up
 SCAN_CELLS = 1 << 20  # pairs are counted in stretches of this many places
 
 
@@ -647,15 +647,17 @@ def count_pieces(texts: Iterable[str], vocab_size: int, nfkc: bool, workers: int
     (A text of more than LONGEST_TEXT characters counts as several. The hash's seed makes it another than data.py split's.)"""
     budget_bytes, share, cell_bytes = None, 1.0, 12 + id_type(vocab_size).itemsize  # that a new one takes at the most
     if memory_bytes is not None:
-        if memory_bytes < 2 * PROCESS_BYTES:
-            raise ValueError(f"{memory_bytes / 1e6:,.0f} MB are not enough to learn in: the least is {2 * PROCESS_BYTES / 1e6:,.0f} MB")
+        heap_bytes = 2000 * vocab_size  # of learn_merges: four pairs a token at the most, with their places
+        least = PROCESS_BYTES + heap_bytes + LEAST_PIECES_BYTES
+        if memory_bytes < least:
+            raise ValueError(f"{memory_bytes / 1e6:,.0f} MB are not enough to learn {vocab_size:,} tokens in: the least is {least / 1e6:,.0f} MB")
         if iter(texts) is texts:
             raise ValueError("with memory_bytes, texts must be such as can be read twice, like a list")
         processes_bytes = max(PROCESS_BYTES, memory_bytes // 4)
-        budget_bytes = memory_bytes - processes_bytes
+        budget_bytes = memory_bytes - processes_bytes - heap_bytes
         workers = min(workers, max(1, (processes_bytes - PROCESS_BYTES) // WORKER_BYTES))
     while True:
-        pieces, chars_read, chars_counted, need_bytes, cells_then, shown_s = Pieces(), 0, 0, 2000 * vocab_size, 0, time.monotonic()
+        pieces, chars_read, chars_counted, need_bytes, cells_then, shown_s = Pieces(), 0, 0, 0, 0, time.monotonic()
 
         def sample() -> Iterator[str]:
             nonlocal chars_read
