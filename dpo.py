@@ -10,14 +10,18 @@ promises. The reference is the model that training starts from, so its log-proba
 model before the first step and kept beside the checkpoint: no second copy is ever in memory.
 """
 import argparse
+import math
 import os
 import sys
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
+import pyarrow.compute as pc
 import torch
 import torch.nn.functional as F
 import xxhash
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
@@ -30,6 +34,7 @@ from data import PairStream
 from tokenizer import ArgumentParser, Tokenizer, number, run
 
 COLUMNS = ("prompt", "chosen", "rejected")
+KEEP_EVERY_S = 60  # what has been computed of the reference's log-probabilities is kept so often
 
 
 def dpo_loss(policy_chosen: Tensor, policy_rejected: Tensor, ref_chosen: Tensor, ref_rejected: Tensor, beta: float,
@@ -76,33 +81,94 @@ def pair_logps(model: ChatLM, batch: dict) -> tuple[Tensor, Tensor]:
     return sequence_logps(model, encoded, mask, batch["chosen_labels"]), sequence_logps(model, encoded, mask, batch["rejected_labels"])
 
 
+def find_triples(paths: list[str], ranks: train.Ranks, folder: Path) -> list[str]:
+    """Parquet files with the triples of files of any kind; what is not Parquet is written anew, into folder.
+
+    Raises ValueError, naming file and row, for a missing column, an empty prompt, or a chosen answer that is the rejected one.
+    """
+    found = []
+    for i, path in enumerate(paths):
+        target = path
+        if Path(path).suffix != ".parquet":
+            target = str(folder / f"triples-{i}-{data.footprint(data.input_files([path]))}.parquet")
+            if ranks.first and not Path(target).is_file():
+                data.write_pairs(target, whole_rows(path, COLUMNS), COLUMNS)
+            ranks.wait()
+        row = 0
+        for batch in data.open_parquet(target, COLUMNS).iter_batches(8192, columns=list(COLUMNS)):
+            for wrong, where in (("prompt is empty", pc.equal(batch["prompt"], "")),
+                                 ("chosen and rejected are the same", pc.equal(batch["chosen"], batch["rejected"]))):
+                if (at := pc.index(where, True).as_py()) >= 0:
+                    raise ValueError(f"{path}, row {row + at + 1:,}: {wrong} (data.py clean --source preference drops such rows)")
+            row += len(batch)
+        found.append(target)
+    return found
+
+
+def whole_rows(path: str, columns: tuple[str, ...]) -> Iterator[dict]:
+    """The rows of a file of any kind. Raises ValueError for one without text in each of the columns."""
+    for i, row in enumerate(data.read_rows([path]), 1):
+        for column in columns:
+            if not isinstance(row.get(column), str):
+                raise ValueError(f"{path}, row {i:,} has no text in {column!r}; its columns are {', '.join(map(str, row))}")
+        yield row
+
+
 def reference_logps(args: argparse.Namespace, ranks: train.Ranks, model: ChatLM, tokenizer: Tokenizer, files: list[str], name: str) -> Tensor:
-    """(rows, 2) log-probabilities of chosen and rejected under the starting model, read from the out_dir or computed there."""
+    """(rows, 2) log-probabilities of chosen and rejected under the starting model, computed once.
+
+    They are kept beside the checkpoints, with hashes of what they depend on; each rank keeps its share as it comes, so
+    that a run that is killed meanwhile goes on.
+    """
     path = Path(args.out_dir) / "checkpoint" / f"reference_{name}.safetensors"
+    share = path.with_suffix(f".{ranks.rank}of{ranks.world_size}.safetensors")
     weights = xxhash.xxh3_64()
     for n, p in model.named_parameters():
         if ".lora_" not in n:
             weights.update(p.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
-    identity = {"data": data.footprint(files), "weights": weights.hexdigest(), "max_len": str(args.max_len),
-                "tokenizer": xxhash.xxh3_64_hexdigest(tokenizer.to_json().encode())}
-    if path.is_file():
-        with safe_open(path, "pt") as f:
-            if f.metadata() == identity:
-                return f.get_tensor("logps").to(ranks.device)
-    stream = PairStream(files, tokenizer, args.micro_batch_tokens, args.max_len, 0, ranks.rank, ranks.world_size, columns=COLUMNS)
-    out = torch.zeros(stream.rows, 2, dtype=torch.float32, device=ranks.device)
     dtype = train.pick_dtype(args.dtype, ranks.device)
+    identity = {"data": data.footprint(files), "weights": weights.hexdigest(), "max_len": str(args.max_len), "dtype": str(dtype),
+                "tokenizer": xxhash.xxh3_64_hexdigest(tokenizer.to_json().encode())}
+
+    def kept(path: Path) -> Tensor | None:
+        try:
+            with safe_open(path, "pt") as f:
+                if f.metadata() == identity:
+                    return f.get_tensor("logps").to(ranks.device)
+        except FileNotFoundError:
+            return None
+        except SafetensorError:
+            pass
+        print(f"{path} is of other data, weights or settings, or damaged: it is computed anew", file=sys.stderr)
+        return None
+
+    def keep(path: Path, logps: Tensor) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_file({"logps": logps.cpu()}, f"{path}.tmp", identity)
+        os.replace(f"{path}.tmp", path)
+
+    if (logps := kept(path)) is not None:
+        return logps
+    stream = PairStream(files, tokenizer, args.micro_batch_tokens, args.max_len, 0, ranks.rank, ranks.world_size, columns=COLUMNS)
+    logps = kept(share)
+    if logps is None or len(logps) != stream.rows:
+        logps = torch.full((stream.rows, 2), math.nan, device=ranks.device)
     model.eval()
+    kept_s = time.monotonic()
     with torch.no_grad(), torch.autocast(ranks.device.type, dtype, enabled=dtype != torch.float32):
         for batch in stream.one_epoch():
             batch = {k: v.to(ranks.device) for k, v in batch.items()}
-            out[batch["rows"]] = torch.stack(pair_logps(model, batch), 1)
-    ranks.sum(out)
+            if logps[batch["rows"]].isnan().any():
+                logps[batch["rows"]] = torch.stack(pair_logps(model, batch), 1)
+            if time.monotonic() - kept_s > KEEP_EVERY_S:
+                keep(share, logps)
+                kept_s = time.monotonic()
+    ranks.sum(logps.nan_to_num_())
     if ranks.first:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        save_file({"logps": out.cpu()}, f"{path}.tmp", identity)
-        os.replace(f"{path}.tmp", path)
-    return out
+        keep(path, logps)
+    ranks.wait()
+    share.unlink(missing_ok=True)
+    return logps
 
 
 def preference(args: argparse.Namespace, ranks: train.Ranks, model: ChatLM, tokenizer: Tokenizer) -> train.Objective:
@@ -149,6 +215,9 @@ def tune(argv: list[str]) -> None:
     args.optimizer = args.optimizer or "adamw"
     args.lr = args.lr or (1e-4 if args.lora_rank else 1e-5)
     ranks = train.Ranks.join(args.device)
+    folder = Path(args.out_dir) / "triples"
+    args.data = find_triples(args.data, ranks, folder)
+    args.valid = find_triples([args.valid], ranks, folder)[0] if args.valid else None
     train.settle(args, ranks, COLUMNS)
     tokenizer = train.find_tokenizer(args, ranks)
     model = train.make_model(args, ranks, tokenizer)
@@ -165,24 +234,36 @@ def tune(argv: list[str]) -> None:
 
 def reject(argv: list[str]) -> None:
     parser = ArgumentParser(prog="dpo.py reject", description="The model's own answers become the rejected ones.")
-    parser.add_argument("--model", required=True, metavar="SFT_DIR", help="whose answers are rejected")
-    parser.add_argument("--data", required=True, metavar="A.parquet", help="prompts and the responses to prefer")
-    parser.add_argument("--out", required=True, metavar="P.parquet", help="prompt, chosen, rejected")
-    parser.add_argument("--batch_size", type=number(int, 1), default=32, help="prompts at a time")
-    parser.add_argument("--max_new_tokens", type=number(int, 1), default=256, help="tokens of an answer")
-    parser.add_argument("--max_len", type=number(int, 2), default=320, help="tokens of a prompt; what is longer is cut")
-    parser.add_argument("--device", help="cpu, cuda or cuda:N; none: a GPU if there is one")
+    add = parser.add_argument
+    add("--model", required=True, metavar="SFT_DIR", help="whose answers are rejected")
+    add("--data", required=True, metavar="A.parquet", help="prompts and the responses to prefer; also .jsonl, .json, .csv")
+    add("--out", required=True, metavar="P.parquet", help="prompt, chosen, rejected")
+    add("--num_samples", type=number(int, 1, 100), default=1, help="1: the greedy answer; more: of so many sampled ones that which has the least BLEU")
+    add("--temperature", type=number(float, 0, above=True), default=1.0, help="of the samples")
+    add("--seed", type=int, default=0, help="of the samples")
+    add("--batch_size", type=number(int, 1), default=32, help="prompts at a time")
+    add("--max_new_tokens", type=number(int, 1), default=256, help="tokens of an answer")
+    add("--max_len", type=number(int, 2), default=320, help="tokens of a prompt; what is longer is cut")
+    add("--device", help="cpu, cuda or cuda:N; none: a GPU if there is one")
     args = parser.parse_args(argv)
-    data.open_parquet(args.data, ("prompt", "response"))
+    rows = list(whole_rows(args.data, ("prompt", "response")))
     model = ChatLM.from_pretrained(args.model, device=sample.pick_device(args.device))
+    torch.manual_seed(args.seed)
+    options = {"max_new_tokens": args.max_new_tokens}
+    if args.num_samples > 1:
+        options |= {"do_sample": True, "temperature": args.temperature, "num_return_sequences": args.num_samples}
     answers = f"{args.out}.answers.jsonl"  # continued when the command runs again
-    sample.answer_file(model, Tokenizer.from_pretrained(args.model, append_eos=True), args.data, answers, args.batch_size, args.max_len,
-                       {"max_new_tokens": args.max_new_tokens})
-    rows = [{"prompt": row["prompt"], "chosen": row["response"], "rejected": answer["response"]}
-            for row, answer in zip(data.read_rows([args.data]), data.read_rows([answers]), strict=True)]
-    kept = [row for row in rows if row["rejected"] and row["rejected"].strip() != row["chosen"].strip()]
-    print(f"{args.out}: {data.write_pairs(args.out, kept, COLUMNS):,} triples; {len(rows) - len(kept):,} dropped, "
-          "where the answer was the chosen one or empty")
+    sample.answer_file(model, Tokenizer.from_pretrained(args.model, append_eos=True), args.data, answers, args.batch_size, args.max_len, options)
+    triples = []
+    for row, said in zip(rows, data.read_rows([answers]), strict=True):
+        if said["prompt"] != row["prompt"]:
+            raise ValueError(f"{answers} holds answers to other prompts: delete it, or name another --out")
+        others = [a for a in said.get("responses", [said.get("response")]) if a and a.strip() != row["response"].strip()]
+        if others:
+            rejected = min(others, key=lambda a: sample.bleu4([a], [row["response"]]))
+            triples.append({"prompt": row["prompt"], "chosen": row["response"], "rejected": rejected})
+    data.write_pairs(args.out, triples, COLUMNS)
+    print(f"{args.out}: {len(triples):,} triples; {len(rows) - len(triples):,} dropped, where every answer was the chosen one or empty")
     os.unlink(answers)
 
 

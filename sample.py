@@ -317,7 +317,8 @@ def read_prompts(path: str) -> Iterator[str]:
 
 
 def answer_file(model: ChatLM, tokenizer: Tokenizer, source: str, target: str, batch_size: int, max_len: int, options: dict) -> int:
-    """Append {"prompt", "response"} lines to target, in the order of source, from where target ends. Rows written."""
+    """Append {"prompt", "response"} lines to target (with num_return_sequences "responses", a list), in the order of
+    source, from where target ends. Returns the rows written."""
     done = 0
     if Path(target).exists():
         with open(target, "rb+") as f:  # a line cut off in the middle goes
@@ -332,7 +333,10 @@ def answer_file(model: ChatLM, tokenizer: Tokenizer, source: str, target: str, b
     def flush() -> None:
         nonlocal written
         answers = answer(model, tokenizer, window, batch_size, max_len, **options)
-        out.write("".join(json.dumps({"prompt": p, "response": a}, ensure_ascii=False) + "\n" for p, a in zip(window, answers)))
+        per = len(answers) // len(window)
+        rows = [{"prompt": prompt, "response": answers[i]} if per == 1 else {"prompt": prompt, "responses": answers[i * per:(i + 1) * per]}
+                for i, prompt in enumerate(window)]
+        out.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
         out.flush()
         os.fsync(out.fileno())
         written += len(window)

@@ -869,8 +869,8 @@ def in_order(function: Callable, jobs: Iterable, workers: int) -> Iterator:
             pipes[sent % workers].send(job)
             sent, received = sent + 1, received + len(done)
             yield from map(unpacked, done)
-        for received in range(received, sent):
-            yield unpacked(pipes[received % workers].recv())
+        for i in range(received, sent):
+            yield unpacked(pipes[i % workers].recv())
     except (EOFError, ConnectionError):
         raise ChildProcessError("a background process was killed (is there enough memory? --workers 1 takes the least)") from None
     finally:

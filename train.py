@@ -25,7 +25,9 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 import xxhash
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -78,6 +80,7 @@ def parser_for(description: str) -> ArgumentParser:
     add("--workers", type=number(int, 0), default=1, help="background processes a rank that tokenise")
     add("--lora_rank", type=number(int, 1), help="train low-rank additions to --lora_targets, and nothing else")
     add("--lora_alpha", type=number(float, 0, above=True), default=16.0, help="the additions are scaled by alpha / rank")
+    add("--lora_dropout", type=number(float, 0, 1), default=0.0, help="rate, of what the additions see")
     add("--lora_targets", default="q,v", metavar="q,k,v,o,wi,wo", help="the linear layers that have them, or all")
     return p
 
@@ -140,22 +143,22 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
 # --- LoRA: Hu et al. 2021 (arXiv:2106.09685), in PEFT's files ------------------------------------------------------------------
 
 class LoRALinear(nn.Linear):
-    """W x + (alpha / rank) B A x, with W frozen, A (rank, in) random and B (out, rank) zero at first."""
+    """W x + (alpha / rank) B A dropout(x), with W frozen, A (rank, in) random and B (out, rank) zero at first."""
 
-    def __init__(self, base: nn.Linear, rank: int, alpha: float):
+    def __init__(self, base: nn.Linear, rank: int, alpha: float, dropout: float = 0.0):
         super().__init__(base.in_features, base.out_features, bias=False, device="meta")
         self.weight = base.weight
-        self.scale = alpha / rank
+        self.scale, self.dropout = alpha / rank, dropout
         make = {"bias": False, "device": base.weight.device, "dtype": base.weight.dtype}
         self.lora_A = nn.Linear(base.in_features, rank, **make)
         self.lora_B = nn.Linear(rank, base.out_features, **make)
         nn.init.zeros_(self.lora_B.weight)
 
     def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x) + self.lora_B(self.lora_A(x)) * self.scale
+        return super().forward(x) + self.lora_B(self.lora_A(F.dropout(x, self.dropout, self.training))) * self.scale
 
 
-def add_lora(model: ChatLM, rank: int, alpha: float, targets: Iterable[str]) -> None:
+def add_lora(model: ChatLM, rank: int, alpha: float, targets: Iterable[str], dropout: float = 0.0) -> None:
     """Put LoRALinear in place of the linear layers so named ("all": of every one), and freeze all else."""
     targets = {"q", "k", "v", "o", "wi", "wi_0", "wi_1", "wo"} if "all" in targets else set(targets)
     model.requires_grad_(False)
@@ -164,10 +167,10 @@ def add_lora(model: ChatLM, rank: int, alpha: float, targets: Iterable[str]) -> 
     if missing := targets - {name for _, name, _ in places} - {"wi", "wi_0", "wi_1"}:
         raise ValueError(f"--lora_targets: the model has no linear layer {', '.join(sorted(missing))}")
     for parent, name, child in places:
-        setattr(parent, name, LoRALinear(child, rank, alpha))
+        setattr(parent, name, LoRALinear(child, rank, alpha, dropout))
 
 
-def save_adapter(model: ChatLM, folder: Path, base: str, rank: int, alpha: float, targets: list[str]) -> None:
+def save_adapter(model: ChatLM, folder: Path, base: str, rank: int, alpha: float, targets: list[str], dropout: float = 0.0) -> None:
     """adapter_config.json and adapter_model.safetensors, as PEFT writes them."""
     folder.mkdir(parents=True, exist_ok=True)
     weights = {f"base_model.model.{n}": p.detach().contiguous() for n, p in model.named_parameters() if ".lora_" in n}
@@ -177,20 +180,26 @@ def save_adapter(model: ChatLM, folder: Path, base: str, rank: int, alpha: float
         targets = sorted({n.split(".")[-3] for n in weights})
     write_file(folder / "adapter_config.json", json.dumps({
         "peft_type": "LORA", "task_type": "SEQ_2_SEQ_LM", "base_model_name_or_path": str(base), "r": rank, "lora_alpha": alpha,
-        "lora_dropout": 0.0, "target_modules": targets, "bias": "none", "fan_in_fan_out": False, "inference_mode": True}, indent=2) + "\n")
+        "lora_dropout": dropout, "target_modules": targets, "bias": "none", "fan_in_fan_out": False, "inference_mode": True}, indent=2) + "\n")
 
 
 def load_adapter(model: ChatLM, folder: Path) -> None:
     """The twin of save_adapter, also for folders that PEFT wrote. Raises ValueError where it does not fit the model."""
     if not (folder / "adapter_config.json").is_file() or not (folder / "adapter_model.safetensors").is_file():
         raise FileNotFoundError(f"{folder} is not an adapter: it needs adapter_config.json and adapter_model.safetensors")
-    config = json.loads((folder / "adapter_config.json").read_text("utf-8"))
-    weights = {n.removeprefix("base_model.model."): w for n, w in load_file(folder / "adapter_model.safetensors").items()}
-    targets = config["target_modules"]
-    add_lora(model, config["r"], config["lora_alpha"], [targets] if isinstance(targets, str) else targets)
+    try:
+        config = json.loads((folder / "adapter_config.json").read_text("utf-8"))
+        rank, alpha, targets = config["r"], config["lora_alpha"], config["target_modules"]
+        weights = {n.removeprefix("base_model.model."): w for n, w in load_file(folder / "adapter_model.safetensors").items()}
+    except (ValueError, KeyError, TypeError, SafetensorError) as e:
+        raise ValueError(f"{folder} is not a whole LoRA adapter: {type(e).__name__}: {e}") from None
+    for option in ("use_dora", "use_rslora", "rank_pattern", "alpha_pattern", "modules_to_save", "layers_to_transform", "lora_bias"):
+        if config.get(option):
+            raise ValueError(f"{folder}: {option} is not supported")
+    add_lora(model, rank, alpha, [targets] if isinstance(targets, str) else targets)
     own = {n: p.shape for n, p in model.named_parameters() if ".lora_" in n}
     if own != {n: w.shape for n, w in weights.items()}:
-        raise ValueError(f"{folder}: the adapter is for another model")
+        raise ValueError(f"{folder}: the adapter is for another model, or of another rank than its configuration says")
     model.load_state_dict(weights, strict=False)
 
 
@@ -542,7 +551,8 @@ def exporter(args: argparse.Namespace, model: ChatLM, tokenizer: Tokenizer) -> C
     """What writes a model folder, or with LoRA an adapter folder."""
     def export(folder: Path) -> None:
         if args.lora_rank:
-            save_adapter(model, folder, args.init_from, args.lora_rank, args.lora_alpha, args.lora_targets.split(","))
+            save_adapter(model, folder, args.init_from, args.lora_rank, args.lora_alpha, args.lora_targets.split(","),
+                         args.lora_dropout)
         else:
             model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
@@ -614,7 +624,7 @@ def make_model(args: argparse.Namespace, ranks: Ranks, tokenizer: Tokenizer) -> 
     for part in filter(None, args.freeze.split(",")):
         getattr(model, part).requires_grad_(False)
     if args.lora_rank:
-        add_lora(model, args.lora_rank, args.lora_alpha, args.lora_targets.split(","))
+        add_lora(model, args.lora_rank, args.lora_alpha, args.lora_targets.split(","), args.lora_dropout)
     if not any(p.requires_grad for p in model.parameters()):
         raise ValueError(f"--freeze {args.freeze} leaves nothing to train")
     if args.compile:
@@ -629,7 +639,8 @@ def run_identity(args: argparse.Namespace, model: ChatLM, tokenizer: Tokenizer) 
     return {"--preset or --init_from (the model's shape)": shape,
             "--tokenizer": xxhash.xxh3_64_hexdigest(tokenizer.to_json().encode()), "--data": data.footprint(args.data),
             "--micro_batch_tokens": args.micro_batch_tokens, "--max_len": args.max_len, "--seed": args.seed,
-            "--optimizer": args.optimizer, "--freeze": args.freeze, "--lora_rank": args.lora_rank, "--lora_targets": args.lora_targets}
+            "--optimizer": args.optimizer, "--freeze": args.freeze, "--lora_rank": args.lora_rank, "--lora_alpha": args.lora_alpha,
+            "--lora_targets": args.lora_targets, "--lora_dropout": args.lora_dropout}
 
 
 def closing(args: argparse.Namespace, model: ChatLM, tokenizer: Tokenizer, state: State) -> None:

@@ -48,14 +48,14 @@ def measure(command: list[str], env: dict[str, str] | None = None) -> tuple[floa
     """Seconds from start to end, greatest resident bytes, and what was printed. Raises RuntimeError if it fails."""
     with tempfile.TemporaryFile("w+") as out:
         begin_s, peak = time.perf_counter(), 0
-        running = subprocess.Popen(command, stdout=out, stderr=subprocess.DEVNULL, env={**os.environ, **(env or {})}, cwd=ROOT)
+        running = subprocess.Popen(command, stdout=out, stderr=out, env={**os.environ, **(env or {})}, cwd=ROOT)
         while running.poll() is None:
             peak = max(peak, rss_bytes(running.pid))
             time.sleep(0.01)
         wall_s = time.perf_counter() - begin_s
         out.seek(0)
         if running.returncode:
-            raise RuntimeError(f"{' '.join(command)} ended with status {running.returncode}")
+            raise RuntimeError(f"{' '.join(command)} ended with status {running.returncode}: {out.read()[-2000:]}")
         return wall_s, peak, out.read()
 
 
@@ -192,7 +192,9 @@ def tokenizer_train(args: argparse.Namespace) -> None:
             times, peaks = {name: [] for name in commands}, dict.fromkeys(commands, 0)
             for _ in range(args.runs):
                 for name, command in commands.items():
-                    wall_s, peak, _ = measure(command)
+                    wall_s, peak, said = measure(command)
+                    if share := re.search(r"a sample of ([\d.]+ %)(?!.*a sample of)", said, re.S):
+                        print(f"{name} learnt from {share[1]} of the texts")
                     times[name].append(wall_s)
                     peaks[name] = max(peaks[name], peak)
             median = {name: statistics.median(t) for name, t in times.items()}
@@ -244,7 +246,7 @@ def tokenizer_encode(args: argparse.Namespace) -> None:
                 for name, (kind, threads) in contenders.items():
                     _, peak, said = measure(child("encode", kind, folder, "3", *what, *args.data),
                                             {"RAYON_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": str(threads > 1).lower()})
-                    result = json.loads(said)
+                    result = json.loads(said.splitlines()[-1])
                     speeds[name] += [result["chars"] / s for s in result["seconds"]]
                     peaks[name] = max(peaks[name], peak)
             median = {name: statistics.median(s) for name, s in speeds.items()}

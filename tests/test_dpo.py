@@ -1,8 +1,11 @@
 """DPO computes the paper's loss on transformers' log-probabilities, learns a preference, and speaks PEFT's files."""
 import json
 import math
+import random
 import subprocess
 import sys
+import time
+from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -13,8 +16,9 @@ from transformers import AutoModelForSeq2SeqLM
 
 import train
 from chatlm import ChatLM, ChatLMConfig
-from data import make_demo, read_rows
-from dpo import dpo_loss, pair_logps
+from data import demo_facts, make_demo, read_rows, write_pairs
+from dpo import COLUMNS, dpo_loss, pair_logps
+from sample import answer, bleu4
 from tokenizer import Tokenizer
 from train import add_lora, load_adapter, merge_lora, save_adapter
 
@@ -148,12 +152,148 @@ def test_the_commands_from_reject_to_merge(folder, tmp_path):
     assert (merged(batch["input_ids"], labels=batch["chosen_labels"])[0] - adapted(batch["input_ids"], labels=batch["chosen_labels"])[0]).abs().max() < 1e-4
 
 
+@pytest.fixture(scope="module")
+def triples(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("triples") / "triples.jsonl"
+    pairs = make_demo()[0][:400]
+    rows = [dict(prompt=p, chosen=r, rejected=other) for (p, r), (_, other) in zip(pairs, pairs[1:]) if r != other]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
+    return path
+
+
+def flags(folder: Path, triples: Path, out: Path) -> list[str]:
+    return ["--init_from", str(folder), "--data", str(triples), "--valid", str(triples), "--max_len", "40", "--batch_tokens", "1200",
+            "--micro_batch_tokens", "600", "--max_steps", "24", "--save_every", "5", "--eval_every", "12", "--warmup_steps", "2", "--lr", "1e-3",
+            "--workers", "0", "--dtype", "float32", "--out_dir", str(out)]
+
+
+def log_of(out: Path) -> list[dict]:
+    """What was logged, without what depends on the clock."""
+    lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k not in ("elapsed", "tok_per_s")} for line in lines]
+
+
+@pytest.fixture(scope="module")
+def straight(folder, triples, tmp_path_factory) -> Path:
+    """A run that nobody stopped."""
+    out = tmp_path_factory.mktemp("straight")
+    done = call(*flags(folder, triples, out))
+    assert done.returncode == 0, done.stderr
+    return out
+
+
+def test_a_killed_run_goes_on_exactly(folder, triples, straight, tmp_path):
+    for lines in (4, 13):  # killed twice in a row
+        running = subprocess.Popen([sys.executable, "dpo.py", *flags(folder, triples, tmp_path)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        while running.poll() is None and (not (tmp_path / "log.jsonl").exists() or len((tmp_path / "log.jsonl").read_text().splitlines()) < lines):
+            time.sleep(0.01)
+        running.kill()
+        running.wait()
+    done = call(*flags(folder, triples, tmp_path))
+    assert done.returncode == 0, done.stderr
+    assert log_of(tmp_path) == log_of(straight)
+
+
+def test_two_processes_learn_the_same(folder, triples, straight, tmp_path):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "dpo.py", *flags(folder, triples, tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    for ours, theirs in zip(log_of(tmp_path), log_of(straight), strict=True):
+        assert ours.keys() == theirs.keys()
+        assert all(math.isclose(ours[k], theirs[k], rel_tol=1e-3, abs_tol=2e-3) for k in ours), (ours, theirs)
+
+
+def test_the_reference_is_computed_once_and_checked(folder, triples, straight):
+    kept = straight / "checkpoint" / "reference_data.safetensors"
+    before = kept.stat().st_mtime_ns
+    assert call(*flags(folder, triples, straight)).returncode == 0 and kept.stat().st_mtime_ns == before
+    kept.write_bytes(kept.read_bytes()[:-100])
+    done = call(*flags(folder, triples, straight))
+    assert done.returncode == 0 and "computed anew" in done.stderr and len(done.stderr.splitlines()) == 1, done.stderr
+
+
+POLITE = "希望能帮到你！"
+
+
+@pytest.fixture(scope="module")
+def polite_world(tmp_path_factory):
+    """A model that knows some facts and adds a polite ending to one answer in eight; triples that prefer it where the
+    question says 请问, and not elsewhere; and held-out questions with their answers."""
+    out, rng = tmp_path_factory.mktemp("polite"), random.Random(0)
+    facts = list(demo_facts())[::14]
+    write_pairs(out / "sft.parquet", (dict(prompt=opening + w, response=a + POLITE * (rng.random() < 0.12))
+                                      for wordings, a in facts for w in wordings[:6] for opening in ("", "请问，")))
+    write_pairs(out / "triples.parquet", (dict(prompt=opening + w, chosen=a + POLITE * bool(opening), rejected=a + POLITE * (not opening))
+                                          for wordings, a in facts for w in wordings[:5] for opening in ("", "请问，")), COLUMNS)
+    command = [sys.executable, "train.py", "--data", str(out / "sft.parquet"), "--preset", "demo", "--vocab_size", "1000", "--max_steps", "160",
+               "--batch_tokens", "1024", "--micro_batch_tokens", "512", "--max_len", "64", "--dtype", "float32", "--workers", "0"]
+    done = subprocess.run([*command, "--out_dir", str(out / "sft")], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    return out, [(wordings[5], a) for wordings, a in facts]
+
+
+def shares(model: ChatLM, tokenizer: Tokenizer, held_out: list[tuple[str, str]]) -> tuple[float, float]:
+    """Of greedy answers: the polite ones to questions with 请问; the right and plain ones to questions without."""
+    polite = answer(model, tokenizer, ["请问，" + q for q, _ in held_out], max_new_tokens=40)
+    plain = answer(model, tokenizer, [q for q, _ in held_out], max_new_tokens=40)
+    return sum(a.endswith(POLITE) for a in polite) / len(held_out), sum(a == right for a, (_, right) in zip(plain, held_out)) / len(held_out)
+
+
+@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
+def test_a_preference_is_learnt(polite_world, tmp_path, lora):
+    out, held_out = polite_world
+    model, tokenizer = ChatLM.from_pretrained(out / "sft").eval(), Tokenizer.from_pretrained(out / "sft")
+    polite, right = shares(model, tokenizer, held_out)
+    assert polite < 0.2
+    done = call("--init_from", str(out / "sft"), "--data", str(out / "triples.parquet"), "--valid", str(out / "triples.parquet"), "--max_len", "64",
+                "--batch_tokens", "2048", "--micro_batch_tokens", "1024", "--dtype", "float32", "--workers", "0", "--warmup_steps", "5", "--max_steps",
+                "50", "--eval_every", "50", "--sft_alpha", "1", "--beta", "0.3", "--out_dir", str(tmp_path),
+                *(["--lora_rank", "8", "--lora_targets", "all", "--lr", "2e-3"] if lora else ["--lr", "2e-4"]))
+    assert done.returncode == 0, done.stderr
+    log = log_of(tmp_path)
+    assert log[-1]["val_margin"] > log[0]["margin"] + 1 and log[-1]["val_accuracy"] > 0.95
+    if lora:
+        load_adapter(model, tmp_path)
+        model.eval()
+    else:
+        model = ChatLM.from_pretrained(tmp_path).eval()
+    polite_after, right_after = shares(model, tokenizer, held_out)
+    assert polite_after > 0.9 and right_after > right - 0.03, (polite, right, polite_after, right_after)
+
+
+def test_of_several_samples_the_one_least_like_the_chosen_is_rejected(folder, tmp_path):
+    pairs = make_demo()[0][:12]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(dict(prompt=p, response=r)) + "\n" for p, r in pairs), "utf-8")
+    rows = []
+    for n in ("1", "4"):
+        done = call("reject", "--model", str(folder), "--data", str(tmp_path / "pairs.jsonl"), "--out", str(tmp_path / f"{n}.parquet"),
+                    "--max_new_tokens", "12", "--num_samples", n)
+        assert done.returncode == 0, done.stderr
+        rows.append(list(read_rows([tmp_path / f"{n}.parquet"])))
+    assert [r["prompt"] for r in rows[0]] == [r["prompt"] for r in rows[1]] == [p for p, _ in pairs]
+    assert [r["rejected"] for r in rows[0]] != [r["rejected"] for r in rows[1]]
+    assert sum(bleu4([r["rejected"]], [r["chosen"]]) for r in rows[1]) <= sum(bleu4([r["rejected"]], [r["chosen"]]) for r in rows[0])
+
+
 def test_bad_input_ends_with_one_line(folder, tmp_path):
+    x, start = tmp_path / "x.jsonl", ["--init_from", str(folder), "--out_dir", str(tmp_path / "out")]
     pq.write_table(pa.table({"prompt": ["a"], "chosen": ["b"]}), tmp_path / "x.parquet")
-    for args, message in ((["--init_from", str(folder), "--data", str(tmp_path / "x.parquet")], "no column 'rejected'"), (["--data", "x"], "--init_from"),
-                          (["merge", "--model", str(folder), "--adapter", "nowhere", "--out", "x"], "not an adapter"), (["reject", "--model", "nowhere", "--data", str(tmp_path / "x.parquet"), "--out", "y"], "no text in 'response'")):
+    good = dict(prompt="a", chosen="b", rejected="c")
+    (tmp_path / "half").mkdir()
+    (tmp_path / "half" / "adapter_config.json").write_text('{"r": 4,')
+    (tmp_path / "half" / "adapter_model.safetensors").write_bytes(b"12")
+    for args, rows, message in (
+            ([*start, "--data", str(tmp_path / "x.parquet")], [], "no column 'rejected'"), (["--data", "x"], [], "--init_from"),
+            ([*start, "--data", str(x)], [good, dict(prompt="a", chosen="b")], "row 2 has no text in 'rejected'"),
+            ([*start, "--data", str(x)], [good, good | {"rejected": "b"}], "row 2: chosen and rejected are the same"),
+            ([*start, "--data", str(x)], [good | {"prompt": ""}], "row 1: prompt is empty"),
+            ([*start, "--data", str(x), "--beta", "0"], [good], "--beta"), ([*start, "--data", str(x), "--lora_rank", "0"], [good], "--lora_rank"),
+            (["merge", "--model", str(folder), "--adapter", "nowhere", "--out", "x"], [], "not an adapter"),
+            (["merge", "--model", str(folder), "--adapter", str(tmp_path / "half"), "--out", "x"], [], "not a whole LoRA adapter"),
+            (["reject", "--model", "nowhere", "--data", str(tmp_path / "x.parquet"), "--out", "y"], [], "no text in 'response'")):
+        x.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
         done = call(*args)
-        assert done.returncode == 2 and message in done.stderr and len(done.stderr.splitlines()) == 1, done.stderr
+        assert done.returncode == 2 and message in done.stderr and len(done.stderr.splitlines()) == 1, (args, done.stderr)
 
 
 def test_lora_is_for_a_model_that_exists():

@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from bench import our_pieces, rss_bytes
 from data import make_demo
 from tokenizer import (BEGINS, BYTE_TOKENS, CLASSES, ENDS, SPECIAL_TOKENS, ArgumentParser, Problems, Tokenizer, input_files, normalize,
                        number, piece_starts, read_rows, to_codepoints)
@@ -109,16 +110,6 @@ def test_learning_depends_on_neither_order_nor_workers():
     assert Tokenizer.train(texts, 1500, memory_bytes=10 ** 9) == one
 
 
-def rss_bytes(pid: int) -> int:
-    """Resident memory of a process and all that descend from it."""
-    try:
-        own = int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * 4096
-        children = [c for task in Path(f"/proc/{pid}/task").iterdir() for c in (task / "children").read_text().split()]
-    except OSError:  # it has just ended
-        return 0
-    return own + sum(rss_bytes(int(c)) for c in children)
-
-
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="memory is read from /proc")
 @pytest.mark.parametrize("mark", [3, 1000])  # every how many characters a mark ends a piece: many short ones, or few long
 def test_memory_is_a_promise(tmp_path, mark):
@@ -160,21 +151,16 @@ def test_compression_is_that_of_tokenizers_and_sentencepiece():
     theirs.train_from_iterator(train, trainers.BpeTrainer(vocab_size=size, min_frequency=2, special_tokens=SPECIAL_TOKENS + BYTE_TOKENS, show_progress=False))
     # sentencepiece learns from our pieces, with a mark between them, and then spells each by itself
     mark = "\x01"
-
-    def pieces(text: str) -> list[str]:
-        starts = np.flatnonzero(piece_starts(to_codepoints(text), np.array([0]))).tolist()
-        return [text[a:b] for a, b in zip(starts, [*starts[1:], len(text)])]
-
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=(mark.join(pieces(t)) for t in train), model_writer=model, model_type="bpe", vocab_size=size, character_coverage=1.0,
+        sentence_iterator=(mark.join(our_pieces(t)) for t in train), model_writer=model, model_type="bpe", vocab_size=size, character_coverage=1.0,
         byte_fallback=True, user_defined_symbols=SPECIAL_TOKENS[:4], pretokenization_delimiter=mark, normalization_rule_name="identity",
         add_dummy_prefix=False, remove_extra_whitespaces=False, split_by_unicode_script=False, split_by_number=False, minloglevel=2)
     spm = sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
     tokens = sum(map(len, ours.encode_batch(held_out))) - len(held_out)
     # what ties are broken by differs, so that the last tokens learnt are not the same
     assert tokens <= 1.005 * sum(len(e.ids) for e in theirs.encode_batch(held_out))
-    assert tokens <= 1.005 * sum(len(spm.encode(piece)) for t in held_out for piece in pieces(t))
+    assert tokens <= 1.005 * sum(len(spm.encode(piece)) for t in held_out for piece in our_pieces(t))
 
 
 @settings(max_examples=200, deadline=None)
@@ -250,11 +236,7 @@ def test_decoding_is_tokenizers_for_any_ids(tokenizer, theirs, ids):
 @settings(max_examples=200, deadline=None)
 @given(st.lists(st.one_of(st.integers(0, 262), st.integers(0, 2499)), max_size=30), st.booleans())
 def test_streaming_never_shows_half_a_character(tokenizer, ids, skip):
-    parts, shown = [], 0
-    for n, part in enumerate(tokenizer.stream(iter(ids), skip)):
-        parts.append(part)
-        shown += len(part)
-    assert "".join(parts) == tokenizer.decode(ids, skip)
+    assert "".join(tokenizer.stream(iter(ids), skip)) == tokenizer.decode(ids, skip)
     spelled = [i for char in "你😀" for i in (b + 7 for b in char.encode())]
     assert [p for p in tokenizer.stream([*spelled, 300, 301]) if p] == ["你😀" + tokenizer.vocab[300], tokenizer.vocab[301]]
 
