@@ -35,7 +35,7 @@ import data
 import sample
 from chatlm import PRESETS, ChatLM, ChatLMConfig
 from data import PairStream
-from tokenizer import ArgumentParser, Tokenizer, number, read_texts, run, write_file
+from tokenizer import ArgumentParser, Corpus, Tokenizer, number, run, write_file
 
 DEMO = {"preset": "demo", "max_steps": 1000, "batch_tokens": 1024, "micro_batch_tokens": 512, "max_len": 64, "vocab_size": 2048,
         "lr": 2e-2}
@@ -607,7 +607,7 @@ def find_tokenizer(args: argparse.Namespace, ranks: Ranks) -> Tokenizer:
     out = Path(args.out_dir)
     if ranks.first and not (out / "tokenizer.json").exists():
         print(f"training a tokenizer of up to {args.vocab_size:,} tokens on {', '.join(args.data)}", flush=True)
-        Tokenizer.train(read_texts(args.data), args.vocab_size, progress=sys.stderr.isatty()).save_pretrained(out)
+        Tokenizer.train(Corpus(args.data), args.vocab_size, memory_bytes=4 * 10 ** 9, progress=sys.stderr.isatty()).save_pretrained(out)
     ranks.wait()
     return Tokenizer.from_pretrained(out)
 

@@ -2,6 +2,7 @@
 
     python tests/bench.py tokenizer_train  --data pairs.parquet poems.parquet --megabytes 20 180
     python tests/bench.py tokenizer_encode --data pairs.parquet
+    python tests/bench.py dpo              --data pairs.parquet
 
 Every contender runs in a process of its own, in turn, so that what slows the machine slows all of them; the median of
 --runs is shown. Memory is the greatest resident memory of a contender's whole process tree, its imports included. Without
@@ -255,13 +256,128 @@ def tokenizer_encode(args: argparse.Namespace) -> None:
                  {"chars_per_s": speeds, "peak_bytes": peaks})
 
 
+# --- dpo ---------------------------------------------------------------------------------------------------------------------------
+
+def write_triples(data: list[str], folder: Path, rows: int) -> None:
+    """prompt, chosen, rejected: a row's response, and another row's."""
+    import data as ours
+    if data:
+        pairs = [(row["prompt"], row["response"]) for row in ours.read_rows(data)]
+    else:
+        pairs = make_demo()[0]
+    pairs = random.Random(0).sample(pairs, min(rows, len(pairs) - 1) + 1)
+    ours.write_pairs(folder / "triples.parquet", (dict(prompt=p, chosen=c, rejected=r) for (p, c), (_, r) in zip(pairs, pairs[1:]) if c != r),
+                     ("prompt", "chosen", "rejected"))
+
+
+def child_dpo(kind: str, folder: str, dtype: str, seconds: str) -> None:
+    """Prints triples a second: of training, and of computing the reference's log-probabilities beforehand (ours only)."""
+    import torch
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    tokenizer, columns = Tokenizer.from_pretrained(folder), ("prompt", "chosen", "rejected")
+
+    def timed(step, limit_s: float) -> float:
+        for _ in range(2):
+            step()
+        begin_s, triples = time.perf_counter(), 0
+        while time.perf_counter() - begin_s < limit_s:
+            triples += step()
+        return triples / (time.perf_counter() - begin_s)
+
+    result = {}
+    if kind == "ours":
+        from chatlm import ChatLM
+        from data import PairStream
+        from dpo import dpo_loss, pair_logps
+        model = ChatLM.from_pretrained(folder, torch.float32, device)
+        optimizer = torch.optim.AdamW(model.parameters(), 1e-5, fused=True)
+        batches = iter(PairStream(f"{folder}/triples.parquet", tokenizer, 3200, 320, columns=columns))
+
+        def logps(batch: dict) -> tuple:
+            with torch.autocast(device, torch.bfloat16, enabled=dtype == "bfloat16"):
+                return pair_logps(model, batch)
+
+        def reference() -> int:
+            with torch.no_grad():
+                return len(logps(next(batches))[0])
+
+        def step() -> int:
+            batch = next(batches)
+            zeros = torch.zeros(len(batch["rows"]), device=device)  # stands for what was computed beforehand
+            dpo_loss(*logps(batch), zeros, zeros, 0.1)[0].backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            return len(zeros)
+
+        result["reference"] = timed(reference, float(seconds) / 3)
+    else:  # as the reference project ran it: two models, prompts encoded for each answer, batches padded to the longest
+        import pyarrow.parquet as pq
+        from transformers import AutoModelForSeq2SeqLM
+        policy, frozen = (AutoModelForSeq2SeqLM.from_pretrained(folder).to(device) for _ in range(2))
+        optimizer = torch.optim.AdamW(policy.parameters(), 1e-5, fused=True)
+        rows = pq.read_table(f"{folder}/triples.parquet").to_pylist()
+        rng = random.Random(0)
+
+        def padded(texts: list[str], padding: int) -> torch.Tensor:
+            ids = [torch.tensor(row[:319] + row[-1:] if len(row) > 320 else row) for row in tokenizer.encode_batch(texts)]
+            return torch.nn.utils.rnn.pad_sequence(ids, True, padding).to(device)
+
+        def logps(model, ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+            logits = model(input_ids=ids, attention_mask=ids != 0, labels=labels).logits.float()
+            return (logits.log_softmax(-1).gather(-1, labels.clamp(min=0)[..., None])[..., 0] * (labels != -100)).sum(1)
+
+        def step() -> int:
+            batch = rng.sample(rows, 16)
+            ids = padded([row["prompt"] for row in batch], 0)
+            labels = [padded([row[c] for row in batch], -100) for c in columns[1:]]
+            with torch.autocast(device, torch.bfloat16, enabled=dtype == "bfloat16"):
+                with torch.no_grad():
+                    ref = [logps(frozen, ids, x) for x in labels]
+                own = [logps(policy, ids, x) for x in labels]
+            loss = -torch.nn.functional.logsigmoid(0.1 * (own[0] - ref[0] - own[1] + ref[1])).mean()
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            return len(batch)
+    result["training"] = timed(step, float(seconds))
+    print(json.dumps(result))
+
+
+def dpo(args: argparse.Namespace) -> None:
+    """Triples a second of DPO on all weights: this project, and a plain implementation on transformers."""
+    from chatlm import ChatLM, ChatLMConfig
+    with tempfile.TemporaryDirectory() as folder:
+        write_triples(args.data, Path(folder), 2000)
+        tokenizer = Tokenizer.train(load_texts(args.data), args.vocab_size)
+        tokenizer.save_pretrained(folder)
+        ChatLM(ChatLMConfig.preset(args.preset, vocab_size=len(tokenizer))).save_pretrained(folder)
+        for dtype in args.dtypes:
+            rates: dict[str, list[float]] = {"ours": [], "plain": []}
+            peaks, reference = dict.fromkeys(rates, 0), []
+            for _ in range(args.runs):
+                for kind in rates:
+                    _, peak, said = measure(child("dpo", kind, folder, dtype, str(args.seconds)))
+                    result = json.loads(said.splitlines()[-1])
+                    rates[kind].append(result["training"])
+                    peaks[kind] = max(peaks[kind], peak)
+                    reference += [result["reference"]] if kind == "ours" else []
+            median = {kind: statistics.median(r) for kind, r in rates.items()}
+            ours = 1 / (1 / median["ours"] + 1 / (2 * statistics.median(reference)))
+            show(f"dpo, {args.preset}, {dtype}", ["", "triples/s", "ours / it", "peak MB", "ours / it"],
+                 [["ours, training", f"{median['ours']:.2f}", "", f"{peaks['ours'] / 1e6:,.0f}", ""],
+                  ["ours, two epochs with the reference computed first", f"{ours:.2f}", "", "", ""],
+                  ["plain: two models, transformers", f"{median['plain']:.2f}", f"{ours / median['plain']:.2f}", f"{peaks['plain'] / 1e6:,.0f}",
+                   f"{peaks['ours'] / peaks['plain']:.2f}"]],
+                 {"triples_per_s": rates, "reference_triples_per_s": reference, "peak_bytes": peaks})
+
+
 def main() -> None:
     if sys.argv[1:2] == ["child"]:
         globals()[f"child_{sys.argv[2]}"](*sys.argv[3:])
         return
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="what", required=True)
-    for task in (tokenizer_train, tokenizer_encode):
+    for task in (tokenizer_train, tokenizer_encode, dpo):
         sub = commands.add_parser(task.__name__, help=task.__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
         sub.set_defaults(task=task)
         sub.add_argument("--data", nargs="+", default=[], metavar="FILE", help="texts or pairs; none: the demo's")
@@ -271,6 +387,10 @@ def main() -> None:
             sub.add_argument("--megabytes", type=float, nargs="+", default=[20, 180], help="sizes of the corpora made of the data")
             sub.add_argument("--same_pieces", action="store_true", help="sentencepiece also on our pieces, to compare compression")
             sub.add_argument("--only_ours", action="store_true", help="no peers: for sizes that they cannot hold")
+        if task is dpo:
+            sub.add_argument("--preset", default="small", help="the model's shape")
+            sub.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"], help="of the matrix products")
+            sub.add_argument("--seconds", type=float, default=30, help="of training, each")
     args = parser.parse_args()
     args.task(args)
 
