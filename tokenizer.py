@@ -847,6 +847,9 @@ def every_other(positions: np.ndarray, step: int) -> np.ndarray:
 
 # --- what the scripts share: processes, files, and a command line that speaks to people (kept in the file all import) ----
 
+KILLED = "a background process was killed (is there enough memory? --workers 1 takes the least)"
+
+
 def in_order(function: Callable, jobs: Iterable, workers: int) -> Iterator:
     """function(job) of every job, in their order; with more than one worker in so many processes, a job each at a time.
 
@@ -865,14 +868,15 @@ def in_order(function: Callable, jobs: Iterable, workers: int) -> Iterator:
                 processes[-1].start()
                 theirs.close()
                 pipes.append(ours)
-            done = [pipes[received % workers].recv()] if sent - received == workers else []
-            pipes[sent % workers].send(job)
+            done = [receive(pipes[received % workers])] if sent - received == workers else []
+            try:
+                pipes[sent % workers].send(job)
+            except OSError:
+                raise ChildProcessError(KILLED) from None
             sent, received = sent + 1, received + len(done)
-            yield from map(unpacked, done)
+            yield from done
         for i in range(received, sent):
-            yield unpacked(pipes[i % workers].recv())
-    except (EOFError, ConnectionError):
-        raise ChildProcessError("a background process was killed (is there enough memory? --workers 1 takes the least)") from None
+            yield receive(pipes[i % workers])
     finally:
         for process in processes:
             process.kill()
@@ -892,8 +896,12 @@ def serve(function: Callable, pipe) -> None:
         pass
 
 
-def unpacked(answer: tuple):
-    result, error = answer
+def receive(pipe):
+    """serve's answer; raises the error that it met."""
+    try:
+        result, error = pipe.recv()
+    except (EOFError, OSError):
+        raise ChildProcessError(KILLED) from None
     if error is not None:
         raise error
     return result

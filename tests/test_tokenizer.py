@@ -2,6 +2,8 @@
 import gzip
 import io
 import json
+import os
+import signal
 import subprocess
 import sys
 import time
@@ -21,7 +23,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from bench import our_pieces, rss_bytes
 from data import make_demo
-from tokenizer import (BEGINS, BYTE_TOKENS, CLASSES, ENDS, SPECIAL_TOKENS, ArgumentParser, Problems, Tokenizer, input_files, normalize,
+from tokenizer import (BEGINS, BYTE_TOKENS, CLASSES, ENDS, SPECIAL_TOKENS, ArgumentParser, Problems, Tokenizer, in_order, input_files, normalize,
                        number, piece_starts, read_rows, to_codepoints)
 
 CORPUS = [text for pair in make_demo()[0][:4000] for text in pair] + ["Hello, world! 3.14 def f(x):\n    return x + 1", "哈哈哈哈哈哈哈"]
@@ -431,6 +433,23 @@ def test_wrong_commands_end_with_one_line_and_change_nothing(tmp_path):
         assert len(done.stderr.splitlines()) == 1 and "Traceback" not in done.stderr, done.stderr
     assert {path: path.read_bytes() for path in tok.iterdir()} == before
     assert "need at least" in call("train", str(corpus), *to, "--vocab_size", "300").stderr
+
+
+def cut_or_die(n: int) -> int:
+    if n == 3:
+        os.kill(os.getpid(), signal.SIGKILL)
+    if n == 4:
+        raise ValueError("four")
+    return n * n
+
+
+def test_jobs_come_back_in_order_and_a_killed_process_is_told():
+    for workers in (1, 2, 3):
+        assert list(in_order(cut_or_die, [0, 1, 2, 5, 6, 7], workers)) == [0, 1, 4, 25, 36, 49]
+        with pytest.raises(ValueError, match="four"):
+            list(in_order(cut_or_die, [0, 4, 1], workers))
+    with pytest.raises(ChildProcessError, match="was killed"):
+        list(in_order(cut_or_die, range(9), 2))
 
 
 def test_number_types(capsys):
