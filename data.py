@@ -227,7 +227,7 @@ def chinese_share(text: str) -> float:
 
 
 def clean_text(text: str) -> str:
-    return squeeze_spaces(chinese_punctuation(squeeze_punctuation(drop_controls(text))))
+    return chinese_punctuation(squeeze_spaces(squeeze_punctuation(drop_controls(text))))
 
 
 def clean_pair(prompt, response, min_chars: int, max_chars: int) -> tuple[str, str] | str:
