@@ -10,6 +10,11 @@ MinHash: Broder 1997, "On the resemblance and containment of documents"; by one 
 2017 (arXiv:1703.04664). torch is imported where batches are made and not before, so that the background processes
 that clean and tokenise stay small.
 """
+import contextlib
+import csv
+import html
+import json
+import math
 import multiprocessing
 import os
 import random
@@ -18,9 +23,10 @@ import signal
 import sys
 import threading
 import unicodedata
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -29,11 +35,19 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import xxhash
 
-from tokenizer import EOS, PAD, ArgumentParser, Problems, Tokenizer, in_order, input_files, number, read_rows, run, to_codepoints
+from tokenizer import (EOS, PAD, ArgumentParser, Problems, Tokenizer, batches, check_folder, in_order, input_files, joined_ranges, kind_of, number, open_text,
+                       read_rows, run, to_codepoints, whole_rows)
 
 ROW_GROUP = 8192  # rows of a Parquet row group that we write, and of the batches handed to workers
-WINDOW_ROWS = 1 << 16  # PairStream shuffles and sorts within windows of at least so many rows
+WINDOW_ROWS, WINDOW_BYTES = 1 << 16, 1 << 25  # PairStream shuffles and sorts within windows of at most so much text
+CLEAN_ROWS = 2048  # rows that a worker cleans at a time
+SLICE_ROWS = 1024  # rows that are read and tokenised at a time
+MOST_CHARS_PER_TOKEN = 16  # what of a text lies beyond max_len times this is not tokenised
 IGNORED = -100  # the label of padding
+PAIR, PREFERENCE = ("prompt", "response"), ("prompt", "chosen", "rejected")
+EQUAL, NEAR = "equal to an earlier one", "near-duplicate of an earlier one"
+
+pa.set_memory_pool(pa.system_memory_pool())  # slower than Arrow's own and gives back what is freed
 
 # --- demo: a small world of facts, each asked in many ways ----------------------------------------------------------------
 
@@ -162,23 +176,60 @@ def make_demo(seed: int = 0) -> tuple[list[tuple[str, str]], list[tuple[str, str
 
 # --- writing ----------------------------------------------------------------------------------------------------------------
 
-def write_pairs(path, rows: Iterable[dict], columns: tuple[str, ...] = ("prompt", "response")) -> int:
-    """Write rows' string columns as Parquet, beside and then renamed; the number of rows."""
-    path, beside = Path(path), Path(f"{path}.tmp")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    schema = pa.schema([(c, pa.string()) for c in columns])
-    total, rows = 0, iter(rows)
-    try:
-        with pq.ParquetWriter(beside, schema, compression="zstd") as writer:
-            while batch := [row for _, row in zip(range(ROW_GROUP), rows)]:
-                writer.write_table(pa.table({c: [row[c] for row in batch] for c in columns}, schema))
-                total += len(batch)
-        with open(beside, "rb+") as f:
-            os.fsync(f.fileno())
-        os.replace(beside, path)
-    finally:
-        beside.unlink(missing_ok=True)
-    return total
+class Writer:
+    """Writes rows' string columns as Parquet beside `path`; at the end that is renamed, unless there was an error."""
+
+    def __init__(self, path, columns: tuple[str, ...]):
+        self.path, self.beside, self.columns = Path(path), Path(f"{path}.tmp"), columns
+        self.total, self.batch = 0, []
+
+    def __enter__(self) -> "Writer":
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.schema = pa.schema([(c, pa.string()) for c in self.columns])
+        self.parquet = pq.ParquetWriter(self.beside, self.schema, compression="zstd")
+        return self
+
+    def write(self, row: dict) -> None:
+        self.batch.append(row)
+        if len(self.batch) == ROW_GROUP:
+            self.flush()
+
+    def flush(self) -> None:
+        values = {c: [row[c] for row in self.batch] for c in self.columns}
+        try:
+            table = pa.table(values, self.schema)
+        except UnicodeEncodeError:  # a lone surrogate, as JSON may hold, is no character
+            table = pa.table({c: [v.encode("utf-8", "replace").decode() for v in column] for c, column in values.items()}, self.schema)
+        self.parquet.write_table(table)
+        self.total += len(self.batch)
+        self.batch = []
+
+    def __exit__(self, error, *_) -> None:
+        try:
+            if error is None and self.batch:
+                self.flush()
+            self.parquet.close()
+            if error is None:
+                with open(self.beside, "rb+") as f:
+                    os.fsync(f.fileno())
+                os.replace(self.beside, self.path)
+        finally:
+            self.beside.unlink(missing_ok=True)
+
+
+def write_pairs(path, rows: Iterable[dict], columns: tuple[str, ...] = PAIR) -> int:
+    """Write rows' string columns as Parquet; the number of rows."""
+    with Writer(path, columns) as writer:
+        for row in rows:
+            writer.write(row)
+    return writer.total
+
+
+def report(counts: Counter, problems: Problems) -> None:
+    """A table of reasons and rows, and what was wrong in the files."""
+    for reason, rows in [*counts.most_common(), ("all", counts.total())]:
+        print(f"{rows:>12,}  {reason}" + (f"  (first: {counts.first[reason]})" if reason in getattr(counts, "first", ()) else ""))
+    problems.warn()
 
 
 # --- clean: rules ---------------------------------------------------------------------------------------------------------------
@@ -237,6 +288,8 @@ def clean_pair(prompt, response, min_chars: int, max_chars: int) -> tuple[str, s
     prompt, response = clean_text(prompt), trim_unfinished(clean_text(response))
     if not prompt or not response:
         return "empty"
+    if "\ufffd" in prompt + response:
+        return "has characters that could not be read"
     if prompt == response:
         return "response repeats the prompt"
     if len(response) < min_chars:
@@ -288,37 +341,122 @@ def duie(row: dict):
     return f"请抽取出下面这句话中的所有三元组：{row.get('text')}", f"[{','.join(triples)}]" if triples else ""
 
 
+WIKI_PROMPTS = """什么是%s？|介绍一下%s。|请介绍一下%s。|%s是什么？|请解释一下%s。|你知道%s吗？|说说%s。|告诉我%s是什么。|请简要介绍%s。|%s指的是什么？|我想了解%s。
+如何理解%s？|能讲讲%s吗？|关于%s，你知道些什么？|%s是什么意思？|请说明%s的含义。|帮我查一下%s。|谈谈%s。|请问%s是什么？|给我讲讲%s。|词条：%s""".replace("\n", "|").split("|")
+
+
+def wiki(row: dict):
+    """An entry's name becomes a question, and its first sentences, up to 512 characters, the answer."""
+    title, text = row.get("title"), row.get("text")
+    if not isinstance(title, str) or not isinstance(text, str):
+        return "a field is missing or not text"
+    text = text.strip().removeprefix(title).strip()  # the name stands above the text once more
+    answer = ""
+    for sentence in re.findall(r"[^。！？\n]*[。！？\n]?", text):
+        if len(answer) + len(sentence) > 512:
+            break
+        answer += sentence
+    return WIKI_PROMPTS[xxhash.xxh3_64_intdigest(title.encode("utf-8", "replace")) % len(WIKI_PROMPTS)] % title, answer
+
+
+def wiki_entries(path: Path, problems: Problems) -> Iterator[dict]:
+    """title and text of every entry that WikiExtractor wrote: <doc ... title="..."> to </doc>, or a line of JSON."""
+    if kind_of(path) != ".txt":
+        yield from read_rows([path], problems)
+        return
+    with open_text(path, problems) as f:
+        title, lines = None, []
+        for i, line in enumerate(f, 1):
+            if begins := re.match(r'<doc [^>]*title="(.*?)"[^"]*>$', line.rstrip()):
+                if title is not None:
+                    problems.note("entry without an end", f"{path}, line {i:,}")
+                title, lines = html.unescape(begins[1]), []
+            elif title is not None and line.rstrip() == "</doc>":
+                yield {"title": title, "text": "".join(lines)}
+                title = None
+            elif title is not None:
+                lines.append(line)
+            elif line.startswith("{"):
+                try:
+                    yield json.loads(line)
+                except (ValueError, RecursionError):
+                    problems.note("line is not JSON", f"{path}, line {i:,}")
+            elif line.strip():
+                problems.note("line outside an entry", f"{path}, line {i:,}")
+        if title is not None:
+            problems.note("entry without an end", f"{path}, line {i:,}")
+
+
+def medical_rows(path: Path, problems: Problems) -> Iterator[dict]:
+    """The rows of department,title,ask,answer. Many records of this set are broken over several lines, or have commas
+    and quotes in a field that is not quoted: a line that does not begin as a record does goes on with the one before,
+    and what is more than four fields belongs to the last."""
+    def fields_of(text: str) -> list[str]:
+        if text.count('"') % 2 == 0:
+            fields = next(csv.reader([text]), [])
+            if len(fields) == 4:
+                return fields
+        return text.split(",", 3)
+
+    with open_text(path, problems) as f:
+        record, began, departments = "", 0, set()
+        for i, line in enumerate(chain(f, [None]), 1):
+            head = (line or "").split(",", 3)
+            begins = line is None or head[0] in departments or len(head) == 4 and 0 < len(head[0].strip()) <= 12 and record.count('"') % 2 == 0
+            if not begins:
+                record += line
+                continue
+            fields = fields_of(record.rstrip("\r\n").replace("\r\n", "\n"))
+            if len(fields) == 4:
+                departments.add(fields[0])
+                if fields[0] != "department":
+                    yield dict(zip(("department", "title", "ask", "answer"), fields))
+            elif record.strip():
+                problems.note("record with fewer than four fields", f"{path}, line {began:,}")
+            record, began = line, i
+
+
 SOURCES: dict[str, Callable] = {
     "webtext2019zh": webtext,
     "baike_qa2019": lambda row: (joined(row.get("title"), row.get("desc")), row.get("answer")),
     "chinese_medical": lambda row: (joined(row.get("title"), row.get("ask")), row.get("answer")),
     "zhihu_kol": lambda row: (row.get("INSTRUCTION"), row.get("RESPONSE")),
     "belle": belle,
+    "wiki": wiki,
     "alpaca": lambda row: (joined(row.get("instruction"), row.get("input")), row.get("output")),
     "duie": duie,
     "preference": lambda row: (row.get("prompt"), row.get("chosen"), row.get("rejected", row.get("reject"))),
     "pairs": lambda row: None,  # fields named on the command line
 }
-ENCODINGS = {"chinese_medical": "gb18030"}
 
 
-def clean_rows(job: tuple) -> tuple[list[dict], Counter]:
-    """One batch of raw rows -> clean rows, and how many were dropped for what."""
-    rows, source, fields, min_chars, max_chars = job
-    kept, dropped = [], Counter()
-    for row in rows:
+def raw_rows(path: Path, source: str, problems: Problems) -> Iterator[dict]:
+    if source == "wiki":
+        return wiki_entries(path, problems)
+    if source == "chinese_medical" and kind_of(path) == ".csv":
+        return medical_rows(path, problems)
+    return read_rows([path], problems)
+
+
+def clean_rows(job: tuple) -> tuple[list[dict], list[tuple[str, str]]]:
+    """One batch of raw rows (path, number of the first, rows, source, fields, min_chars, max_chars) -> clean rows, and
+    for each of the others why and where it was dropped."""
+    path, first, rows, source, fields, min_chars, max_chars = job
+    kept, dropped = [], []
+    for i, row in enumerate(rows, first):
         taken = tuple(row.get(f) for f in fields) if source == "pairs" else SOURCES[source](row)
+        others: tuple = ()
         if not isinstance(taken, str):
             shortest = 1 if source == "duie" else min_chars
             taken, others = clean_pair(*taken[:2], shortest, max_chars), taken[2:]
         if isinstance(taken, str):
-            dropped[taken] += 1
+            dropped.append((taken, f"{path}, row {i:,}"))
         elif not others:
             kept.append({"prompt": taken[0], "response": taken[1]})
         elif isinstance(second := clean_pair(taken[0], others[0], shortest, max_chars), str):
-            dropped["rejected: " + second] += 1
+            dropped.append(("rejected: " + second, f"{path}, row {i:,}"))
         elif second[1] == taken[1]:
-            dropped["chosen and rejected are equal"] += 1
+            dropped.append(("chosen and rejected are equal", f"{path}, row {i:,}"))
         else:
             kept.append({"prompt": taken[0], "chosen": taken[1], "rejected": second[1]})
     return kept, dropped
@@ -331,143 +469,244 @@ def grouped(rows: Iterable, size: int) -> Iterator[list]:
 
 
 def clean(inputs: list[str], source: str, out: str, fields: list[str], min_chars: int, max_chars: int, workers: int) -> None:
-    dropped, total, problems = Counter(), 0, Problems()
+    check_folder(Path(out).parent)
+    files, counts, problems = input_files(inputs), Problems(), Problems()
 
-    def results() -> Iterator[dict]:
-        nonlocal total
-        raw = read_rows(inputs, problems, ENCODINGS.get(source, "utf-8"))
-        jobs = ((batch, source, fields, min_chars, max_chars) for batch in grouped(raw, ROW_GROUP))
-        for kept, reasons in in_order(clean_rows, jobs, workers):
-            dropped.update(reasons)
-            total += len(kept)
-            yield from kept
+    def jobs() -> Iterator[tuple]:
+        for path in files:
+            first = 1
+            for rows in grouped(raw_rows(path, source, problems), CLEAN_ROWS):
+                if source == "pairs" and first == 1 and not set(fields) <= rows[0].keys():
+                    raise ValueError(f"{path} has no column {' or '.join(f for f in fields if f not in rows[0])}; its columns are {', '.join(map(str, rows[0]))}")
+                yield path, first, rows, source, fields, min_chars, max_chars
+                first += len(rows)
 
-    write_pairs(out, results(), ("prompt", "chosen", "rejected") if source == "preference" else ("prompt", "response"))
-    dropped["line is not JSON"] += problems.pop("line is not JSON", 0)
-    for reason, rows in [("kept", total), *(+dropped).most_common(), ("all", total + dropped.total())]:
-        print(f"{rows:>12,}  {reason}")
-    problems.warn()
-    if not total:
+    with Writer(out, PREFERENCE if source == "preference" else PAIR) as writer:
+        for kept, dropped in in_order(clean_rows, jobs(), workers):
+            for row in kept:
+                writer.write(row)
+            counts["kept"] += len(kept)
+            for reason, where in dropped:
+                counts.note(reason, where)
+        for reason in [r for r in problems if not r.startswith("byte")]:
+            counts.note(reason, problems.first[reason], problems.pop(reason))
+    report(counts, problems)
+    if not counts["kept"]:
         print(f"data.py: warning: no row was kept; is this a {source} file?", file=sys.stderr)
 
 
 # --- dedup ----------------------------------------------------------------------------------------------------------------------------
 
-SHINGLE, BINS, BANDS = 5, 128, 16  # characters a shingle, values a signature, and groups of values that must agree
-KEPT_CHAR = np.array([unicodedata.category(chr(c))[0] not in "PSZC" for c in range(0x20000)] + [True] * (0x110000 - 0x20000))
+SHINGLE, BINS = 5, 128  # characters a shingle, values a signature
+EMPTY, FACTOR = np.uint32(0xFFFFFFFF), 0x9E3779B97F4A7C15
+BATCH_CHARS = 1 << 18  # texts are compared in batches of about this many characters
+NEIGHBOURS = 8  # in a bucket of many, a row is compared with so many of the first and so many of those before it
+IGNORED_KINDS = ("P", "Z", "Cc", "Cf")  # punctuation, spaces, control and format characters
+KEPT_CHAR = np.array([not unicodedata.category(chr(c)).startswith(IGNORED_KINDS) for c in range(0x20000)] + [True] * (0x110000 - 0x20000))
 
 
 def shingles(texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
     """Hashes (uint64) of every text's 5-grams of characters, one text after the other, and how many each has.
 
-    Punctuation, symbols and spaces do not count. A text shorter than a shingle is one; an empty one has none.
+    Punctuation and spaces do not count. A text shorter than a shingle is one, with zeros behind; an empty one has none.
     """
     codes = to_codepoints("".join(texts))
-    text = np.repeat(np.arange(len(texts)), [len(t) for t in texts])[KEPT_CHAR[codes]]
-    codes = codes[KEPT_CHAR[codes]].astype(np.uint64)
-    sizes = np.bincount(text, minlength=len(texts))
-    begins, hashes = np.cumsum(sizes) - sizes, np.zeros(len(codes), dtype=np.uint64)
-    place = np.arange(len(codes)) - begins[text]
-    for i in range(SHINGLE):  # a text's end reads zeros, not its neighbour
-        inside = np.flatnonzero(place + i < sizes[text])
-        hashes[inside] = hashes[inside] * np.uint64(0x9E3779B97F4A7C15) + codes[inside + i] + np.uint64(1)
+    kept = KEPT_CHAR[codes]
+    ends = np.concatenate([[0], np.cumsum(kept)])[np.cumsum([0] + [len(text) for text in texts])]
+    codes = np.append(codes[kept].astype(np.uint64), np.zeros(SHINGLE - 1, np.uint64))
+    begins, sizes = ends[:-1], np.diff(ends)
+    factor, square = np.uint64(FACTOR), np.uint64(FACTOR * FACTOR % 2 ** 64)
+    pair = codes[:-1] * factor + codes[1:]  # a polynomial in the factor, of the 5 characters from each on
+    hashes = (pair[:-3] * square + pair[2:-1]) * factor + codes[4:]
+    short = np.flatnonzero((sizes > 0) & (sizes < SHINGLE))
+    value = np.zeros(len(short), np.uint64)
+    for i in range(SHINGLE):
+        value = value * factor + np.where(i < sizes[short], codes[np.minimum(begins[short] + i, len(codes) - 1)], np.uint64(0))
+    hashes[begins[short]] = value
+    whole = np.ones(len(hashes), dtype=bool)
+    for i in range(1, SHINGLE):  # those that begin so near the end that they read the next text
+        whole[ends[1:][sizes >= i] - i] = False
+    whole[begins[short]] = True
+    hashes = hashes[whole]
     hashes ^= hashes >> np.uint64(29)
     hashes *= np.uint64(0xBF58476D1CE4E5B9)
     hashes ^= hashes >> np.uint64(32)
-    whole = (place == 0) | (place + SHINGLE <= sizes[text])
-    return hashes[whole], np.where(sizes > 0, np.maximum(sizes - SHINGLE + 1, 1), 0)
+    return hashes, np.where(sizes > 0, np.maximum(sizes - SHINGLE + 1, 1), 0)
 
 
 def minhash(texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
     """Signatures (N, 128) uint32, whose share of equal values estimates Jaccard's similarity, and shingle counts (N,).
 
-    A shingle's hash names a bin and a value; a bin keeps its least value, and an empty one takes another bin's,
-    the same for all texts: the first full one in a fixed random order of its own.
+    A shingle's hash names a bin and a value, and a bin keeps its least value (one permutation). An empty bin takes that
+    of a full one, by an order of preference of its own: first across the lowest bit of its number, then two, ...
+
+        5 . . 7  ->  5 5 7 7       . . . 7  ->  . . 7 7  ->  7 7 7 7
     """
     hashes, counts = shingles(texts)
-    text = np.repeat(np.arange(len(texts)), counts)
-    empty = np.uint32(0xFFFFFFFF)
-    signatures = np.full(len(texts) * BINS, empty, dtype=np.uint32)
-    np.minimum.at(signatures, text * BINS + (hashes >> np.uint64(57)).astype(np.int64), (hashes & np.uint64(0x7FFFFFFF)).astype(np.uint32))
+    place = np.repeat(np.arange(len(texts)) * BINS, counts)
+    place += (hashes >> np.uint64(57)).view(np.int64)
+    signatures = np.full(len(texts) * BINS, EMPTY)
+    np.minimum.at(signatures, place, (hashes & np.uint64(0x7FFFFFFF)).astype(np.uint32))
     signatures = signatures.reshape(-1, BINS)
-    full = signatures != empty
-    out, orders = signatures.copy(), np.random.default_rng(1).permuted(np.tile(np.arange(BINS), (BINS, 1)), axis=1)
-    for step in range(BINS):
-        rows, bins = np.nonzero((out == empty) & (counts > 0)[:, None])
-        if not len(rows):
-            break
-        donor = orders[bins, step]
-        out[rows, bins] = np.where(full[rows, donor], signatures[rows, donor], empty)
-    return out, counts
+    for step in 1 << np.arange(BINS.bit_length() - 1):
+        np.copyto(signatures, signatures[:, np.arange(BINS) ^ step], where=signatures == EMPTY)
+    return signatures, counts
 
 
-def dedup_indices(texts: Iterable[str], threshold: float = 0.85, against: Iterable[str] = (), workers: int = 1) -> np.ndarray:
-    """Sorted indices (int64) of the texts to drop: each is a near-duplicate of an earlier one that stays.
+def banding(threshold: float) -> tuple[int, int]:
+    """(bands, rows a band): the strictest that lets through 99 % of the pairs at the threshold, 1 - (1 - t^rows)^bands."""
+    rows = max(r for r in range(1, 65) if r == 1 or 1 - (1 - threshold ** r) ** (BINS // r) >= 0.99)
+    return BINS // rows, rows
 
-    Two texts are near-duplicates when the Jaccard similarity of their sets of character 5-grams is threshold or more.
-    MinHash signatures, cut in 16 bands, propose the pairs, and exact similarity decides. Texts of `against` come
-    before all others and are never counted among the indices.
+
+def sketch(job: tuple[list[str], int, int]) -> tuple[np.ndarray, np.ndarray]:
+    """(texts, bands, rows) -> a hash of each whole text (N,) uint64, and keys of its bands (bands, N) uint32."""
+    texts, bands, rows = job
+    exact = np.fromiter((xxhash.xxh3_64_intdigest(text.encode("utf-8", "surrogatepass")) for text in texts), np.uint64, len(texts))
+    signatures, counts = minhash(texts)
+    keys = np.zeros((len(texts), bands), dtype=np.uint64)
+    for i in range(rows):  # a band's values stand far apart: neighbours may have been filled from one another
+        keys = (keys ^ signatures[:, i * bands:(i + 1) * bands]) * np.uint64(FACTOR)
+        keys ^= keys >> np.uint64(32)
+    keys[counts == 0] = exact[counts == 0, None]  # nothing to compare: alike only to itself
+    return exact, keys.T.astype(np.uint32)
+
+
+def in_threads(function: Callable, jobs: Iterable, workers: int) -> Iterator:
+    """function(job) of every job, in their order; numpy lets other threads run while it works on arrays."""
+    with ThreadPoolExecutor(workers) as pool:
+        running: deque[Future] = deque()
+        for job in jobs:
+            running.append(pool.submit(function, job))
+            if len(running) > 2 * workers:
+                yield running.popleft().result()
+        while running:
+            yield running.popleft().result()
+
+
+def candidates(exact: np.ndarray, bands: Iterable[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """exact (N,), and for every band its keys (N,) -> True (N,) for the first of equal texts; pairs (M,) uint64 of others
+    that agree in a band, each once, as later << 32 | earlier, ascending."""
+    first = np.zeros(len(exact), dtype=bool)
+    first[np.unique(exact, return_index=True)[1]] = True
+    rows, pairs = np.flatnonzero(first).astype(np.uint64), np.empty(0, np.uint64)
+    for keys in bands:
+        bucket = np.sort(keys[first].astype(np.uint64) << np.uint64(32) | rows)  # by key, then row
+        key = bucket >> np.uint64(32)
+        same = np.concatenate([[False], key[1:] == key[:-1], [False]])
+        if not same.any():
+            continue
+        members = bucket[same[:-1] | same[1:]]  # those that are not alone
+        begins = np.flatnonzero(np.append(True, members[1:] >> np.uint64(32) != members[:-1] >> np.uint64(32)))
+        place = np.arange(len(members)) - np.repeat(begins, np.diff(np.append(begins, len(members))))  # in its bucket
+        members &= np.uint64(0xFFFFFFFF)
+        found = [pairs]
+        for step in range(1, min(NEIGHBOURS, int(place.max())) + 1):
+            for near, other in ((np.flatnonzero(place >= step), step), (np.flatnonzero(place >= step), place - step + 1)):
+                back = other if isinstance(other, int) else other[near]  # the step-th before it, and the step-th of all
+                found.append(members[near] << np.uint64(32) | members[near - back])
+        pairs = np.unique(np.concatenate(found))
+    return first, pairs
+
+
+def shingle_sets(texts: list[str]) -> list[np.ndarray]:
+    """The distinct shingles of each text, as 32-bit hashes, ascending."""
+    hashes, counts = shingles(texts)
+    packed = np.unique(np.repeat(np.arange(len(texts), dtype=np.uint64) << np.uint64(32), counts) | hashes >> np.uint64(32))
+    return np.split(packed.astype(np.uint32), np.searchsorted(packed, np.arange(1, len(texts), dtype=np.uint64) << np.uint64(32)))
+
+
+def jaccard(left: list[np.ndarray], right: list[np.ndarray]) -> np.ndarray:
+    """(M,) similarities of M pairs of sets: what both have, by what one or the other has."""
+    sizes = np.array([len(a) + len(b) for a, b in zip(left, right)])
+    both = np.concatenate([part for pair in zip(left, right) for part in pair]).astype(np.uint64)
+    both |= np.repeat(np.arange(len(sizes), dtype=np.uint64) << np.uint64(32), sizes)
+    both.sort()
+    common = np.bincount((both[1:][both[1:] == both[:-1]] >> np.uint64(32)).astype(np.int64), minlength=len(sizes))
+    return common / (sizes - common)
+
+
+def verdicts(items: Iterable, text_of: Callable, threshold: float = 0.85, against: Iterable[str] = (), workers: int = 1) -> Iterator[tuple[object, str]]:
+    """Every item with "" if it stays, else why not: of near-duplicates the first stays.
+
+    An item goes when its text is that of an earlier item, or when it has the Jaccard similarity `threshold` or more to one
+    that stays. MinHash proposes the pairs and the exact similarity decides. Texts of `against` come before all items.
+    Both are read twice: for the sketches (72 bytes a text), and to compare, when only the texts that have a candidate
+    still to come are held.
     """
-    against, texts = list(against), list(texts)
-    everything = against + texts
-    keep = np.ones(len(everything), dtype=bool)
-    exact = np.fromiter((xxhash.xxh3_64_intdigest(t.encode("utf-8", "surrogatepass")) for t in everything), np.uint64, len(everything))
-    _, first = np.unique(exact, return_index=True)
-    keep[:] = False
-    keep[first] = True
-    unique = np.flatnonzero(keep)
-    jobs = ([everything[i] for i in part] for part in np.array_split(unique, max(1, -(-len(unique) // ROW_GROUP))))
-    parts = list(in_order(minhash, jobs, workers))
-    signatures, counts = (np.concatenate([p[i] for p in parts]) for i in (0, 1))
-    lower, upper = candidate_pairs(signatures, counts)
+    def numbered() -> Iterator[tuple[int, tuple]]:
+        return enumerate(chain(((None, text) for text in against), ((item, text_of(item)) for item in items)))
+
+    def chars(each: tuple[int, tuple]) -> int:
+        return len(each[1][1])
+
+    bands, rows = banding(threshold)
+    jobs = (([text for _, (_, text) in batch], bands, rows) for batch in batches(numbered(), BATCH_CHARS, chars))
+    sketches = list(in_threads(sketch, jobs, workers))
+    if not sketches:
+        return
+    first, pairs = candidates(np.concatenate([exact for exact, _ in sketches]),
+                              (np.concatenate([keys[band] for _, keys in sketches]) for band in range(bands)))
+    del sketches
+    later, earlier = (pairs >> np.uint64(32)).astype(np.int64), (pairs & np.uint64(0xFFFFFFFF)).astype(np.int64)
+    keep, needed, last_use = first.copy(), np.zeros(len(first), dtype=bool), np.zeros(len(first), dtype=np.uint32)
+    needed[later] = needed[earlier] = True
+    last_use[earlier] = later  # these ascend, so that the last one is left
     sets: dict[int, np.ndarray] = {}
-    for i, j in zip(unique[lower].tolist(), unique[upper].tolist()):  # by the later text, then the earlier
-        if keep[i] and keep[j]:
-            for k in (i, j):
-                if k not in sets:
-                    sets[k] = np.unique(shingles([everything[k]])[0])
-            common = len(np.intersect1d(sets[i], sets[j], assume_unique=True))
-            keep[j] = common < threshold * (len(sets[i]) + len(sets[j]) - common)
-    dropped = np.flatnonzero(~keep[len(against):])
-    return dropped
+    for batch in batches(numbered(), BATCH_CHARS, chars):
+        begin, end = batch[0][0], batch[-1][0] + 1
+        held = [(i, text) for i, (_, text) in batch if needed[i]]
+        if held:
+            sets.update(zip([i for i, _ in held], shingle_sets([text for _, text in held])))
+        here = slice(*np.searchsorted(later, [begin, end]))
+        left, right = earlier[here], later[here]
+        left, right = left[keep[left]], right[keep[left]]
+        if len(left):
+            near = jaccard([sets[i] for i in left.tolist()], [sets[i] for i in right.tolist()]) >= threshold
+            for i, j in zip(left[near].tolist(), right[near].tolist()):  # by the later one, so that keep[i] is settled
+                keep[j] &= ~keep[i]
+        for i in [i for i in sets if last_use[i] < end or not keep[i]]:
+            del sets[i]
+        for i, (item, _) in batch:
+            if item is not None:
+                yield item, "" if keep[i] else NEAR if first[i] else EQUAL
 
 
-def candidate_pairs(signatures: np.ndarray, counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Pairs (i < j) of rows that agree in a whole band, each once, ordered by j, then i. Texts with no shingle have none.
+def dedup_indices(texts: Iterable[str], threshold: float = 0.85, against: Iterable[str] = (), workers: int | None = None) -> np.ndarray:
+    """Sorted indices (int64) of the texts to drop: each is a near-duplicate of an earlier one that stays, or of one of
+    `against`. Near is a Jaccard similarity of the sets of character 5-grams of threshold or more, from above 0 to 1.
+    workers: threads, by default as many as there are cores."""
+    texts = texts if isinstance(texts, list) else list(texts)
+    told = verdicts(texts, str, threshold, list(against), workers or os.cpu_count() or 1)
+    return np.flatnonzero(np.fromiter((why != "" for _, why in told), bool, len(texts)))
 
-    In a bucket of many, a row is paired with the first few and with the few before it.
-    """
-    rows_with = np.flatnonzero(counts > 0)
-    pairs = [np.empty(0, dtype=np.int64)]
-    rows_per_band = BINS // BANDS
-    for band in range(BANDS):
-        values = np.ascontiguousarray(signatures[rows_with, band * rows_per_band:(band + 1) * rows_per_band]).view(np.uint64)
-        factor = np.cumprod(np.full(values.shape[1], 0x9E3779B97F4A7C15, dtype=np.uint64))
-        keys = ((values ^ values >> np.uint64(31)) * factor).sum(axis=1, dtype=np.uint64)
-        order = np.argsort(keys, kind="stable")
-        keys, rows = keys[order], rows_with[order]
-        start = np.maximum.accumulate(np.where(np.r_[True, keys[1:] != keys[:-1]], np.arange(len(keys)), 0))
-        place = np.arange(len(keys)) - start  # of a row in its bucket
-        for step in range(1, min(8, int(place.max(initial=0))) + 1):
-            for other in (np.arange(len(keys)) - step, start + step - 1):  # the step-th before, and the step-th of all
-                near = np.flatnonzero((other >= start) & (other < np.arange(len(keys))))
-                pairs.append(rows[near] << 32 | rows[other[near]])
-    both = np.unique(np.concatenate(pairs))
-    return both & 0xFFFFFFFF, both >> 32
+
+class Rows:
+    """The whole rows of files, to be read as often as one likes; columns: prompt, response or prompt, chosen, rejected."""
+
+    def __init__(self, paths: list[str], columns: tuple[str, ...] | None = None):
+        self.paths, self.problems = paths, Problems()
+        head = next(read_rows(paths, Problems()), {})
+        self.columns = columns or (PREFERENCE if set(PREFERENCE) <= head.keys() else PAIR)
+
+    def __iter__(self) -> Iterator[dict]:
+        self.problems = Problems()
+        return whole_rows(self.paths, self.columns, self.problems)
+
+    def text(self, row: dict) -> str:
+        return "\n".join([row[c] for c in self.columns])
 
 
 def dedup(inputs: list[str], out: str, threshold: float, against: str | None, workers: int) -> None:
-    rows = list(read_rows(inputs))
-    for i, row in enumerate(rows):
-        for column in ("prompt", "response"):
-            if not isinstance(row.get(column), str):
-                raise ValueError(f"row {i} has no text in column {column!r}; columns are {', '.join(row)}")
-    others = (f"{r['prompt']}\n{r['response']}" for r in read_rows([against])) if against else ()
-    drop = dedup_indices((f"{r['prompt']}\n{r['response']}" for r in rows), threshold, others, workers)
-    keep = np.ones(len(rows), dtype=bool)
-    keep[drop] = False
-    write_pairs(out, (rows[i] for i in np.flatnonzero(keep)))
-    print(f"{out}: {len(rows) - len(drop):,} of {len(rows):,} pairs kept, {len(drop):,} near-duplicates dropped")
+    rows = Rows(inputs)
+    others = Rows([against]) if against else None
+    told, count = verdicts(rows, rows.text, threshold, list(map(others.text, others)) if others else (), workers), Counter()
+    with Writer(out, rows.columns) as writer:
+        for row, why in told:
+            count[why or "kept"] += 1
+            if not why:
+                writer.write(row)
+    report(count, rows.problems)
 
 
 # --- split, stats ------------------------------------------------------------------------------------------------------------------------
@@ -476,30 +715,34 @@ def split(inputs: list[str], out: str, valid: float, test: float) -> None:
     """By a hash of the prompt: equal questions fall on one side, and a row keeps its side when data is added."""
     if valid + test >= 1:
         raise ValueError(f"--valid {valid} and --test {test} leave nothing to train on")
-    sides: dict[str, list[dict]] = {"train": [], "valid": [], "test": []}
-    for i, row in enumerate(read_rows(inputs)):
-        if not all(isinstance(row.get(c), str) for c in ("prompt", "response")):
-            raise ValueError(f"row {i} has no text in prompt and response; columns are {', '.join(row)}")
-        share = xxhash.xxh3_64_intdigest(row["prompt"].encode("utf-8", "surrogatepass")) / 2 ** 64
-        sides["test" if share < test else "valid" if share < test + valid else "train"].append(row)
-    for side, rows in sides.items():
-        if side == "train" or (valid if side == "valid" else test):
-            print(f"{Path(out) / side}.parquet: {write_pairs(Path(out) / f'{side}.parquet', rows):,} pairs")
+    rows = Rows(inputs)
+    with contextlib.ExitStack() as stack:
+        sides = {side: stack.enter_context(Writer(Path(out) / f"{side}.parquet", rows.columns))
+                 for side, share in (("train", 1.0), ("valid", valid), ("test", test)) if share}
+        for row in rows:
+            share = xxhash.xxh3_64_intdigest(row["prompt"].encode("utf-8", "surrogatepass")) / 2 ** 64
+            sides["test" if share < test else "valid" if share < test + valid else "train"].write(row)
+    report(Counter({str(writer.path): writer.total for writer in sides.values()}), rows.problems)
+    for writer in sides.values():
+        if not writer.total:
+            print(f"data.py: warning: {writer.path} has no rows: there are too few to give it its share", file=sys.stderr)
 
 
 def stats(inputs: list[str], tokenizer: Tokenizer | None) -> None:
-    rows, lengths = 0, {"prompt": Counter(), "response": Counter()}
-    tokens = dict.fromkeys(lengths, 0)
-    for batch in grouped(read_rows(inputs), ROW_GROUP):
+    rows, problems, lengths = 0, Problems(), {}
+    tokens: Counter = Counter()
+    for batch in grouped(read_rows(inputs, problems), ROW_GROUP):
         rows += len(batch)
-        for column, counter in lengths.items():
+        for column in dict.fromkeys(c for row in batch for c in row if c in (*PAIR, *PREFERENCE, "text")):
             texts = [row[column] for row in batch if isinstance(row.get(column), str)]
-            counter.update(map(len, texts))
+            lengths.setdefault(column, Counter()).update(map(len, texts))
             if tokenizer and texts:
                 tokens[column] += len(tokenizer.encode_arrays(texts)[0])
     print(f"{rows:,} rows in {len(input_files(inputs))} files")
     for column, counter in lengths.items():
         count, chars = counter.total(), sum(n * c for n, c in counter.items())
+        if rows > count:
+            print(f"\n{column}: {rows - count:,} rows have no text here")
         if not count:
             continue
         print(f"\n{column}: {chars:,} characters, {chars / count:.1f} a row" + (
@@ -509,6 +752,7 @@ def stats(inputs: list[str], tokenizer: Tokenizer | None) -> None:
         for a, bar in zip(edges, bars):
             if bar:
                 print(f"{a:>7}+ {bar:>11,} {'█' * max(1, round(50 * bar / max(bars)))}")
+    problems.warn()
 
 
 # --- PairStream: what training reads --------------------------------------------------------------------------------------------------------
@@ -542,60 +786,95 @@ def open_parquet(path, columns: tuple[str, ...]) -> pq.ParquetFile:
     return file
 
 
-def read_window(groups: list[tuple[str, int, int]], columns: tuple[str, ...], tokenizer: Tokenizer, max_len: int):
-    """Rows of row groups (file, number, first row), tokenised.
+readers: dict[tuple[str, int], tuple[int, Iterator]] = {}  # row groups that this process has read in part: how far
 
-    -> for each column its ids (int32, row after row) and every row's offset (N + 1,); the rows' numbers (N,).
+
+def read_rows_of(path: str, group: int, begin: int, end: int, columns: tuple[str, ...]) -> pa.Table:
+    """Rows begin to end of a row group, without holding it whole. What follows is at hand for the next call."""
+    at, parts = readers.pop((path, group), (0, None))
+    if parts is None or at > begin:
+        file = pq.ParquetFile(path, pre_buffer=False, buffer_size=1 << 20)
+        at, parts = 0, file.iter_batches(SLICE_ROWS, row_groups=[group], columns=list(columns), use_threads=False)
+    taken = []
+    while at < end and (part := next(parts, None)) is not None:
+        taken += [part] if at >= begin else []
+        at += len(part)
+    readers.clear()  # one is enough: a worker goes through a row group from front to end
+    readers[path, group] = at, parts
+    return pa.Table.from_batches(taken).slice(0, end - begin)
+
+
+def read_window(slices: list[tuple[str, int, int, int, int]], columns: tuple[str, ...], tokenizer: Tokenizer, max_len: int,
+                part: int = 0, parts: int = 1) -> tuple[list[tuple[np.ndarray, np.ndarray]], np.ndarray, str, int]:
+    """Rows of slices (file, row group, first row in it, rows, first row in all), tokenised.
+
+    -> for each column the ids of the usable rows, one after the other, and how many each has, of the part-th of `parts`
+    equal shares of the rows; the numbers of all usable rows (N,); where the first unusable one is; how many there are.
     """
-    try:
-        tables = [pq.ParquetFile(path).read_row_group(g, columns=list(columns)) for path, g, _ in groups]
-        table = pa.concat_tables(tables)
-    except pa.ArrowException as e:
-        raise ValueError(f"{groups[0][0]}: row group {groups[0][1]} or one near it cannot be read: {e}") from None
-    usable = np.ones(len(table), dtype=bool)
-    for column in columns:  # a row with a null or an empty text teaches nothing
-        usable &= pc.fill_null(pc.greater(pc.binary_length(table[column]), 0), False).to_numpy()
-    numbers = np.concatenate([first + np.arange(len(t)) for t, (_, _, first) in zip(tables, groups)])[usable]
+    tables, numbers, unusable, first = [], [], 0, ""
+    for path, group, begin, rows, before in slices:
+        try:
+            table = read_rows_of(path, group, begin, begin + rows, columns)
+            table.validate(full=True)  # text that is not UTF-8, too
+        except (pa.ArrowException, OSError) as e:
+            raise ValueError(f"{path}: row group {group} cannot be read: {' '.join(str(e).split())}") from None
+        usable = np.ones(len(table), dtype=bool)
+        for column in columns:  # a row with a null or an empty text teaches nothing
+            usable &= pc.fill_null(pc.greater(pc.binary_length(table[column]), 0), False).to_numpy()
+        if not usable.all():
+            first = first or f"{path}, row group {group}, row {begin + int(usable.argmin()) + 1:,}"
+            unusable += int((~usable).sum())
+        tables.append(table.filter(pa.array(usable)))
+        numbers.append(before + np.flatnonzero(usable))
+    table, numbers = pa.concat_tables(tables), np.concatenate(numbers)
+    begin, end = len(numbers) * part // parts, len(numbers) * (part + 1) // parts
+    dtype = np.uint16 if len(tokenizer) <= 1 << 16 else np.int32
     out = []
     for column in columns:
-        ids, lengths = tokenizer.encode_arrays(table[column].filter(pa.array(usable)).to_pylist())
-        ends = np.cumsum(lengths)
-        cut = np.minimum(lengths, max_len)
-        place = np.arange(cut.sum()) - np.repeat(np.cumsum(cut) - cut, cut)
-        ids = ids[place + np.repeat(ends - lengths, cut)]
-        offsets = np.concatenate([[0], np.cumsum(cut)])
-        ids[offsets[1:] - 1] = EOS  # also where a text was cut
-        out.append((ids, offsets))
-    return out, numbers
+        ids, lengths = [np.empty(0, dtype)], [np.empty(0, np.int64)]
+        for at in range(begin, end, SLICE_ROWS):
+            # a text is cut before it is tokenised where more of it could hardly count, and after it at max_len tokens
+            texts = pc.utf8_slice_codeunits(table[column].slice(at, min(SLICE_ROWS, end - at)), 0, MOST_CHARS_PER_TOKEN * max_len)
+            flat, sizes = tokenizer.encode_arrays(texts.to_pylist())
+            cut = np.minimum(sizes, max_len)
+            flat = flat[joined_ranges(np.cumsum(sizes) - sizes, cut)]
+            flat[np.cumsum(cut) - 1] = EOS  # also where a text was cut
+            ids.append(flat.astype(dtype))
+            lengths.append(cut)
+        out.append((np.concatenate(ids), np.concatenate(lengths)))
+    return out, numbers, first, unusable
 
 
 def plan_batches(lengths: np.ndarray, budget: int, rng: np.random.Generator) -> list[np.ndarray]:
     """Rows of similar lengths together: (N, columns) token counts -> arrays of row numbers, in random order.
 
-    A batch of B rows padded to the longest of each column has at most `budget` cells, B * (S + T). Rows are sorted by
-    their targets' lengths into strips of equal work, and within a strip, up and down in turn, by their sources': with
-    1.75 sqrt(number of batches) strips the padding was least on real pairs.
+    A batch of B rows padded to the longest of each column has at most `budget` cells, B * (S + T). The rows are cut in two,
+    by the length of one column, where the cells of both halves, padded, and a little for every batch that they will make,
+    are fewest; and so the halves, until each fits.
+
+        T |  . .  |  .          a cut by S, and in each half one by T: rows of similar S and T are left together
+          |-. . --|
+          |  . .  |- . -
+          +------------- S
     """
-    if not len(lengths):
-        return []
-    order = rng.permutation(len(lengths))
-    target, source = lengths[order, 1:].sum(axis=1), lengths[order, 0]
-    by_target = np.argsort(target, kind="stable")
-    strips = max(1, round(1.75 * (lengths.sum() / budget) ** 0.5))
-    cells = np.cumsum((target + source)[by_target])
-    strip = np.empty(len(order), dtype=np.int64)
-    strip[by_target] = (cells - 1) * strips // cells[-1]
-    order = order[np.lexsort((np.where(strip % 2, -source, source), strip))]
-    batches, begin = [], 0
-    widest = np.zeros(lengths.shape[1], dtype=np.int64)
-    rows = lengths[order].tolist()
-    for i, row in enumerate(rows):
-        wider = np.maximum(widest, row)
-        if wider.sum() * (i + 1 - begin) > budget and i > begin:
-            batches.append(order[begin:i])
-            begin, wider = i, np.array(row)
-        widest = wider
-    batches.append(order[begin:])
+    batches, halves = [], [rng.permutation(len(lengths))] if len(lengths) else []
+    while halves:
+        rows = halves.pop()
+        if len(rows) * lengths[rows].max(0).sum() <= budget:
+            batches.append(rows)
+            continue
+        best, below = np.inf, np.arange(1, len(rows))
+        for column in range(lengths.shape[1]):
+            order = np.argsort(lengths[rows, column], kind="stable")
+            width = lengths[rows[order]]
+            cost = np.zeros(len(below))
+            for count, widest in ((below, np.maximum.accumulate(width)[:-1]), (below[::-1], np.maximum.accumulate(width[::-1])[-2::-1])):
+                cells = widest.sum(1)
+                cost += count * cells + 0.3 * budget * -(-count // (budget // cells))
+            at = cost.argmin()
+            if cost[at] < best:
+                best, cut = cost[at], (rows[order[:at + 1]], rows[order[at + 1:]])
+        halves += cut
     return [batches[i] for i in rng.permutation(len(batches))]
 
 
@@ -604,65 +883,78 @@ class PairStream:
 
     input_ids (B, S) and attention_mask (B, S), padding 0; labels (B, T), padding -100. B * (S + T) <= micro_batch_tokens.
     With columns (prompt, chosen, rejected), labels are chosen_labels and rejected_labels, both count, and rows (B,) are
-    the rows' numbers, counted through the files.
+    the rows' numbers, counted through the files. round_to: S and T are rounded up to a multiple of it, for compiled kernels.
 
-    The sequence of batches is a function of (files, seed, epoch) alone. Row groups are shuffled and gathered in windows;
-    a window's rows are shuffled, sorted into batches of similar lengths, and the batches shuffled. Rank r of W takes the
-    batches r, r + W, ...; with `group` G it takes from every G batches those, so that a training step is a group.
+    The sequence of batches is a function of (files, seed, epoch) alone. Row groups are shuffled and gathered in windows
+    (a very large row group is several); a window's rows are shuffled, sorted into batches of similar lengths, and the
+    batches shuffled. Rank r of W takes the batches r, r + W, ...; with `group` G it takes from every G batches those, so
+    that a training step is a group.
 
-    state is where the next group begins: {"epoch", "window", "batch"}. PairStream(..., state=state) goes on from there.
-    Rows that are null or empty in a column are passed over. Raises FileNotFoundError or ValueError (see open_parquet).
+        row groups  3 0 2 | 5 1 4     windows     | b b b b b | b b b b      batches     rank 0 of 2:  b . b . b . b . b
+
+    gather(array) -> every rank's array: given it, a rank tokenises its share of a window only, and they exchange the ids.
+    All ranks must then read in step. state is where the next group begins: {"epoch", "window", "batch"}, and
+    PairStream(..., state=state) goes on from there. Rows that are null or empty in a column are passed over, and said
+    once on stderr. Raises FileNotFoundError or ValueError (see open_parquet).
     """
 
     def __init__(self, files, tokenizer: Tokenizer, micro_batch_tokens: int = 8192, max_len: int = 320, seed: int = 0,
                  rank: int = 0, world_size: int = 1, state: dict | None = None, group: int | None = None,
-                 columns: tuple[str, ...] = ("prompt", "response"), workers: int = 0):
+                 columns: tuple[str, ...] = PAIR, workers: int = 0, round_to: int = 1, gather: Callable | None = None):
         files = [str(f) for f in ([files] if isinstance(files, (str, Path)) else files)]
-        if micro_batch_tokens < len(columns) * max_len:
+        if micro_batch_tokens < len(columns) * -(-max_len // round_to) * round_to:
             raise ValueError(f"micro_batch_tokens {micro_batch_tokens} cannot hold one row of {len(columns)} x max_len {max_len} tokens")
         if not 0 <= rank < world_size:
             raise ValueError(f"rank {rank} is not one of {world_size}")
         self.tokenizer, self.columns, self.max_len, self.seed = tokenizer, columns, max_len, seed
-        self.micro_batch_tokens, self.workers = micro_batch_tokens, workers
+        self.micro_batch_tokens, self.workers, self.round_to = micro_batch_tokens, workers, round_to
+        self.rank, self.world_size, self.gather = rank, world_size, gather
         self.group = group or world_size
         self.own = range(rank, self.group, world_size)
         self.state = dict(state or {"epoch": 0, "window": 0, "batch": 0})
-        self.row_groups, self.rows = [], 0  # (file, number, first row, rows)
+        self.row_groups, self.rows = [], 0  # each a list of slices, with the share of a window that it takes
         for path in files:
-            meta = open_parquet(path, columns).metadata
-            for g in range(meta.num_row_groups):
-                self.row_groups.append((path, g, self.rows, meta.row_group(g).num_rows))
-                self.rows += meta.row_group(g).num_rows
+            file = open_parquet(path, columns)
+            indices = [i for i in range(len(file.schema)) if file.schema.column(i).path in columns]
+            for g in range(file.num_row_groups):
+                meta = file.metadata.row_group(g)
+                size = sum(meta.column(i).total_uncompressed_size for i in indices)
+                share = max(meta.num_rows / WINDOW_ROWS, size / WINDOW_BYTES)
+                step = -(-meta.num_rows // max(1, math.ceil(share) * SLICE_ROWS)) * SLICE_ROWS or 1
+                sizes = [(at, min(step, meta.num_rows - at)) for at in range(0, meta.num_rows, step)]
+                self.row_groups.append([((path, g, at, rows, self.rows + at), share * rows / meta.num_rows) for at, rows in sizes])
+                self.rows += meta.num_rows
         if not self.rows:
             raise ValueError(f"{', '.join(files)}: no rows")
         self._pool: ProcessPoolExecutor | None = None
         self._windows: dict[tuple[int, int], Future | tuple] = {}
         self._plans: dict[int, list] = {}
+        self._warned = rank > 0
 
-    def windows(self, epoch: int) -> list[list[tuple[str, int, int]]]:
+    def windows(self, epoch: int) -> list[list[tuple]]:
         """The epoch's row groups, shuffled, in windows."""
         if epoch not in self._plans:
-            windows, rows = [[]], 0
+            windows, filled = [[]], 0.0
             for i in np.random.default_rng([self.seed, epoch]).permutation(len(self.row_groups)):
-                *group, n = self.row_groups[i]
-                if rows >= WINDOW_ROWS:
-                    windows.append([])
-                    rows = 0
-                windows[-1].append(tuple(group))
-                rows += n
+                for piece, share in self.row_groups[i]:
+                    if filled + share > 1 and windows[-1]:
+                        windows.append([])
+                        filled = 0.0
+                    windows[-1].append(piece)
+                    filled += share
             self._plans = {epoch: windows}
         return self._plans[epoch]
 
     def _after(self, epoch: int, window: int) -> tuple[int, int]:
         return (epoch, window + 1) if window + 1 < len(self.windows(epoch)) else (epoch + 1, 0)
 
-    def _load(self, epoch: int, window: int):
-        """A window's columns, row numbers and batches; the next windows are begun in the background."""
-        want = (epoch, window)
-        ahead = want
+    def _load(self, epoch: int, window: int) -> tuple[list, np.ndarray, list]:
+        """A window's columns (ids, offsets (N + 1,)), row numbers and batches; the next windows are begun in the background."""
+        want = ahead = (epoch, window)
+        share = (self.rank, self.world_size) if self.gather else (0, 1)
         for _ in range(1 + self.workers):
             if ahead not in self._windows:
-                job = read_window, self.windows(ahead[0])[ahead[1]], self.columns, self.tokenizer, self.max_len
+                job = read_window, self.windows(ahead[0])[ahead[1]], self.columns, self.tokenizer, self.max_len, *share
                 if not self.workers:
                     self._windows[ahead] = job[0](*job[1:])
                 else:
@@ -673,12 +965,18 @@ class PairStream:
         loaded = self._windows[want]
         if isinstance(loaded, Future):
             loaded = loaded.result()
-        if len(loaded) == 2:
-            lengths = np.stack([np.diff(offsets) for _, offsets in loaded[0]], axis=1)
-            loaded += (plan_batches(lengths, self.micro_batch_tokens, np.random.default_rng([self.seed, epoch, window])),)
+        if len(loaded) == 4:
+            columns, numbers, first, unusable = loaded
+            if unusable and not self._warned:
+                print(f"warning: rows without text in {' or '.join(self.columns)} are passed over (first: {first})", file=sys.stderr)
+                self._warned = True
+            if self.gather:
+                columns = [tuple(np.concatenate(self.gather(array)) for array in column) for column in columns]
+            lengths = np.stack([column[1] for column in columns], axis=1)
+            rounded = -(-lengths // self.round_to) * self.round_to
+            batches = plan_batches(rounded, self.micro_batch_tokens, np.random.default_rng([self.seed, epoch, window]))
+            loaded = [(ids, np.concatenate([[0], np.cumsum(sizes)])) for ids, sizes in columns], numbers, batches
         self._windows[want] = loaded
-        for old in [w for w in self._windows if w < want]:
-            del self._windows[old]
         return loaded
 
     def locate(self, epoch: int, window: int, batch: int) -> tuple[int, int, int]:
@@ -703,7 +1001,7 @@ class PairStream:
         padded = []
         for (ids, offsets), padding in zip(columns, [PAD] + [IGNORED] * len(columns)):
             lengths = offsets[rows + 1] - offsets[rows]
-            grid = np.full((len(rows), lengths.max()), padding, dtype=np.int64)
+            grid = np.full((len(rows), -(-lengths.max() // self.round_to) * self.round_to), padding, dtype=np.int64)
             inside = np.arange(grid.shape[1]) < lengths[:, None]
             grid[inside] = ids[np.repeat(offsets[rows], lengths) + inside.nonzero()[1]]
             padded.append(torch.from_numpy(grid))
@@ -715,15 +1013,18 @@ class PairStream:
         return {**made, **{f"{c}_labels": p for c, p in zip(self.columns[1:], padded[1:])}, "rows": torch.from_numpy(numbers[rows])}
 
     def __iter__(self) -> Iterator[dict]:
+        if not self.own:
+            raise ValueError("this rank has no batches: the group is smaller than the number of ranks")
         while True:
             epoch, window, batch = self.locate(**self.state)
+            for old in [w for w in self._windows if w < (epoch, window)]:
+                del self._windows[old]
+            places = [self.locate(epoch, window, batch + j) for j in range(self.group)]  # all ranks load the same windows
             for j in self.own:
-                made = self._batch(*self.locate(epoch, window, batch + j))
+                made = self._batch(*places[j])
                 if j == self.own[-1]:
                     self.state = {"epoch": epoch, "window": window, "batch": batch + self.group}
                 yield made
-            if not self.own:
-                raise ValueError("this rank has no batches: the group is smaller than the number of ranks")
 
     def one_epoch(self) -> Iterator[dict]:
         """The own batches of epoch 0, once; the state stays as it is."""
@@ -731,6 +1032,7 @@ class PairStream:
             for batch in range(len(self._load(0, window)[2])):
                 if batch % self.group in self.own:
                     yield self._batch(0, window, batch)
+            del self._windows[0, window]
 
     def close(self) -> None:
         if self._pool is not None:

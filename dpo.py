@@ -14,7 +14,6 @@ import math
 import os
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pyarrow.compute as pc
@@ -33,7 +32,7 @@ from chatlm import LOSS_CHUNK_BYTES, ChatLM
 from data import PairStream
 from tokenizer import ArgumentParser, Tokenizer, number, run
 
-COLUMNS = ("prompt", "chosen", "rejected")
+COLUMNS = data.PREFERENCE
 KEEP_EVERY_S = 60  # what has been computed of the reference's log-probabilities is kept so often
 
 
@@ -92,7 +91,7 @@ def find_triples(paths: list[str], ranks: train.Ranks, folder: Path) -> list[str
         if Path(path).suffix != ".parquet":
             target = str(folder / f"triples-{i}-{data.footprint(data.input_files([path]))}.parquet")
             if ranks.first and not Path(target).is_file():
-                data.write_pairs(target, whole_rows(path, COLUMNS), COLUMNS)
+                data.write_pairs(target, data.whole_rows([path], COLUMNS), COLUMNS)
             ranks.wait()
         row = 0
         for batch in data.open_parquet(target, COLUMNS).iter_batches(8192, columns=list(COLUMNS)):
@@ -103,15 +102,6 @@ def find_triples(paths: list[str], ranks: train.Ranks, folder: Path) -> list[str
             row += len(batch)
         found.append(target)
     return found
-
-
-def whole_rows(path: str, columns: tuple[str, ...]) -> Iterator[dict]:
-    """The rows of a file of any kind. Raises ValueError for one without text in each of the columns."""
-    for i, row in enumerate(data.read_rows([path]), 1):
-        for column in columns:
-            if not isinstance(row.get(column), str):
-                raise ValueError(f"{path}, row {i:,} has no text in {column!r}; its columns are {', '.join(map(str, row))}")
-        yield row
 
 
 def reference_logps(args: argparse.Namespace, ranks: train.Ranks, model: ChatLM, tokenizer: Tokenizer, files: list[str], name: str) -> Tensor:
@@ -149,7 +139,7 @@ def reference_logps(args: argparse.Namespace, ranks: train.Ranks, model: ChatLM,
 
     if (logps := kept(path)) is not None:
         return logps
-    stream = PairStream(files, tokenizer, args.micro_batch_tokens, args.max_len, 0, ranks.rank, ranks.world_size, columns=COLUMNS)
+    stream = PairStream(files, tokenizer, args.micro_batch_tokens, args.max_len, 0, ranks.rank, ranks.world_size, columns=COLUMNS, gather=ranks.gather)
     logps = kept(share)
     if logps is None or len(logps) != stream.rows:
         logps = torch.full((stream.rows, 2), math.nan, device=ranks.device)
@@ -178,7 +168,7 @@ def preference(args: argparse.Namespace, ranks: train.Ranks, model: ChatLM, toke
     if args.valid:
         references["valid"] = reference_logps(args, ranks, model, tokenizer, [args.valid], "valid")
         batches = list(PairStream(args.valid, tokenizer, args.micro_batch_tokens, args.max_len, 0, ranks.rank, ranks.world_size,
-                                  columns=COLUMNS).one_epoch())
+                                  columns=COLUMNS, gather=ranks.gather).one_epoch())
 
     def loss(batch: dict, source: str = "data") -> tuple[Tensor, ...]:
         chosen, rejected = pair_logps(model, batch)
@@ -222,7 +212,7 @@ def tune(argv: list[str]) -> None:
     tokenizer = train.find_tokenizer(args, ranks)
     model = train.make_model(args, ranks, tokenizer)
     stream = PairStream(args.data, tokenizer, args.micro_batch_tokens, args.max_len, args.seed, ranks.rank, ranks.world_size,
-                        group=max(1, round(args.batch_tokens / args.micro_batch_tokens)), columns=COLUMNS, workers=args.workers)
+                        group=max(1, round(args.batch_tokens / args.micro_batch_tokens)), columns=COLUMNS, workers=args.workers, gather=ranks.gather)
     objective = preference(args, ranks, model, tokenizer)
     identity = {**train.run_identity(args, model, tokenizer), "--beta": args.beta, "--loss": args.loss}
     state = train.fit(args, ranks, model, stream, objective, identity)
@@ -246,7 +236,7 @@ def reject(argv: list[str]) -> None:
     add("--max_len", type=number(int, 2), default=320, help="tokens of a prompt; what is longer is cut")
     add("--device", help="cpu, cuda or cuda:N; none: a GPU if there is one")
     args = parser.parse_args(argv)
-    rows = list(whole_rows(args.data, ("prompt", "response")))
+    rows = list(data.whole_rows([args.data], data.PAIR))
     model = ChatLM.from_pretrained(args.model, device=sample.pick_device(args.device))
     torch.manual_seed(args.seed)
     options = {"max_new_tokens": args.max_new_tokens}

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from chatlm import ChatLM, LayerCache
-from tokenizer import ArgumentParser, Tokenizer, number, read_rows, run
+from tokenizer import ArgumentParser, Tokenizer, number, read_rows, run, whole_rows
 
 FINISHED = -1e9  # what a beam that may not go on, or has not ended, scores: finite, as in transformers
 WINDOW = 4096  # prompts of a file that are sorted by length together
@@ -472,10 +472,7 @@ def main() -> None:
         n = answer_file(model, tokenizer, args.input, args.output, args.batch_size, args.max_len, options)
         print(f"{args.output}: {n:,} answers written")
     elif args.score:
-        rows = list(read_rows([args.score]))
-        for i, row in enumerate(rows):
-            if not isinstance(row.get("prompt"), str) or not isinstance(row.get("response"), str):
-                raise ValueError(f"{args.score}: row {i} has no text in prompt and response")
+        rows = list(whole_rows([args.score], ("prompt", "response")))
         if not rows:
             raise ValueError(f"{args.score} has no rows")
         result, _ = score(model, tokenizer, rows, args.max_len, args.batch_size, **options)

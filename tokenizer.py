@@ -15,10 +15,12 @@ tokenizer.json is Hugging Face's format, and AutoTokenizer gives the same ids.
 """
 import argparse
 import codecs
+import contextlib
 import csv
 import errno
 import gzip
 import heapq
+import io
 import json
 import multiprocessing
 import os
@@ -907,12 +909,12 @@ def receive(pipe):
     return result
 
 
-def batches(texts: Iterable[str], chars: int) -> Iterator[list[str]]:
-    """Lists of texts with about so many characters each."""
+def batches(texts: Iterable, chars: int, length: Callable = len) -> Iterator[list]:
+    """Lists of texts, or of what length(item) is known of, with about so many characters each."""
     batch, size = [], 0
     for text in texts:
         batch.append(text)
-        size += len(text)
+        size += length(text)
         if size >= chars:
             yield batch
             batch, size = [], 0
@@ -968,11 +970,38 @@ def replace_and_count(error: UnicodeDecodeError) -> tuple[str, int]:
     return chr(REPLACEMENT_CHAR), error.end
 
 
+def undecodable_in(head: bytes, encoding: str) -> int:
+    """Bytes at the beginning of a file that are not of the encoding."""
+    before = undecodable[0]
+    codecs.getincrementaldecoder(encoding)("replace_and_count").decode(head)
+    after, undecodable[0] = undecodable[0], before
+    return after - before
+
+
 codecs.register_error("replace_and_count", replace_and_count)
 csv.field_size_limit(1 << 30)
 
 
-def read_rows(paths: Iterable[str | Path], problems: Problems | None = None, encoding: str = "utf-8") -> Iterator[dict]:
+@contextlib.contextmanager
+def open_text(path: Path, problems: Problems) -> Iterator[io.TextIOBase]:
+    """A text file, also .gz, in UTF-8 or GB18030, whichever its beginning fits better. Bytes that are not of it become
+    U+FFFD and are noted. Raises ValueError, naming the file, where it, or what is made of it meanwhile, is damaged."""
+    bad, encoding = undecodable[0], "utf-8-sig"
+    open_bytes = gzip.open if path.suffix.lower() == ".gz" else open
+    try:
+        with open_bytes(path, "rb") as f:
+            head = f.read(1 << 16)
+        encoding = min((encoding, "gb18030"), key=lambda codec: undecodable_in(head, codec))
+        with open_bytes(path, "rt", encoding=encoding, errors="replace_and_count", newline="") as f:
+            yield f
+    except (EOFError, gzip.BadGzipFile, zlib.error, csv.Error, ValueError, RecursionError) as e:
+        raise ValueError(f"{path} cannot be read: {' '.join(str(e).split())}") from None
+    finally:
+        if undecodable[0] > bad:
+            problems.note(f"byte that is not {encoding.removesuffix('-sig')}, read as U+FFFD", str(path), undecodable[0] - bad)
+
+
+def read_rows(paths: Iterable[str | Path], problems: Problems | None = None) -> Iterator[dict]:
     """The rows of files and folders as dicts: .parquet, .jsonl, .json (lines or one list), .csv, .txt, each also .gz.
 
     A line of text is {"text": line}. Lines that are not JSON objects are passed over and noted in problems, and so are
@@ -981,41 +1010,48 @@ def read_rows(paths: Iterable[str | Path], problems: Problems | None = None, enc
     """
     problems, strict = (Problems(), True) if problems is None else (problems, False)
     for path in input_files(paths):
-        kind, bad = kind_of(path), undecodable[0]
-        try:
-            if kind == ".parquet":
+        kind = kind_of(path)
+        if kind == ".parquet":
+            try:
                 yield from read_parquet(path)
-                continue
-            codec = "utf-8-sig" if encoding == "utf-8" else encoding
-            with (gzip.open if path.suffix.lower() == ".gz" else open)(path, "rt", encoding=codec, errors="replace_and_count", newline="") as f:
-                head = f.read(1024).lstrip()
-                f.seek(0)
-                bad = undecodable[0]  # what comes now counts
-                if kind == ".csv":
-                    yield from csv.DictReader(f, strict=True)
-                elif kind == ".txt":
-                    for line in iter(lambda: f.readline(1 << 22), ""):  # a longer line is several
-                        yield {"text": line.rstrip("\r\n")}
-                elif kind == ".json" and head[:1] == "[":
-                    yield from read_json_list(f)
-                else:
-                    for number, line in enumerate(f, 1):
-                        line = line.strip(" \t\r\n")
-                        try:
-                            if line and not isinstance(row := json.loads(line), dict):
-                                raise ValueError("not an object")
-                        except (ValueError, RecursionError) as e:
-                            if strict:
-                                raise ValueError(f"line {number}: {e}") from None
-                            problems.note("line is not JSON", f"{path}, line {number:,}")
-                            continue
-                        if line:
-                            yield row
-        except (EOFError, gzip.BadGzipFile, zlib.error, csv.Error, ValueError, RecursionError) as e:
-            raise ValueError(f"{path} cannot be read: {' '.join(str(e).split())}") from None
-        finally:
-            if undecodable[0] > bad:
-                problems.note(f"byte that is not {encoding}, read as U+FFFD", str(path), undecodable[0] - bad)
+            except (EOFError, gzip.BadGzipFile, zlib.error, ValueError) as e:
+                raise ValueError(f"{path} cannot be read: {' '.join(str(e).split())}") from None
+            continue
+        with open_text(path, problems) as f:
+            if kind == ".csv":
+                yield from csv.DictReader(f, strict=True)
+            elif kind == ".txt":
+                for line in iter(lambda: f.readline(1 << 22), ""):  # a longer line is several
+                    yield {"text": line.rstrip("\r\n")}
+            elif kind == ".json" and begins_list(f):
+                yield from read_json_list(f)
+            else:
+                for number, line in enumerate(f, 1):
+                    line = line.strip(" \t\r\n")
+                    try:
+                        if line and not isinstance(row := json.loads(line), dict):
+                            raise ValueError("not an object")
+                    except (ValueError, RecursionError) as e:
+                        if strict:
+                            raise ValueError(f"line {number}: {e}") from None
+                        problems.note("line is not JSON", f"{path}, line {number:,}")
+                        continue
+                    if line:
+                        yield row
+
+
+def whole_rows(paths: Iterable[str | Path], columns: tuple[str, ...], problems: Problems | None = None) -> Iterator[dict]:
+    """The rows of files that have text in each of the columns. Those that have not are passed over and noted in problems,
+    or raise ValueError if there is nowhere to note them, naming file and row; and so does a file without the column."""
+    for path in input_files(paths):
+        for i, row in enumerate(read_rows([path], problems), 1):
+            lacking = next((c for c in columns if not isinstance(row.get(c), str)), None)
+            if lacking is None:
+                yield row
+            elif problems is None or i == 1 and lacking not in row:
+                raise ValueError(f"{path}, row {i:,} has no text in {lacking!r}; its columns are {', '.join(map(str, row))}")
+            else:
+                problems.note(f"row without text in {lacking!r}, passed over", f"{path}, row {i:,}")
 
 
 def read_parquet(path: Path) -> Iterator[dict]:
@@ -1036,6 +1072,15 @@ def read_parquet(path: Path) -> Iterator[dict]:
                 yield from batch.to_pylist()
         except (pa.ArrowException, OSError, OverflowError) as e:
             raise ValueError(e) from None
+
+
+def begins_list(f) -> bool:
+    """Whether the first character of a JSON file is [; the file is left where it was, at its beginning."""
+    counted = undecodable[0]
+    first = f.read(1024).lstrip()[:1]
+    f.seek(0)
+    undecodable[0] = counted
+    return first == "["
 
 
 def read_json_list(f) -> Iterator[dict]:
@@ -1073,9 +1118,9 @@ MODEL_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.js
 
 
 def kind_of(path: Path) -> str:
-    """.jsonl for a.jsonl, A.JSONL and a.jsonl.gz"""
+    """.jsonl for a.jsonl, A.JSONL and a.jsonl.gz; .txt also for wiki_00, as WikiExtractor names its files"""
     name = path.name.lower().removesuffix(".gz")
-    return next((kind for kind in KINDS if name.endswith(kind)), "")
+    return next((kind for kind in KINDS if name.endswith(kind)), ".txt" if re.fullmatch(r"wiki_\d+", name) else "")
 
 
 def input_files(paths: Iterable[str | Path]) -> list[Path]:

@@ -23,6 +23,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -120,6 +121,19 @@ class Ranks:
         if self.world_size > 1:
             dist.all_reduce(x)
         return x
+
+    def gather(self, array: np.ndarray) -> list[np.ndarray]:
+        """Every rank's array, (N,) each with N of its own."""
+        if self.world_size == 1:
+            return [array]
+        sizes = torch.zeros(self.world_size, dtype=torch.int64, device=self.device)
+        sizes[self.rank] = array.nbytes
+        sizes = self.sum(sizes).tolist()
+        mine = torch.zeros(max(1, *sizes), dtype=torch.uint8, device=self.device)
+        mine[:array.nbytes] = torch.from_numpy(array.view(np.uint8))
+        every = [torch.empty_like(mine) for _ in sizes]
+        dist.all_gather(every, mine)
+        return [part[:size].cpu().numpy().view(array.dtype) for part, size in zip(every, sizes)]
 
     def wait(self) -> None:
         if self.world_size > 1:
@@ -529,7 +543,8 @@ def response_loss(args: argparse.Namespace, ranks: Ranks, model: ChatLM, tokeniz
     batches: list[dict] = []
     chars = torch.zeros(1, dtype=torch.float64, device=ranks.device)
     if args.valid:
-        batches = list(PairStream(args.valid, tokenizer, args.micro_batch_tokens, args.max_len, 0, ranks.rank, ranks.world_size).one_epoch())
+        batches = list(PairStream(args.valid, tokenizer, args.micro_batch_tokens, args.max_len, 0, ranks.rank, ranks.world_size,
+                                  gather=ranks.gather).one_epoch())
         chars += sum(len(tokenizer.decode(row[row >= 0])) for batch in batches for row in batch["labels"].numpy())
         if not float(ranks.sum(chars)):
             raise ValueError(f"{args.valid} has no row with a prompt and a response")
@@ -680,7 +695,7 @@ def main() -> None:
         if group % ranks.world_size:
             print(f"note: a step is {group} micro-batches, which {ranks.world_size} processes cannot share evenly", file=sys.stderr)
     stream = PairStream(args.data, tokenizer, args.micro_batch_tokens, args.max_len, args.seed, ranks.rank, ranks.world_size,
-                        group=group, workers=args.workers)
+                        group=group, workers=args.workers, gather=ranks.gather)
     state = fit(args, ranks, model, stream, response_loss(args, ranks, model, tokenizer), run_identity(args, model, tokenizer))
     if ranks.first:
         closing(args, model, tokenizer, state)

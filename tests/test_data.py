@@ -4,6 +4,9 @@ import json
 import random
 import subprocess
 import sys
+import threading
+import unicodedata
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pyarrow as pa
@@ -112,6 +115,102 @@ def test_the_seed_and_the_epoch_change_the_order(demo):
     assert not same(first[:n], take(PairStream(path, tokenizer, 2000, 64, seed=1), n))
 
 
+class Counting:
+    """A tokenizer that counts the texts it was given."""
+
+    def __init__(self, tokenizer: Tokenizer):
+        self.tokenizer, self.texts = tokenizer, 0
+
+    def __len__(self) -> int:
+        return len(self.tokenizer)
+
+    def encode_arrays(self, texts):
+        self.texts += len(texts)
+        return self.tokenizer.encode_arrays(texts)
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_a_rank_tokenises_its_own_share_only(demo, monkeypatch, world_size):
+    path, tokenizer = demo
+    monkeypatch.setattr(data, "WINDOW_ROWS", 1000)
+    alone = Counting(tokenizer)
+    whole = take(PairStream(path, alone, 2000, 64), 30 * world_size)
+    barrier, table = threading.Barrier(world_size, timeout=30), [None] * world_size
+
+    def read(rank: int):
+        def gather(array):
+            table[rank] = array
+            barrier.wait()
+            every = list(table)
+            barrier.wait()
+            return every
+        own = Counting(tokenizer)
+        return take(PairStream(path, own, 2000, 64, rank=rank, world_size=world_size, gather=gather), 30), own.texts
+
+    with ThreadPoolExecutor(world_size) as pool:
+        shares = list(pool.map(read, range(world_size)))
+    assert sum(texts for _, texts in shares) == alone.texts and max(texts for _, texts in shares) <= alone.texts / world_size + 10
+    for rank, (batches, _) in enumerate(shares):
+        assert same(batches, whole[rank::world_size])
+
+
+def test_a_very_large_row_group_is_several_windows(demo, monkeypatch, tmp_path):
+    path, tokenizer = demo
+    table = pq.read_table(path)
+    pq.write_table(table, tmp_path / "one.parquet", row_group_size=len(table))
+    monkeypatch.setattr(data, "WINDOW_ROWS", 1000)
+    monkeypatch.setattr(data, "SLICE_ROWS", 100)
+    stream = PairStream(tmp_path / "one.parquet", tokenizer, 2000, 64)
+    assert len(stream.windows(0)) == 4
+    whole = epoch_of(stream)
+    seen = sorted(tokenizer.decode(ids) for batch in whole for ids in batch["input_ids"].tolist())
+    assert seen == sorted(table["prompt"].to_pylist())
+    for n in (5, len(whole) - 3):  # the second needs the last window, of which the first rows are passed over
+        stream = PairStream(tmp_path / "one.parquet", tokenizer, 2000, 64)
+        take(stream, n)
+        again = PairStream(tmp_path / "one.parquet", tokenizer, 2000, 64, state=stream.state)
+        assert same(take(again, 3), whole[n:n + 3])
+
+
+def test_memory_does_not_grow_with_the_file(demo, tmp_path):
+    """A file of 60 MB of text in one row group: far less than that is held."""
+    _, tokenizer = demo
+    tokenizer.save_pretrained(tmp_path)
+    table = pa.table({"prompt": [f"第{i}问" for i in range(120_000)], "response": [f"{i}的回答：" + "北京的反义词是上海。" * 16 for i in range(120_000)]})
+    pq.write_table(table, tmp_path / "x.parquet", row_group_size=120_000, use_dictionary=False, compression=None)
+    assert (tmp_path / "x.parquet").stat().st_size > 55e6
+    script = f"""
+import resource, torch
+from data import PairStream
+from tokenizer import Tokenizer
+stream = PairStream({str(tmp_path / "x.parquet")!r}, Tokenizer.from_pretrained({str(tmp_path)!r}), 8192, 320)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+for batch in stream:
+    if stream.state["epoch"] == 1:
+        break
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1e3)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
+    assert float(done.stdout) < 250, done.stdout + done.stderr
+
+
+def test_shapes_are_few_when_asked(demo):
+    path, tokenizer = demo
+    batches = epoch_of(PairStream(path, tokenizer, 2000, 64, round_to=16))
+    shapes = {(b["input_ids"].shape[1], b["labels"].shape[1]) for b in batches}
+    assert all(s % 16 == 0 == t % 16 for s, t in shapes) and len(shapes) <= 16
+    assert all(len(b["labels"]) * (b["input_ids"].shape[1] + b["labels"].shape[1]) <= 2000 for b in batches)
+    assert sum(len(b["labels"]) for b in batches) == 3001
+
+
+def test_absurdly_long_rows_are_cut(demo, tmp_path):
+    _, tokenizer = demo
+    pq.write_table(pa.table({"prompt": ["北京，" * 1_000_000, "问"], "response": ["答", "北" * 3_000_000]}), tmp_path / "x.parquet")
+    for batch in epoch_of(PairStream(tmp_path / "x.parquet", tokenizer, 640, 320)):
+        assert batch["input_ids"].shape[1] + batch["labels"].shape[1] <= 640
+        assert (batch["input_ids"] == 1).sum(1).eq(1).all() and (batch["labels"] == 1).sum(1).eq(1).all()
+
+
 @settings(max_examples=60, deadline=None)
 @given(st.lists(st.tuples(st.integers(1, 50), st.integers(1, 50)), max_size=200), st.integers(100, 1000), st.integers(0, 5))
 def test_plans_hold_every_row_once_within_the_budget(lengths, budget, seed):
@@ -130,15 +229,17 @@ def test_little_is_padding(demo):
     assert real / cells > 0.92
 
 
-def test_rows_without_text_are_passed_over(demo, tmp_path):
+def test_rows_without_text_are_passed_over(demo, tmp_path, capsys):
     _, tokenizer = demo
     path = tmp_path / "x.parquet"
     pq.write_table(pa.table({"prompt": ["问", None, "", "北"], "response": ["答", "答", "答", None]}), path)
     batches = epoch_of(PairStream(path, tokenizer, 100, 20))
     assert len(batches) == 1 and batches[0]["labels"].shape[0] == 1
+    assert len(capsys.readouterr().err.splitlines()) == 1
     pq.write_table(pa.table({"prompt": pa.array([None, ""], pa.string()), "response": ["答", "答"]}), path)
     with pytest.raises(ValueError, match="no row has text"):
         next(iter(PairStream(path, tokenizer, 100, 20)))
+    assert f"(first: {path}, row group 0, row 1)" in capsys.readouterr().err
 
 
 def test_three_columns_carry_row_numbers(demo, tmp_path):
@@ -213,42 +314,83 @@ def test_pairs_are_dropped_for_a_reason():
     assert clean_pair("问题", long, 1, 1000)[1] == "这是一句话。" * 40
 
 
-def test_near_duplicates_are_found_and_nothing_else():
+def five_grams(text: str) -> set[str]:
+    """The plain definition of shingles: the 5-grams of what is left without punctuation and spaces."""
+    kept = "".join(c for c in text if not unicodedata.category(c).startswith(("P", "Z", "Cc", "Cf")))
+    return {kept[i:i + 5] for i in range(max(1, len(kept) - 4))} - {""}
+
+
+def similarity(a: str, b: str) -> float:
+    x, y = five_grams(a), five_grams(b)
+    return len(x & y) / len(x | y) if x | y else 0.0
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.text(alphabet="一二三四五，。 a\n😀", max_size=14), max_size=12))
+def test_shingles_are_the_5_grams(texts):
+    hashes, counts = shingles(texts)
+    ends = np.cumsum(counts)
+    names: dict[int, str] = {}
+    for text, end, count in zip(texts, ends, counts, strict=True):
+        kept = "".join(c for c in text if c not in "，。 \n")
+        grams = [kept[i:i + 5] for i in range(max(1, len(kept) - 4))] if kept else []
+        assert len(grams) == count
+        for gram, value in zip(grams, hashes[end - count:end].tolist(), strict=True):
+            assert names.setdefault(value, gram) == gram
+    assert len(set(names.values())) == len(names)
+
+
+def edited(text: str, rng: random.Random, edits: int, chars: list[str]) -> str:
+    out = list(text)
+    for _ in range(edits):
+        out[rng.randrange(len(out))] = rng.choice(chars)
+    return "".join(out)
+
+
+@pytest.mark.parametrize("threshold", [0.5, 0.7, 0.85, 0.95])
+def test_near_duplicates_are_found_and_nothing_else(threshold):
     rng = random.Random(0)
     chars = [chr(c) for c in range(0x4e00, 0x4e00 + 500)]
-    texts = ["".join(rng.choices(chars, k=rng.randint(30, 300))) for _ in range(400)]
-    edited, expected = [], []
-    for i, text in enumerate(texts):
-        t = list(text)
-        for _ in range(rng.choice([0, 1, 2, 5, 20])):
-            t[rng.randrange(len(t))] = rng.choice(chars)
-        edited.append("".join(t))
-        a, b = set(shingles([text])[0].tolist()), set(shingles([edited[-1]])[0].tolist())
-        expected.append(len(a & b) / len(a | b))
-    dropped = set(dedup_indices(texts + edited, threshold=0.85).tolist())
-    assert all(400 <= i for i in dropped)
-    found = [400 + i in dropped for i in range(400)]
-    assert all(e >= 0.85 for e, f in zip(expected, found, strict=True) if f)
-    high = [f for e, f in zip(expected, found, strict=True) if e >= 0.9]
-    assert len(high) > 100 and sum(high) / len(high) >= 0.95
-    assert dedup_indices(["，。", "", "！", "短", "短。", "短文"]).tolist() == [4]
-    assert dedup_indices(["一二三四五六七八", "别的句子在这里"], against=["一二三四五，六七八！"]).tolist() == [0]
+    texts = ["".join(rng.choices(chars, k=rng.randint(20, 300))) for _ in range(600)]
+    others = [edited(text, rng, rng.choice([0, 1, 2, 5, 10, 20]), chars) for text in texts]
+    dropped = set(dedup_indices(texts + others, threshold).tolist())
+    assert all(i >= 600 for i in dropped)
+    expected = np.array([similarity(a, b) for a, b in zip(texts, others, strict=True)])
+    found = np.array([600 + i in dropped for i in range(600)])
+    assert (expected[found] >= threshold).all()
+    high = found[(expected >= min(1.0, threshold + 0.05))]
+    assert len(high) > 100 and high.mean() >= 0.95
 
 
-def test_signatures_estimate_jaccard():
+@pytest.mark.parametrize("workers", [1, 3])
+def test_the_first_of_each_group_stays(workers):
+    assert dedup_indices(["，。", "", "！", "短", "短。", "短文"], workers=workers).tolist() == [4]
+    assert dedup_indices(["一二三四五六七八", "别的句子在这里"], against=["一二三四五，六七八！"], workers=workers).tolist() == [0]
+    assert dedup_indices([], workers=workers).tolist() == [] and dedup_indices(iter(["a", "a"]), workers=workers).tolist() == [1]
+    rng, chars = random.Random(0), [chr(c) for c in range(0x4e00, 0x4e00 + 500)]
+    base = ["".join(rng.choices(chars, k=100)) for _ in range(30)]
+    many = [edited(rng.choice(base), rng, rng.choice([0, 0, 1, 1, 2]), chars) for _ in range(700)]
+    sets, naive = [five_grams(text) for text in many], []  # the plain definition: every text against all that stay
+    for i, own in enumerate(sets):
+        if not any(len(own & sets[j]) >= 0.85 * len(own | sets[j]) for j in naive):
+            naive.append(i)
+    kept = sorted(set(range(700)) - set(dedup_indices(many, workers=workers).tolist()))
+    assert len(set(kept) ^ set(naive)) <= 0.02 * len(naive) + 2 and 30 < len(naive) < 350
+
+
+@pytest.mark.parametrize("lengths", [(6, 15), (20, 60), (60, 800)])
+def test_signatures_estimate_jaccard(lengths):
     rng = random.Random(1)
     chars = [chr(c) for c in range(0x4e00, 0x4e00 + 3000)]
     errors = []
-    for _ in range(60):
-        base = rng.choices(chars, k=rng.randint(20, 800))
-        other = base[:]
-        for _ in range(rng.randint(1, 30)):
-            other[rng.randrange(len(other))] = rng.choice(chars)
-        texts = ["".join(base), "".join(other)]
-        a, b = (set(shingles([t])[0].tolist()) for t in texts)
-        signatures, _ = minhash(texts)
-        errors.append((signatures[0] == signatures[1]).mean() - len(a & b) / len(a | b))
-    assert abs(np.mean(errors)) < 0.02 and np.std(errors) < 0.07
+    for _ in range(300):
+        base = "".join(rng.choices(chars, k=rng.randint(*lengths)))
+        other = edited(base, rng, rng.randint(1, max(1, len(base) // 10)), chars)
+        signatures, counts = minhash([base, other])
+        assert counts.tolist() == [len(base) - 4, len(base) - 4]
+        errors.append((signatures[0] == signatures[1]).mean() - similarity(base, other))
+    sd = np.sqrt(0.25 / min(lengths[0] - 4, data.BINS))  # of so many independent draws, at the most uncertain J
+    assert abs(np.mean(errors)) < 3 * sd / 300 ** 0.5 and np.std(errors) < sd
 
 
 def call(*args: str):
@@ -265,7 +407,7 @@ def test_commands(tmp_path):
     assert next(read_rows([clean])) == {"prompt": "第0个问题，是什么？", "response": "这是第0个问题的回答，很好。"}
     unique = str(tmp_path / "unique.parquet")
     done = call("dedup", clean, "--out", unique, "--workers", "1", "--threshold", "0.99")
-    assert done.returncode == 0 and "300 of 301" in done.stdout, done.stderr + done.stdout
+    assert done.returncode == 0 and "300  kept" in done.stdout and "1  equal to an earlier one" in done.stdout, done.stderr + done.stdout
     done = call("split", unique, "--out", str(tmp_path / "s"), "--valid", "0.2")
     assert done.returncode == 0
     sides = [{r["prompt"] for r in read_rows([tmp_path / "s" / f"{s}.parquet"])} for s in ("train", "valid")]
