@@ -392,11 +392,11 @@ def medical_rows(path: Path, problems: Problems) -> Iterator[dict]:
     and quotes in a field that is not quoted: a line that does not begin as a record does goes on with the one before,
     and what is more than four fields belongs to the last."""
     def fields_of(text: str) -> list[str]:
-        if text.count('"') % 2 == 0:
+        try:
             fields = next(csv.reader([text]), [])
-            if len(fields) == 4:
-                return fields
-        return text.split(",", 3)
+        except csv.Error:
+            fields = []
+        return fields if len(fields) == 4 else text.split(",", 3)
 
     with open_text(path, problems) as f:
         record, began, departments = "", 0, set()
@@ -408,12 +408,12 @@ def medical_rows(path: Path, problems: Problems) -> Iterator[dict]:
                 continue
             fields = fields_of(record.rstrip("\r\n").replace("\r\n", "\n"))
             if len(fields) == 4:
-                departments.add(fields[0])
                 if fields[0] != "department":
                     yield dict(zip(("department", "title", "ask", "answer"), fields))
             elif record.strip():
                 problems.note("record with fewer than four fields", f"{path}, line {began:,}")
             record, began = line, i
+            departments.update(head[:1] if len(head) == 4 else [])
 
 
 SOURCES: dict[str, Callable] = {

@@ -434,3 +434,90 @@ def test_bad_commands_end_with_one_line(args, tmp_path):
     ("duie", {"text": "甲写了乙", "spo_list": [{"subject": "乙", "predicate": "作者", "object": {"@value": "甲"}}]}, ("请抽取出下面这句话中的所有三元组：甲写了乙", "[(乙,作者,甲)]"))], ids=str)
 def test_sources(source, row, expected):
     assert data.SOURCES[source](row) == expected
+
+
+def cleaned(tmp_path, source: str, *files, extra: tuple[str, ...] = ()):
+    done = call("clean", "--source", source, *map(str, files), "--out", str(tmp_path / "clean.parquet"), "--workers", "1", *extra)
+    assert done.returncode == 0, done.stderr
+    return list(read_rows([tmp_path / "clean.parquet"])), done
+
+
+def test_wiki_entries_become_questions(tmp_path):
+    (tmp_path / "AA").mkdir()
+    long = "这是一个很长的句子，说的是很多的事情。" * 60
+    (tmp_path / "AA" / "wiki_00").write_text(
+        '<doc id="1" url="https://zh.wikipedia.org/wiki?curid=1" title="数学">\n数学\n\n数学是研究数量的学科。它很古老。\n\n</doc>\n'
+        f'<doc id="2" url="x" title="A&amp;B &quot;C&quot;">\nA&B "C"\n\n{long}\n</doc>\n<doc id="3" url="x" title="空">\n空\n\n</doc>\n'
+        '<doc id="4" url="x" title="断">\n断\n\n没有说完', "utf-8")
+    (tmp_path / "AA" / "wiki_01").write_text(json.dumps(
+        {"id": "5", "url": "x", "title": "物理", "text": "物理\n\n物理学研究物质。\n\n它是自然科学。"}, ensure_ascii=False) + "\n{\n", "utf-8")
+    rows, done = cleaned(tmp_path, "wiki", tmp_path / "AA")
+    assert [r["response"] for r in rows] == ["数学是研究数量的学科。它很古老。", long[:19 * 26], "物理学研究物质。\n\n它是自然科学。"]
+    assert "数学" in rows[0]["prompt"] and 'A&B "C"' in rows[1]["prompt"] and len(rows[1]["response"]) <= 512
+    assert "1  empty" in done.stdout and f"1  line is not JSON  (first: {tmp_path}/AA/wiki_01, line 2)" in done.stdout and "1  entry without an end" in done.stdout
+    assert len(data.WIKI_PROMPTS) >= 20 and all(p.count("%s") == 1 for p in data.WIKI_PROMPTS)
+
+
+@pytest.mark.parametrize("encoding", ["gb18030", "utf-8"])
+def test_broken_medical_records_are_repaired(tmp_path, encoding):
+    text = ("department,title,ask,answer\r\n"
+            "心血管科,高血压怎么办,我头晕,应该少吃盐，多运动\r\n"
+            "心血管科,心慌,最近总是心慌，\r\n睡不好,注意休息，按时吃药\r\n"  # broken inside ask
+            "消化科,胃疼,饭后胃疼,少吃辣,多喝水,看医生\r\n"  # commas in answer, not quoted
+            '消化科,"腹胀",问,"第一，忌口\r\n第二，散步"\r\n'  # quoted, over two lines
+            '消化科,口苦,说"苦,喝点水再看看\r\n'  # a quote that is never closed
+            "消化科,只有标题\r\n")
+    path = tmp_path / "x.csv"
+    path.write_bytes(text.encode(encoding))
+    rows, done = cleaned(tmp_path, "chinese_medical", path)
+    assert [(r["prompt"], r["response"]) for r in rows] == [
+        ("高血压怎么办\n我头晕", "应该少吃盐，多运动"), ("心慌\n最近总是心慌，\n睡不好", "注意休息，按时吃药"), ("胃疼\n饭后胃疼", "少吃辣，多喝水，看医生"),
+        ("腹胀\n问", "第一，忌口\n第二，散步"), ('口苦\n说"苦', "喝点水再看看")]
+    assert f"1  record with fewer than four fields  (first: {path}, line 9)" in done.stdout
+
+
+def test_dropped_rows_are_named(tmp_path):
+    path = tmp_path / "x.jsonl"
+    good = {"prompt": "问题是什么", "response": "这是一个好的回答"}
+    rows = [good, {"prompt": None, "response": "答"}, {"prompt": "问", "response": 3}, {}, good | {"response": "坏的\ufffd回答在此"}, good | {"response": "\ud800好的回答在这里"}]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows) + "{\n[1]\n", "utf-8")
+    kept, done = cleaned(tmp_path, "pairs", path)
+    assert kept == [good, good | {"response": "好的回答在这里"}]
+    for line in ("2  kept", f"3  a field is missing or not text  (first: {path}, row 2)", f"2  line is not JSON  (first: {path}, line 7)",
+                 f"1  has characters that could not be read  (first: {path}, row 5)", "8  all"):
+        assert line in done.stdout, done.stdout
+    done = call("clean", "--source", "pairs", str(path), "--out", str(tmp_path / "no.parquet"), "--prompt_field", "question")
+    assert done.returncode == 2 and "has no column question; its columns are prompt, response" in done.stderr and not (tmp_path / "no.parquet").exists()
+
+
+def test_dedup_and_split_pass_over_rows_without_text(tmp_path):
+    path = tmp_path / "x.jsonl"
+    rows = [{"prompt": f"第{i}问", "chosen": f"好的{i}", "rejected": f"坏的{i}"} for i in range(20)] + [{"prompt": "问", "chosen": None, "rejected": "a"}]
+    path.write_text("".join(json.dumps(row) + "\n" for row in [*rows, rows[3]]), "utf-8")
+    done = call("dedup", str(path), "--out", str(tmp_path / "u.parquet"))
+    assert done.returncode == 0 and "20  kept" in done.stdout and f"1 x row without text in 'chosen', passed over (first in {path}, row 21)" in done.stderr
+    assert list(read_rows([tmp_path / "u.parquet"])) == rows[:20]  # triples stay triples
+    done = call("split", str(path), "--out", str(tmp_path / "s"), "--valid", "0.3", "--test", "0.2")
+    sides = [list(read_rows([tmp_path / "s" / f"{side}.parquet"])) for side in ("train", "valid", "test")]
+    assert done.returncode == 0 and sorted(map(str, sum(sides, []))) == sorted(map(str, [*rows[:20], rows[3]]))
+    done = call("split", str(tmp_path / "u.parquet"), "--out", str(tmp_path / "more"), "--valid", "0.3", "--test", "0.2")
+    for side, before in zip(("train", "valid", "test"), sides, strict=True):  # with less or more data a row keeps its side
+        assert {str(r) for r in read_rows([tmp_path / "more" / f"{side}.parquet"])} == {str(r) for r in before}
+
+
+def test_nothing_half_written_stays(tmp_path):
+    (tmp_path / "out.parquet").write_bytes(b"before")
+    (tmp_path / "x.json").write_text('[{"prompt": "a", "response": "这是一个回答"}, {"prompt": "b"', "utf-8")
+    for command in (["clean", "--source", "pairs"], ["dedup"]):
+        done = call(*command, str(tmp_path / "x.json"), "--out", str(tmp_path / "out.parquet"))
+        assert done.returncode == 2 and "x.json cannot be read" in done.stderr and len(done.stderr.splitlines()) == 1
+        assert sorted(p.name for p in tmp_path.iterdir()) == ["out.parquet", "x.json"] and (tmp_path / "out.parquet").read_bytes() == b"before"
+
+
+def test_a_row_group_that_is_damaged_is_named(demo, tmp_path):
+    path, tokenizer = demo
+    raw = bytearray(path.read_bytes())
+    raw[4000:9000] = b"\0" * 5000
+    (tmp_path / "x.parquet").write_bytes(raw)
+    with pytest.raises(ValueError, match=r"x\.parquet: row group 0 cannot be read"):
+        epoch_of(PairStream(tmp_path / "x.parquet", tokenizer, 2000, 64))
