@@ -26,7 +26,7 @@ import unicodedata
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
-from itertools import chain
+from itertools import chain, compress
 from pathlib import Path
 
 import numpy as np
@@ -500,7 +500,7 @@ def clean(inputs: list[str], source: str, out: str, fields: list[str], min_chars
 SHINGLE, BINS = 5, 128  # characters a shingle, values a signature
 EMPTY, FACTOR = np.uint32(0xFFFFFFFF), 0x9E3779B97F4A7C15
 BATCH_CHARS = 1 << 18  # texts are compared in batches of about this many characters
-NEIGHBOURS = 8  # in a bucket of many, a row is compared with so many of the first and so many of those before it
+FIRST, BEFORE, MOST = 4, 2, 32  # in a bucket a text is compared with so many of the first and of those before it; in all
 IGNORED_KINDS = ("P", "Z", "Cc", "Cf")  # punctuation, spaces, control and format characters
 KEPT_CHAR = np.array([not unicodedata.category(chr(c)).startswith(IGNORED_KINDS) for c in range(0x20000)] + [True] * (0x110000 - 0x20000))
 
@@ -601,11 +601,12 @@ def candidates(exact: np.ndarray, bands: Iterable[np.ndarray]) -> tuple[np.ndarr
         place = np.arange(len(members)) - np.repeat(begins, np.diff(np.append(begins, len(members))))  # in its bucket
         members &= np.uint64(0xFFFFFFFF)
         found = [pairs]
-        for step in range(1, min(NEIGHBOURS, int(place.max())) + 1):
-            for near, other in ((np.flatnonzero(place >= step), step), (np.flatnonzero(place >= step), place - step + 1)):
-                back = other if isinstance(other, int) else other[near]  # the step-th before it, and the step-th of all
-                found.append(members[near] << np.uint64(32) | members[near - back])
+        for back in (*range(1, BEFORE + 1), *(place - i for i in range(FIRST))):
+            near = np.flatnonzero((back > 0) & (back <= place))
+            found.append(members[near] << np.uint64(32) | members[near - (back if isinstance(back, int) else back[near])])
         pairs = np.unique(np.concatenate(found))
+        later = pairs >> np.uint64(32)
+        pairs = pairs[np.append(np.ones(MOST, bool), later[MOST:] != later[:-MOST])[:len(pairs)]]
     return first, pairs
 
 
@@ -618,8 +619,8 @@ def shingle_sets(texts: list[str]) -> list[np.ndarray]:
 
 def jaccard(left: list[np.ndarray], right: list[np.ndarray]) -> np.ndarray:
     """(M,) similarities of M pairs of sets: what both have, by what one or the other has."""
-    sizes = np.array([len(a) + len(b) for a, b in zip(left, right)])
-    both = np.concatenate([part for pair in zip(left, right) for part in pair]).astype(np.uint64)
+    sizes = np.array([len(a) + len(b) for a, b in zip(left, right)], dtype=np.int64)
+    both = np.concatenate([np.empty(0, np.uint32), *(part for pair in zip(left, right) for part in pair)]).astype(np.uint64)
     both |= np.repeat(np.arange(len(sizes), dtype=np.uint64) << np.uint64(32), sizes)
     both.sort()
     common = np.bincount((both[1:][both[1:] == both[:-1]] >> np.uint64(32)).astype(np.int64), minlength=len(sizes))
@@ -658,12 +659,14 @@ def verdicts(items: Iterable, text_of: Callable, threshold: float = 0.85, agains
         held = [(i, text) for i, (_, text) in batch if needed[i]]
         if held:
             sets.update(zip([i for i, _ in held], shingle_sets([text for _, text in held])))
-        here = slice(*np.searchsorted(later, [begin, end]))
-        left, right = earlier[here], later[here]
-        left, right = left[keep[left]], right[keep[left]]
-        if len(left):
-            near = jaccard([sets[i] for i in left.tolist()], [sets[i] for i in right.tolist()]) >= threshold
-            for i, j in zip(left[near].tolist(), right[near].tolist()):  # by the later one, so that keep[i] is settled
+        here = np.arange(*np.searchsorted(later, [begin, end]))
+        head = here[(earlier[here] < begin) & np.append(True, np.diff(later[here]) > 0)[:len(here)]]
+        for some in (head, here):  # first each text with its first candidate: enough where many are alike
+            left, right = earlier[some], later[some]
+            alive = keep[left] & keep[right]
+            left, right = left[alive].tolist(), right[alive].tolist()
+            near = jaccard([sets[i] for i in left], [sets[j] for j in right]) >= threshold
+            for i, j in compress(zip(left, right), near.tolist()):  # by the later one, so that keep[i] is settled
                 keep[j] &= ~keep[i]
         for i in [i for i in sets if last_use[i] < end or not keep[i]]:
             del sets[i]

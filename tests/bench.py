@@ -2,6 +2,8 @@
 
     python tests/bench.py tokenizer_train  --data pairs.parquet poems.parquet --megabytes 20 180
     python tests/bench.py tokenizer_encode --data pairs.parquet
+    python tests/bench.py dedup            --data pairs.parquet
+    python tests/bench.py loader           --data pairs.parquet
     python tests/bench.py dpo              --data pairs.parquet
 
 Every contender runs in a process of its own, in turn, so that what slows the machine slows all of them; the median of
@@ -67,7 +69,7 @@ def child(task: str, *args: str) -> list[str]:
 
 def machine() -> dict:
     models = re.findall(r"model name\s*:\s*(.*)", Path("/proc/cpuinfo").read_text()) if Path("/proc/cpuinfo").exists() else []
-    packages = ("torch", "numpy", "pyarrow", "tokenizers", "sentencepiece", "transformers")
+    packages = ("torch", "numpy", "pyarrow", "tokenizers", "sentencepiece", "transformers", "datasets", "rensa", "datasketch")
     versions = {}
     for package in packages:
         try:
@@ -256,6 +258,188 @@ def tokenizer_encode(args: argparse.Namespace) -> None:
                  {"chars_per_s": speeds, "peak_bytes": peaks})
 
 
+# --- dedup -------------------------------------------------------------------------------------------------------------------------
+
+def load_pairs(paths: list[str]) -> list[tuple[str, str]]:
+    import data as ours
+    return [(row["prompt"], row["response"]) for row in ours.whole_rows(paths, ours.PAIR)] if paths else make_demo()[0]
+
+
+def kept_chars(text: str) -> str:
+    """Without punctuation and spaces, as the peers' 5-grams are made."""
+    return re.sub(r"[\W_]", "", text)
+
+
+def child_dedup(kind: str, runs: str, times: str, *data: str) -> None:
+    """Prints documents a second, from texts to the indices to drop, a run each; how many are dropped."""
+    texts = [f"{p}\n{r}" for p, r in load_pairs(list(data))]
+    # more documents: the same with characters of their own, so that they are no duplicates
+    texts += [f"第{k}篇" + re.sub("(.{3})", r"\1" + chr(0x4e00 + k), text) for k in range(1, int(times)) for text in texts]
+
+    def grams(text: str) -> list[str]:
+        kept = kept_chars(text)
+        return [kept[i:i + 5] for i in range(max(1, len(kept) - 4))]
+
+    def find() -> int:
+        if kind.startswith("ours"):
+            from data import dedup_indices
+            return len(dedup_indices(texts, 0.85, workers=1 if kind == "ours, one thread" else None))
+        if kind == "datasketch":
+            import datasketch
+            lsh, dropped = datasketch.MinHashLSH(threshold=0.85, num_perm=128), 0
+            for i, text in enumerate(texts):
+                sketch = datasketch.MinHash(num_perm=128)
+                sketch.update_batch([gram.encode() for gram in grams(text)])
+                if lsh.query(sketch):
+                    dropped += 1
+                else:
+                    lsh.insert(i, sketch)
+            return dropped
+        import rensa
+        if kind == "rensa, one by one":
+            lsh, dropped = rensa.RMinHashLSH(0.85, 128, 16), 0
+            for i, text in enumerate(texts):
+                sketch = rensa.RMinHash(128, 42)
+                sketch.update(grams(text))
+                if lsh.query(sketch):
+                    dropped += 1
+                else:
+                    lsh.insert(i, sketch)
+            return dropped
+        if kind == "rensa, in bulk":
+            matrix = rensa.RMinHash.digest_matrix_from_token_sets([grams(text) for text in texts], 128, 42)
+        else:  # on this project's hashes of 5-grams
+            from data import shingles
+            hashes, counts = shingles(texts)
+            matrix = rensa.RMinHash.digest_matrix_from_flat_token_hashes(hashes, np.concatenate([[0], np.cumsum(counts)]).astype(np.uint64), 128, 42)
+        return sum(rensa.RMinHashLSH(0.85, 128, 16).query_duplicate_flags_matrix_one_shot(matrix))
+
+    speeds = []
+    for _ in range(int(runs)):
+        begin_s = time.perf_counter()
+        dropped = find()
+        speeds.append(len(texts) / (time.perf_counter() - begin_s))
+    print(json.dumps({"docs": len(texts), "chars": sum(map(len, texts)), "dropped": dropped, "docs_per_s": speeds}))
+
+
+def planted(texts: list[str]) -> tuple[list[str], list[str], np.ndarray]:
+    """Texts, edited copies of them, and their exact similarities."""
+    rng = random.Random(0)
+    chars = [c for c in "".join(rng.sample(texts, min(2000, len(texts)))) if c.isalpha()]
+    originals = list({kept_chars(text): text for text in texts if len(kept_chars(text)) >= 20}.values())
+    originals = rng.sample(originals, min(20_000, len(originals)))
+    copies, exact = [], []
+    for text in originals:
+        out = list(text)
+        for _ in range(round(rng.random() * 0.06 * len(out))):
+            out[rng.randrange(len(out))] = rng.choice(chars)
+        copies.append("".join(out))
+        a, b = ({kept[i:i + 5] for i in range(len(kept) - 4)} for kept in map(kept_chars, (text, copies[-1])))
+        exact.append(len(a & b) / len(a | b))
+    return originals, copies, np.array(exact)
+
+
+def dedup(args: argparse.Namespace) -> None:
+    """Documents a second, end to end, with recall and precision on edited copies: this project, rensa, datasketch."""
+    from data import dedup_indices
+    contenders = ["ours", "ours, one thread"]
+    if not args.only_ours:
+        contenders += ["rensa, one by one", "rensa, in bulk", "rensa, in bulk, on our hashes", "datasketch"]
+    speeds, peaks, results = {name: [] for name in contenders}, dict.fromkeys(contenders, 0), {}
+    for _ in range(args.runs):
+        for name in contenders:
+            _, peak, said = measure(child("dedup", name, "1" if name == "datasketch" else "3", str(args.times), *args.data))
+            results[name] = json.loads(said.splitlines()[-1])
+            speeds[name] += results[name]["docs_per_s"]
+            peaks[name] = max(peaks[name], peak)
+    median = {name: statistics.median(s) for name, s in speeds.items()}
+    docs, chars = results["ours"]["docs"], results["ours"]["chars"]
+    show(f"dedup, {docs:,} documents of {chars / docs:.0f} characters", ["", "documents/s", "ours / it", "peak MB", "dropped"],
+         [[name, f"{s:,.0f}", f"{median['ours'] / s:.1f}", f"{peaks[name] / 1e6:,.0f}", f"{results[name]['dropped']:,}"] for name, s in median.items()],
+         {"docs_per_s": speeds, "peak_bytes": peaks})
+    originals, copies, exact = planted([f"{p}\n{r}" for p, r in load_pairs(args.data)])
+    clean = sorted(set(range(len(originals))) - set(dedup_indices(originals, 0.5).tolist()))  # so that all that is near is planted
+    dropped = set(dedup_indices([originals[i] for i in clean] + [copies[i] for i in clean], 0.85).tolist())
+    exact, found = exact[clean], np.array([len(clean) + i in dropped for i in range(len(clean))])
+    right = exact >= 0.9
+    show(f"dedup, {len(clean):,} documents and edited copies, threshold 0.85", ["", "share"],
+         [["recall of copies with J >= 0.90", f"{found[right].mean():.4f} of {right.sum():,}"],
+          ["recall of copies with 0.85 <= J < 0.90", f"{found[(exact >= 0.85) & ~right].mean():.4f} of {((exact >= 0.85) & ~right).sum():,}"],
+          ["precision: dropped copies with J >= 0.80", f"{(exact[found] >= 0.80).mean():.4f} of {found.sum():,}"]],
+         {"recall": float(found[right].mean()), "precision": float((exact[found] >= 0.8).mean())})
+
+
+# --- loader ------------------------------------------------------------------------------------------------------------------------
+
+def child_loader(kind: str, workers: str, folder: str, seconds: str, *data: str) -> None:
+    """Prints rows and useful tokens a second, the padding, and how much memory grew."""
+    import torch  # noqa: F401  what both need in any case
+    files, budget = list(data), 8192
+    from data import PairStream
+    from transformers import AutoTokenizer
+    if kind != "ours":
+        import datasets
+        from torch.utils.data import DataLoader
+    bare = rss_bytes(os.getpid())
+    if kind == "ours":
+        batches = iter(PairStream(files, Tokenizer.from_pretrained(folder), budget, 320, workers=int(workers)))
+    else:  # datasets' streaming and shuffle buffer, AutoTokenizer, batches of 32 padded to their longest
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        stream = datasets.load_dataset("parquet", data_files=files, split="train", streaming=True).shuffle(0, buffer_size=10_000)
+
+        def collate(rows: list[dict]) -> dict:
+            made = tokenizer([r["prompt"] for r in rows], max_length=320, truncation=True, padding=True, return_tensors="pt")
+            labels = tokenizer([r["response"] for r in rows], max_length=320, truncation=True, padding=True, return_tensors="pt")
+            made["labels"] = labels["input_ids"].masked_fill(labels["attention_mask"] == 0, -100)
+            return made
+
+        def endless() -> Iterator:
+            while True:
+                yield from DataLoader(stream, 32, collate_fn=collate, num_workers=int(workers))
+        batches = endless()
+    begin_s, first_s, grown = time.perf_counter(), 0.0, 0
+    rows = useful = cells = n = 0
+    for batch in batches:
+        first_s = first_s or time.perf_counter() - begin_s
+        rows, n = rows + len(batch["labels"]), n + 1
+        useful += int(batch["attention_mask"].sum() + (batch["labels"] >= 0).sum())
+        cells += batch["input_ids"].numel() + batch["labels"].numel()
+        if n % 50 == 1:
+            grown = max(grown, rss_bytes(os.getpid()) - bare)
+        if time.perf_counter() - begin_s > float(seconds):
+            break
+    spent_s = time.perf_counter() - begin_s
+    print(json.dumps({"rows_per_s": rows / spent_s, "tokens_per_s": useful / spent_s, "padding": 1 - useful / cells, "grown_bytes": grown,
+                      "first_batch_s": first_s}), flush=True)
+    os._exit(0)
+
+
+def loader(args: argparse.Namespace) -> None:
+    """Rows and useful tokens a second of what feeds training: PairStream, and datasets with AutoTokenizer."""
+    with tempfile.TemporaryDirectory() as folder:
+        files = args.data
+        if not files:
+            import data as ours
+            files = [f"{folder}/demo.parquet"]
+            ours.write_pairs(files[0], ({"prompt": p, "response": r} for p, r in make_demo()[0]))
+        Tokenizer.train([text for pair in load_pairs(files[:1]) for text in pair], args.vocab_size).save_pretrained(folder)
+        contenders = [(kind, workers) for workers in ("0", "1", "2") for kind in (["ours"] if args.only_ours else ["ours", "datasets"])]
+        results: dict[tuple, list[dict]] = {c: [] for c in contenders}
+        for _ in range(args.runs):
+            for kind, workers in contenders:
+                _, _, said = measure(child("loader", kind, workers, folder, str(args.seconds), *files), {"TOKENIZERS_PARALLELISM": "false"})
+                results[kind, workers].append(json.loads(said.splitlines()[-1]))
+
+        def middle(who: tuple, what: str) -> float:
+            return statistics.median(r[what] for r in results[who])
+        names = {"0": "in the training process", "1": "one process beside it", "2": "two processes beside it"}
+        show("loader", ["", "rows/s", "useful tokens/s", "ours / it", "padding", "first batch, s", "memory grew, MB"],
+             [[f"{kind}, {names[workers]}", f"{middle((kind, workers), 'rows_per_s'):,.0f}", f"{middle((kind, workers), 'tokens_per_s'):,.0f}",
+               f"{middle(('ours', workers), 'tokens_per_s') / middle((kind, workers), 'tokens_per_s'):.1f}", f"{100 * middle((kind, workers), 'padding'):.1f} %",
+               f"{middle((kind, workers), 'first_batch_s'):.1f}", f"{middle((kind, workers), 'grown_bytes') / 1e6:,.0f}"] for kind, workers in contenders],
+             {f"{kind}, {workers}": r for (kind, workers), r in results.items()})
+
+
 # --- dpo ---------------------------------------------------------------------------------------------------------------------------
 
 def write_triples(data: list[str], folder: Path, rows: int) -> None:
@@ -377,7 +561,7 @@ def main() -> None:
         return
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="what", required=True)
-    for task in (tokenizer_train, tokenizer_encode, dpo):
+    for task in (tokenizer_train, tokenizer_encode, dedup, loader, dpo):
         sub = commands.add_parser(task.__name__, help=task.__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
         sub.set_defaults(task=task)
         sub.add_argument("--data", nargs="+", default=[], metavar="FILE", help="texts or pairs; none: the demo's")
@@ -386,7 +570,12 @@ def main() -> None:
         if task is tokenizer_train:
             sub.add_argument("--megabytes", type=float, nargs="+", default=[20, 180], help="sizes of the corpora made of the data")
             sub.add_argument("--same_pieces", action="store_true", help="sentencepiece also on our pieces, to compare compression")
+        if task is dedup:
+            sub.add_argument("--times", type=int, default=1, help="so many times the documents, each time changed")
+        if task in (tokenizer_train, dedup, loader):
             sub.add_argument("--only_ours", action="store_true", help="no peers: for sizes that they cannot hold")
+        if task is loader:
+            sub.add_argument("--seconds", type=float, default=15, help="of reading, each")
         if task is dpo:
             sub.add_argument("--preset", default="small", help="the model's shape")
             sub.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"], help="of the matrix products")
