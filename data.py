@@ -11,6 +11,7 @@ MinHash: Broder 1997, "On the resemblance and containment of documents"; by one 
 that clean and tokenise stay small.
 """
 import contextlib
+import copy
 import csv
 import html
 import json
@@ -180,8 +181,11 @@ class Writer:
     """Writes rows' string columns as Parquet beside `path`; at the end that is renamed, unless there was an error."""
 
     def __init__(self, path, columns: tuple[str, ...]):
-        self.path, self.beside, self.columns = Path(path), Path(f"{path}.tmp"), columns
+        self.path, self.beside, self.columns = Path(path), Path(f"{path}.{os.getpid()}.tmp"), columns
         self.total, self.batch = 0, []
+        if self.path.suffix != ".parquet" or self.path.exists() and not self.path.is_file():
+            raise ValueError(f"{path}: what is written is a file whose name ends with .parquet")
+        check_folder(self.path.parent)
 
     def __enter__(self) -> "Writer":
         self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -204,15 +208,20 @@ class Writer:
         self.total += len(self.batch)
         self.batch = []
 
+    def finish(self) -> None:
+        """All is written and on the disk, and not yet in its place."""
+        if self.batch:
+            self.flush()
+        self.parquet.close()
+        with open(self.beside, "rb+") as f:
+            os.fsync(f.fileno())
+
     def __exit__(self, error, *_) -> None:
         try:
-            if error is None and self.batch:
-                self.flush()
-            self.parquet.close()
             if error is None:
-                with open(self.beside, "rb+") as f:
-                    os.fsync(f.fileno())
+                self.finish()
                 os.replace(self.beside, self.path)
+            self.parquet.close()
         finally:
             self.beside.unlink(missing_ok=True)
 
@@ -223,6 +232,13 @@ def write_pairs(path, rows: Iterable[dict], columns: tuple[str, ...] = PAIR) -> 
         for row in rows:
             writer.write(row)
     return writer.total
+
+
+def refuse_nothing(rows: int, inputs: list[str], problems: Problems) -> None:
+    """Raises ValueError where nothing is left to write: what was there before stays."""
+    if not rows:
+        problems.warn()
+        raise ValueError(f"{', '.join(map(str, inputs))}: no row can be used, and nothing was written")
 
 
 def report(counts: Counter, problems: Problems) -> None:
@@ -242,19 +258,20 @@ TO_CHINESE = dict(zip(",;:!?", "，；：！？"))
 def drop_controls(text: str) -> str:
     """Line ends become \\n; other control characters, zero-width marks and lone surrogates go."""
     text = text.replace("\r\n", "\n").replace("\r", "\n").replace("\u2028", "\n").replace("\u2029", "\n")
+    text = text.replace("\x0b", " ").replace("\x0c", " ")
     return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200b\u200e\u200f\u202a-\u202e\u2060\ufeff\ud800-\udfff]", "", text)
 
 
 def squeeze_punctuation(text: str) -> str:
-    """。。。。 -> 。 and ！！！ -> ！, while …… and —— stay pairs, and ... and code keep theirs."""
-    text = re.sub(r"([。！？，、；：,;])\1+", r"\1", text)
-    return re.sub(r"([…—])\1{2,}", r"\1\1", re.sub(r"([!?~～])\1{2,}|\.{4,}", lambda m: m[1] or "...", text))
+    """。。。。 -> 。 and ！！！ -> ！, while …… and —— stay pairs, and ... and ;; keep theirs where they stand in code."""
+    text = re.sub(rf"([。！？，、；：])\1+|(?<=[{CHINESE}])([,;])\2+", r"\1\2", text)
+    return re.sub(r"([…—])\1{2,}", r"\1\1", re.sub(r"([!?～])\1{2,}|(?<=[^\s~])(~)~{2,}|\.{4,}", lambda m: m[1] or m[2] or "...", text))
 
 
 def squeeze_spaces(text: str) -> str:
-    """Runs of spaces inside a line become one, at its end none; indents and line breaks stay, of blank lines one."""
-    text = re.sub(r"(?<=\S)[ \t\u3000\xa0]+(?=\S)", " ", text)
-    return re.sub(r"\n{3,}", "\n\n", re.sub(r"[ \t\u3000\xa0]+$", "", text, flags=re.M)).strip("\n \u3000")
+    """Runs of spaces inside a line become one; indents and line breaks stay, of blank lines one."""
+    text = re.sub(r"(?<=[^ \t\u3000\xa0\n])[ \t\u3000\xa0]+", " ", text)
+    return re.sub(r"\n{3,}", "\n\n", text).strip("\n \u3000")
 
 
 def chinese_punctuation(text: str) -> str:
@@ -263,12 +280,18 @@ def chinese_punctuation(text: str) -> str:
     return re.sub(f"(?<=[{CHINESE}])\\.(?=[{CHINESE}“‘《（\\n]|$)", "。", text)
 
 
+CODE = re.compile(r"[{}<>=$\\|`\t]|://|\w\(\)|^ {4}|^~~~", re.M)  # in a line of code, of a table, with an address
+CUT_OFF = re.compile(rf"[。！？!?][”’」』）)】》]*([^。！？!?\n]*[{CHINESE}，、])$")
+LIST_ITEM = re.compile(r"\s*([-*•·#]|[（(]?[\d一二三四五六七八九十]+[、.．)）])")
+
+
 def trim_unfinished(text: str, min_chars: int = 200) -> str:
-    """A long answer that was cut off in mid-sentence ends at its last whole sentence. Short ones are whole as they are."""
-    if len(text) < min_chars or text[-1] in SENTENCE_END + ".":
+    """A long answer whose last line breaks off in mid-sentence ends at that line's last whole sentence. Other ends, of
+    lists, code, numbers and what has no sentences, are ends as they are."""
+    found = len(text) >= min_chars and CUT_OFF.search(text)
+    if not found or LIST_ITEM.match(text, text.rfind("\n") + 1) or CODE.search(text, text.rfind("\n") + 1):
         return text
-    end = max(text.rfind(c) for c in "。！？!?\n")
-    return text[:end + 1].rstrip() if end >= len(text) // 2 else text
+    return text[:found.start(1)]
 
 
 def chinese_share(text: str) -> float:
@@ -278,14 +301,21 @@ def chinese_share(text: str) -> float:
 
 
 def clean_text(text: str) -> str:
-    return chinese_punctuation(squeeze_spaces(squeeze_punctuation(drop_controls(text))))
+    """All rules; lines that look like code, tables or addresses keep their punctuation and their spaces."""
+    lines = [line.rstrip(" \t\u3000\xa0") for line in drop_controls(text).split("\n")]
+    if not CODE.search(text := "\n".join(lines)):
+        return chinese_punctuation(squeeze_spaces(squeeze_punctuation(text)))
+    lines = [line if CODE.search(line) else chinese_punctuation(squeeze_punctuation(line)) for line in lines]
+    return re.sub(r"\n{3,}", "\n\n", "\n".join(lines)).strip("\n")
 
 
-def clean_pair(prompt, response, min_chars: int, max_chars: int) -> tuple[str, str] | str:
-    """The pair after all rules, or the reason why it is dropped."""
+def clean_pair(prompt, response, min_chars: int, max_chars: int, verbatim: bool = False) -> tuple[str, str] | str:
+    """The pair after all rules, or the reason why it is dropped. verbatim: the response is left as it is."""
     if not isinstance(prompt, str) or not isinstance(response, str):
         return "a field is missing or not text"
-    prompt, response = clean_text(prompt), trim_unfinished(clean_text(response))
+    if len(prompt) > 100 * max_chars or len(response) > 100 * max_chars:
+        return f"over {max_chars} characters"
+    prompt, response = clean_text(prompt), drop_controls(response) if verbatim else trim_unfinished(clean_text(response))
     if not prompt or not response:
         return "empty"
     if "\ufffd" in prompt + response:
@@ -319,7 +349,7 @@ def webtext(row: dict):
     try:
         if int(row.get("star") or 0) < 5:
             return "fewer than 5 stars"
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         return "star is not a number"
     return row.get("title"), row.get("content")
 
@@ -338,7 +368,9 @@ def duie(row: dict):
         triples = [f"({t['subject']},{t['predicate']},{value(t['object'])})" for t in row["spo_list"]]
     except (KeyError, TypeError):
         return "no spo_list of subject, predicate, object"
-    return f"请抽取出下面这句话中的所有三元组：{row.get('text')}", f"[{','.join(triples)}]" if triples else ""
+    if not isinstance(row.get("text"), str):
+        return "a field is missing or not text"
+    return f"请抽取出下面这句话中的所有三元组：{row['text']}", f"[{','.join(triples)}]" if triples else ""
 
 
 WIKI_PROMPTS = """什么是%s？|介绍一下%s。|请介绍一下%s。|%s是什么？|请解释一下%s。|你知道%s吗？|说说%s。|告诉我%s是什么。|请简要介绍%s。|%s指的是什么？|我想了解%s。
@@ -350,7 +382,8 @@ def wiki(row: dict):
     title, text = row.get("title"), row.get("text")
     if not isinstance(title, str) or not isinstance(text, str):
         return "a field is missing or not text"
-    text = text.strip().removeprefix(title).strip()  # the name stands above the text once more
+    first, _, rest = text.strip().partition("\n")
+    text = rest.strip() if first.strip() == title else text.strip()  # the name stands above the text once more
     answer = ""
     for sentence in re.findall(r"[^。！？\n]*[。！？\n]?", text):
         if len(answer) + len(sentence) > 512:
@@ -448,7 +481,7 @@ def clean_rows(job: tuple) -> tuple[list[dict], list[tuple[str, str]]]:
         others: tuple = ()
         if not isinstance(taken, str):
             shortest = 1 if source == "duie" else min_chars
-            taken, others = clean_pair(*taken[:2], shortest, max_chars), taken[2:]
+            taken, others = clean_pair(*taken[:2], shortest, max_chars, source == "duie"), taken[2:]
         if isinstance(taken, str):
             dropped.append((taken, f"{path}, row {i:,}"))
         elif not others:
@@ -490,15 +523,16 @@ def clean(inputs: list[str], source: str, out: str, fields: list[str], min_chars
                 counts.note(reason, where)
         for reason in [r for r in problems if not r.startswith("byte")]:
             counts.note(reason, problems.first[reason], problems.pop(reason))
-    report(counts, problems)
-    if not counts["kept"]:
-        print(f"data.py: warning: no row was kept; is this a {source} file?", file=sys.stderr)
+        report(counts, problems)
+        if not counts["kept"]:
+            raise ValueError(f"no row was kept, and nothing was written; is {' '.join(inputs)} of the source {source}?")
 
 
 # --- dedup ----------------------------------------------------------------------------------------------------------------------------
 
 SHINGLE, BINS = 5, 128  # characters a shingle, values a signature
 EMPTY, FACTOR = np.uint32(0xFFFFFFFF), 0x9E3779B97F4A7C15
+DONORS = np.random.default_rng(1).permuted(np.tile(np.arange(BINS), (64, 1)), axis=1)
 BATCH_CHARS = 1 << 18  # texts are compared in batches of about this many characters
 FIRST, BEFORE, MOST = 4, 2, 32  # in a bucket a text is compared with so many of the first and of those before it; in all
 IGNORED_KINDS = ("P", "Z", "Cc", "Cf")  # punctuation, spaces, control and format characters
@@ -538,9 +572,9 @@ def minhash(texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
     """Signatures (N, 128) uint32, whose share of equal values estimates Jaccard's similarity, and shingle counts (N,).
 
     A shingle's hash names a bin and a value, and a bin keeps its least value (one permutation). An empty bin takes that
-    of a full one, by an order of preference of its own: first across the lowest bit of its number, then two, ...
+    of a full one, by an order of preference of its own: step by step from the bin that a random permutation names.
 
-        5 . . 7  ->  5 5 7 7       . . . 7  ->  . . 7 7  ->  7 7 7 7
+        5 . . 7  with permutations 1 0 3 2 and 2 3 0 1:  5 5 7 7       . . . 7  ->  . . 7 7  ->  7 7 7 7
     """
     hashes, counts = shingles(texts)
     place = np.repeat(np.arange(len(texts)) * BINS, counts)
@@ -548,8 +582,12 @@ def minhash(texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
     signatures = np.full(len(texts) * BINS, EMPTY)
     np.minimum.at(signatures, place, (hashes & np.uint64(0x7FFFFFFF)).astype(np.uint32))
     signatures = signatures.reshape(-1, BINS)
-    for step in 1 << np.arange(BINS.bit_length() - 1):
-        np.copyto(signatures, signatures[:, np.arange(BINS) ^ step], where=signatures == EMPTY)
+    for donor in DONORS:
+        rows = np.flatnonzero((signatures == EMPTY).any(1) & (counts > 0))
+        if not len(rows):
+            break
+        part = signatures[rows]
+        signatures[rows] = np.where(part == EMPTY, part[:, donor], part)
     return signatures, counts
 
 
@@ -703,12 +741,17 @@ class Rows:
 def dedup(inputs: list[str], out: str, threshold: float, against: str | None, workers: int) -> None:
     rows = Rows(inputs)
     others = Rows([against]) if against else None
-    told, count = verdicts(rows, rows.text, threshold, list(map(others.text, others)) if others else (), workers), Counter()
+    texts = list(map(others.text, others)) if others else []
+    if others:
+        refuse_nothing(len(texts), [str(against)], others.problems)
+        others.problems.warn()
+    told, count = verdicts(rows, rows.text, threshold, texts, workers), Counter()
     with Writer(out, rows.columns) as writer:
         for row, why in told:
             count[why or "kept"] += 1
             if not why:
                 writer.write(row)
+        refuse_nothing(count["kept"], inputs, rows.problems)
     report(count, rows.problems)
 
 
@@ -725,7 +768,13 @@ def split(inputs: list[str], out: str, valid: float, test: float) -> None:
         for row in rows:
             share = xxhash.xxh3_64_intdigest(row["prompt"].encode("utf-8", "surrogatepass")) / 2 ** 64
             sides["test" if share < test else "valid" if share < test + valid else "train"].write(row)
+        refuse_nothing(sum(writer.total + len(writer.batch) for writer in sides.values()), inputs, rows.problems)
+        for writer in sides.values():
+            writer.finish()  # all of them, before one is put in its place
     report(Counter({str(writer.path): writer.total for writer in sides.values()}), rows.problems)
+    for side in {"valid", "test"} - sides.keys():
+        if (Path(out) / f"{side}.parquet").exists():
+            print(f"data.py: warning: {Path(out) / side}.parquet is of an earlier split, and its rows may be in train.parquet now", file=sys.stderr)
     for writer in sides.values():
         if not writer.total:
             print(f"data.py: warning: {writer.path} has no rows: there are too few to give it its share", file=sys.stderr)
@@ -784,6 +833,8 @@ def open_parquet(path, columns: tuple[str, ...]) -> pq.ParquetFile:
         if index < 0:
             raise ValueError(f"{path} has no column {column!r}; it has {', '.join(file.schema_arrow.names)}")
         kind = file.schema_arrow.field(index).type
+        if pa.types.is_dictionary(kind):
+            kind = kind.value_type
         if not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
             raise ValueError(f"{path}: column {column!r} holds {kind}, not text")
     return file
@@ -804,7 +855,7 @@ def read_rows_of(path: str, group: int, begin: int, end: int, columns: tuple[str
         at += len(part)
     readers.clear()  # one is enough: a worker goes through a row group from front to end
     readers[path, group] = at, parts
-    return pa.Table.from_batches(taken).slice(0, end - begin)
+    return pa.Table.from_batches(taken).slice(0, end - begin).select(list(columns)).cast(pa.schema([(c, pa.large_string()) for c in columns]))
 
 
 def read_window(slices: list[tuple[str, int, int, int, int]], columns: tuple[str, ...], tokenizer: Tokenizer, max_len: int,
@@ -874,7 +925,8 @@ def plan_batches(lengths: np.ndarray, budget: int, rng: np.random.Generator) -> 
             for count, widest in ((below, np.maximum.accumulate(width)[:-1]), (below[::-1], np.maximum.accumulate(width[::-1])[-2::-1])):
                 cells = widest.sum(1)
                 cost += count * cells + 0.3 * budget * -(-count // (budget // cells))
-            at = cost.argmin()
+            least = np.flatnonzero(cost == cost.min())
+            at = least[np.abs(least - len(rows) // 2).argmin()]  # of equals the most even
             if cost[at] < best:
                 best, cut = cost[at], (rows[order[:at + 1]], rows[order[at + 1:]])
         halves += cut
@@ -909,6 +961,9 @@ class PairStream:
             raise ValueError(f"micro_batch_tokens {micro_batch_tokens} cannot hold one row of {len(columns)} x max_len {max_len} tokens")
         if not 0 <= rank < world_size:
             raise ValueError(f"rank {rank} is not one of {world_size}")
+        if not getattr(tokenizer, "append_eos", True):  # the model must be told where a text ends
+            tokenizer = copy.copy(tokenizer)
+            tokenizer.append_eos = True
         self.tokenizer, self.columns, self.max_len, self.seed = tokenizer, columns, max_len, seed
         self.micro_batch_tokens, self.workers, self.round_to = micro_batch_tokens, workers, round_to
         self.rank, self.world_size, self.gather = rank, world_size, gather

@@ -1218,7 +1218,7 @@ def run(main) -> None:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             sys.exit(1)
         text = f"{e.strerror}: {e.filename}" if isinstance(e, OSError) and e.filename else e.strerror if isinstance(e, OSError) and e.strerror else e
-        print(f"{clear}{Path(sys.argv[0]).name}: error: {text}", file=sys.stderr)
+        print(f"{clear}{Path(sys.argv[0]).name}: error: {' '.join(str(text).split())}", file=sys.stderr)
         sys.exit(1 if isinstance(e, OSError) and e.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO) else 2)
 
 

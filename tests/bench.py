@@ -411,6 +411,7 @@ def child_loader(kind: str, workers: str, folder: str, seconds: str, *data: str)
     spent_s = time.perf_counter() - begin_s
     print(json.dumps({"rows_per_s": rows / spent_s, "tokens_per_s": useful / spent_s, "padding": 1 - useful / cells, "grown_bytes": grown,
                       "first_batch_s": first_s}), flush=True)
+    batches.close()  # ends the DataLoader's processes; what datasets leaves running in threads would keep this one alive
     os._exit(0)
 
 

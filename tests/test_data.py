@@ -1,4 +1,5 @@
 """Pairs are made, cleaned, deduplicated and split as promised, and PairStream gives the same batches to everyone."""
+import copy
 import itertools
 import json
 import random
@@ -298,11 +299,87 @@ def test_cleaning_rules(raw, clean):
     assert clean_text(raw) == clean
 
 
-@settings(max_examples=300, deadline=None)
-@given(st.text(alphabet="你好，,.。!！?? \n\t ab12：:()…—", max_size=60))
+@settings(max_examples=500, deadline=None)
+@given(st.text(alphabet="你好，,.。!！?? \n\t ab12：:()…—~;{}=\x0c”", max_size=60))
 def test_cleaning_is_idempotent(text):
     once = clean_text(text)
     assert clean_text(once) == once
+    trimmed = data.trim_unfinished(once, 10)
+    assert data.trim_unfinished(trimmed, 10) == trimmed and once.startswith(trimmed) and "\n" not in once[len(trimmed):]
+
+
+@pytest.mark.parametrize("text", ["for (;;) { }", "case $x in a) echo 1;; esac", "a,,b,1", "~~~python\nx\n~~~", "SELECT 姓名,年龄 FROM 学生 WHERE a = 1", "对象.方法()",
+                                  "https://x.com/搜索?关键词=1", "a\tb\tc", "    def f():\n        return 1", "| 列,一 | 列  二 |\n| --- | --- |"])
+def test_code_and_tables_are_left_alone(text):
+    assert clean_text(text) == text
+
+
+def test_only_what_breaks_off_is_trimmed():
+    prose = "这是一段话。" * 40
+    for whole in ("\n".join(f"{i}. 第{i}个很好的建议和一些说明文字" for i in range(1, 16)), prose + "所以答案是42", prose + '他说:"很好。"', prose + "看 https://x.cn/a",
+                  "int main() {\n" + "\n".join(f"    int x{i} = {i};" for i in range(20)) + "\n}", prose + "\n结束了", prose + "\n- 一。二"):
+        assert data.trim_unfinished(whole) == whole
+    assert data.trim_unfinished(prose + "他说：“好。”然后他") == prose + "他说：“好。”"
+
+
+def test_a_name_is_taken_off_an_entry_only_where_it_is_a_line():
+    assert data.wiki({"title": "北京", "text": "北京是中国的首都。"})[1] == "北京是中国的首都。"
+    assert data.wiki({"title": "北京", "text": "北京\n\n北京是中国的首都。"})[1] == "北京是中国的首都。"
+
+
+def test_triples_are_kept_to_the_letter(tmp_path):
+    row = {"text": "周杰伦,唱了《你是谁?》。", "spo_list": [{"subject": "你是谁?", "predicate": "歌手", "object": {"@value": "周杰伦"}}]}
+    (tmp_path / "x.jsonl").write_text(json.dumps(row, ensure_ascii=False) + "\n" + json.dumps({"spo_list": []}) + "\n", "utf-8")
+    rows, done = cleaned(tmp_path, "duie", tmp_path / "x.jsonl")
+    assert [r["response"] for r in rows] == ["[(你是谁?,歌手,周杰伦)]"] and "1  a field is missing or not text" in done.stdout
+
+
+def test_what_cannot_be_written_to_is_refused(tmp_path):
+    (tmp_path / "x.jsonl").write_text('{"prompt": "问题", "response": "这是一个回答"}\n', "utf-8")
+    (tmp_path / "folder.parquet").mkdir()
+    for out in ("x.jsonl", "folder.parquet", ""):
+        done = call("dedup", str(tmp_path / "x.jsonl"), "--out", str(tmp_path / out))
+        assert done.returncode == 2 and "ends with .parquet" in done.stderr and len(done.stderr.splitlines()) == 1
+    (tmp_path / "empty.jsonl").write_text("", "utf-8")
+    (tmp_path / "old.parquet").write_bytes(b"old")
+    for command in (["dedup"], ["clean", "--source", "pairs"]):
+        done = call(*command, str(tmp_path / "empty.jsonl"), "--out", str(tmp_path / "old.parquet"))
+        assert done.returncode == 2 and "nothing was written" in done.stderr and (tmp_path / "old.parquet").read_bytes() == b"old"
+    done = call("dedup", str(tmp_path / "x.jsonl"), "--against", str(tmp_path / "empty.jsonl"), "--out", str(tmp_path / "old.parquet"))
+    assert done.returncode == 2 and "empty.jsonl: no row can be used" in done.stderr
+
+
+def test_a_split_that_leaves_an_older_side_behind_says_so(tmp_path):
+    write_pairs(tmp_path / "x.parquet", [{"prompt": f"{i}", "response": "a"} for i in range(100)])
+    assert call("split", str(tmp_path / "x.parquet"), "--out", str(tmp_path / "s"), "--valid", "0.2").returncode == 0
+    done = call("split", str(tmp_path / "x.parquet"), "--out", str(tmp_path / "s"), "--valid", "0")
+    assert done.returncode == 0 and "valid.parquet is of an earlier split" in done.stderr
+
+
+def test_kinds_of_string_columns_may_be_mixed(demo, tmp_path):
+    _, tokenizer = demo
+    table = pa.table({"response": ["北京", "上海"], "prompt": ["问", "答"]})
+    files = []
+    for i, kind in enumerate((pa.string(), pa.large_string(), pa.dictionary(pa.int32(), pa.string()))):
+        files.append(tmp_path / f"{i}.parquet")
+        pq.write_table(table.cast(pa.schema([("response", kind), ("prompt", kind)])), files[-1])
+    batches = epoch_of(PairStream(files, tokenizer, 100, 20))
+    assert sorted(tokenizer.decode(ids) for b in batches for ids in b["input_ids"].tolist()) == ["答"] * 3 + ["问"] * 3
+
+
+def test_a_tokenizer_without_eos_is_given_one(demo, tmp_path):
+    _, tokenizer = demo
+    other = copy.copy(tokenizer)
+    other.append_eos = False
+    pq.write_table(pa.table({"prompt": ["北京"], "response": ["上海"]}), tmp_path / "x.parquet")
+    assert same(epoch_of(PairStream(tmp_path / "x.parquet", other, 100, 20)), epoch_of(PairStream(tmp_path / "x.parquet", tokenizer, 100, 20)))
+    assert other.append_eos is False
+
+
+def test_rows_of_equal_lengths_are_planned_at_once():
+    lengths = np.full((20_000, 2), 32)
+    plan = plan_batches(lengths, 640, np.random.default_rng(0))
+    assert sorted(np.concatenate(plan).tolist()) == list(range(20_000)) and len(plan) <= 1.3 * 2000
 
 
 def test_pairs_are_dropped_for_a_reason():

@@ -1,4 +1,5 @@
 """DPO computes the paper's loss on transformers' log-probabilities, learns a preference, and speaks PEFT's files."""
+import argparse
 import json
 import math
 import random
@@ -14,6 +15,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForSeq2SeqLM
 
+import dpo
 import train
 from chatlm import ChatLM, ChatLMConfig
 from data import demo_facts, make_demo, read_rows, write_pairs
@@ -78,6 +80,38 @@ def test_log_probabilities_and_gradients_are_transformers(folder, monkeypatch):
     other = dict(theirs.named_parameters())
     for name, p in ours.named_parameters():
         assert torch.allclose(p.grad, other[name].grad, rtol=1e-3, atol=1e-4), name
+
+
+def test_a_reference_that_was_cut_off_goes_on(folder, tmp_path, monkeypatch):
+    pairs = make_demo()[0]
+    write_pairs(tmp_path / "x.parquet", [dict(prompt=p, chosen=c, rejected=r) for (p, c), (_, r) in zip(pairs[:200], pairs[200:400], strict=True) if c != r], COLUMNS)
+    tokenizer, model = Tokenizer.from_pretrained(folder), ChatLM.from_pretrained(folder)
+    args = argparse.Namespace(out_dir=str(tmp_path), dtype="float32", max_len=32, micro_batch_tokens=200)
+    ranks, calls, limit = train.Ranks(0, 1, torch.device("cpu")), [0], [7]
+
+    def counted(*inputs):
+        calls[0] += 1
+        if calls[0] > limit[0]:
+            raise KeyboardInterrupt
+        return pair_logps(*inputs)
+
+    def reference():
+        return dpo.reference_logps(args, ranks, model, tokenizer, [str(tmp_path / "x.parquet")], "data")
+
+    monkeypatch.setattr(dpo, "pair_logps", counted)
+    monkeypatch.setattr(dpo, "KEEP_EVERY_S", 0)
+    with pytest.raises(KeyboardInterrupt):
+        reference()
+    assert sorted(p.name for p in (tmp_path / "checkpoint").iterdir()) == ["reference_data.0of1.safetensors"]
+    limit[0], calls[0] = 10 ** 6, 0
+    whole = reference()
+    again = calls[0]
+    assert sorted(p.name for p in (tmp_path / "checkpoint").iterdir()) == ["reference_data.safetensors"] and not whole.isnan().any()
+    (tmp_path / "checkpoint" / "reference_data.safetensors").unlink()
+    calls[0] = 0
+    assert torch.equal(reference(), whole) and calls[0] == again + 7
+    calls[0] = 0
+    assert torch.equal(reference(), whole) and calls[0] == 0  # kept
 
 
 @pytest.mark.parametrize("targets", [["q", "v"], ["all"]], ids=str)
