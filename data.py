@@ -582,7 +582,9 @@ def minhash(texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
     signatures = np.full(len(texts) * BINS, EMPTY)
     np.minimum.at(signatures, place, (hashes & np.uint64(0x7FFFFFFF)).astype(np.uint32))
     signatures = signatures.reshape(-1, BINS)
-    for donor in DONORS:
+    for donor in DONORS[:6]:
+        np.copyto(signatures, signatures[:, donor], where=signatures == EMPTY)
+    for donor in DONORS[6:]:  # what few shingles have not filled yet
         rows = np.flatnonzero((signatures == EMPTY).any(1) & (counts > 0))
         if not len(rows):
             break
@@ -673,14 +675,8 @@ def verdicts(items: Iterable, text_of: Callable, threshold: float = 0.85, agains
     Both are read twice: for the sketches (72 bytes a text), and to compare, when only the texts that have a candidate
     still to come are held.
     """
-    def numbered() -> Iterator[tuple[int, tuple]]:
-        return enumerate(chain(((None, text) for text in against), ((item, text_of(item)) for item in items)))
-
-    def chars(each: tuple[int, tuple]) -> int:
-        return len(each[1][1])
-
     bands, rows = banding(threshold)
-    jobs = (([text for _, (_, text) in batch], bands, rows) for batch in batches(numbered(), BATCH_CHARS, chars))
+    jobs = ((texts, bands, rows) for texts in batches(chain(against, map(text_of, items)), BATCH_CHARS))
     sketches = list(in_threads(sketch, jobs, workers))
     if not sketches:
         return
@@ -692,11 +688,11 @@ def verdicts(items: Iterable, text_of: Callable, threshold: float = 0.85, agains
     needed[later] = needed[earlier] = True
     last_use[earlier] = later  # these ascend, so that the last one is left
     sets: dict[int, np.ndarray] = {}
-    for batch in batches(numbered(), BATCH_CHARS, chars):
-        begin, end = batch[0][0], batch[-1][0] + 1
-        held = [(i, text) for i, (_, text) in batch if needed[i]]
-        if held:
-            sets.update(zip([i for i, _ in held], shingle_sets([text for _, text in held])))
+    end = 0
+    for batch in batches(chain(((text, None) for text in against), ((text_of(item), item) for item in items)), BATCH_CHARS, lambda each: len(each[0])):
+        begin, end = end, end + len(batch)
+        if len(held := begin + np.flatnonzero(needed[begin:end])):
+            sets.update(zip(held.tolist(), shingle_sets([batch[i - begin][0] for i in held])))
         here = np.arange(*np.searchsorted(later, [begin, end]))
         head = here[(earlier[here] < begin) & np.append(True, np.diff(later[here]) > 0)[:len(here)]]
         for some in (head, here):  # first each text with its first candidate: enough where many are alike
@@ -708,9 +704,9 @@ def verdicts(items: Iterable, text_of: Callable, threshold: float = 0.85, agains
                 keep[j] &= ~keep[i]
         for i in [i for i in sets if last_use[i] < end or not keep[i]]:
             del sets[i]
-        for i, (item, _) in batch:
+        for (_, item), stays, new in zip(batch, keep[begin:end].tolist(), first[begin:end].tolist()):
             if item is not None:
-                yield item, "" if keep[i] else NEAR if first[i] else EQUAL
+                yield item, "" if stays else NEAR if new else EQUAL
 
 
 def dedup_indices(texts: Iterable[str], threshold: float = 0.85, against: Iterable[str] = (), workers: int | None = None) -> np.ndarray:

@@ -64,7 +64,7 @@ def parser_for(description: str) -> ArgumentParser:
         help="highest learning rate; none: 0.02 (0.2b 0.005, from a model 0.002), with other optimizers than adafactor 0.002 (1e-4)")
     add("--min_lr", type=number(float, 0), help="where the schedule ends (and one-cycle begins); none: a hundredth of --lr")
     add("--schedule", choices=["cosine", "onecycle", "wsd", "constant"], default="cosine", help="how the learning rate moves")
-    add("--warmup_steps", type=number(int, 0), default=100, help="steps in which it rises from 0")
+    add("--warmup_steps", type=number(int, 0), default=100, help="steps in which it rises from 0; a tenth of the training at most")
     add("--optimizer", choices=["adamw", "adafactor", "muon"], help="none: adafactor; muon is for the hidden matrices, with AdamW for the rest")
     add("--weight_decay", type=number(float, 0), default=0.01, help="of matrices, not of norms and embeddings")
     add("--grad_clip", type=number(float, 0, above=True), default=1.0, help="largest norm of the gradient")
@@ -247,7 +247,8 @@ def make_optimizers(model: nn.Module, name: str, lr: float, weight_decay: float)
 
 
 def learning_rate(schedule: str, progress: float, step: int, lr: float, min_lr: float, warmup_steps: int) -> float:
-    """progress: 0 to 1, the share of the training that is behind; step: counted from 0."""
+    """progress: 0 to 1, the share of the training that is behind; step: counted from 0. It rises from 0 for warmup_steps,
+    or for a tenth of a training that is shorter than ten times that."""
     def falling(x: float) -> float:
         return 0.5 * (1 + math.cos(math.pi * min(1.0, x)))
 
@@ -259,7 +260,7 @@ def learning_rate(schedule: str, progress: float, step: int, lr: float, min_lr: 
         share = falling(progress)
     elif schedule == "wsd":  # warmup, stable, decay: a straight line down over the last fifth
         share = min(1.0, max(0.0, 1 - progress) / 0.2)
-    return (min_lr + (lr - min_lr) * share) * min(1.0, (step + 1) / max(1, warmup_steps))
+    return (min_lr + (lr - min_lr) * share) * min(1.0, max((step + 1) / max(1, warmup_steps), progress / 0.1))
 
 
 # --- checkpoints -------------------------------------------------------------------------------------------------------------------
