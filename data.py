@@ -605,7 +605,7 @@ def sketch(job: tuple[list[str], int, int]) -> tuple[np.ndarray, np.ndarray]:
     exact = np.fromiter((xxhash.xxh3_64_intdigest(text.encode("utf-8", "surrogatepass")) for text in texts), np.uint64, len(texts))
     signatures, counts = minhash(texts)
     keys = np.zeros((len(texts), bands), dtype=np.uint64)
-    for i in range(rows):  # a band's values stand far apart: neighbours may have been filled from one another
+    for i in range(rows):  # band k is the values k, k + bands, k + 2 bands, ...
         keys = (keys ^ signatures[:, i * bands:(i + 1) * bands]) * np.uint64(FACTOR)
         keys ^= keys >> np.uint64(32)
     keys[counts == 0] = exact[counts == 0, None]  # nothing to compare: alike only to itself
@@ -672,7 +672,7 @@ def verdicts(items: Iterable, text_of: Callable, threshold: float = 0.85, agains
 
     An item goes when its text is that of an earlier item, or when it has the Jaccard similarity `threshold` or more to one
     that stays. MinHash proposes the pairs and the exact similarity decides. Texts of `against` come before all items.
-    Both are read twice: for the sketches (72 bytes a text), and to compare, when only the texts that have a candidate
+    Both are read twice: for the sketches (8 bytes a text and 4 a band), and to compare, when only the texts that have a candidate
     still to come are held.
     """
     bands, rows = banding(threshold)
