@@ -41,6 +41,7 @@ from tokenizer import ArgumentParser, Corpus, Tokenizer, number, run, write_file
 DEMO = {"preset": "demo", "max_steps": 1000, "batch_tokens": 1024, "micro_batch_tokens": 512, "max_len": 64, "vocab_size": 2048,
         "lr": 2e-2}
 MAX_BAD_STEPS = 10  # in a row, then training stops
+os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")  # its kernels for a thousand shapes take gigabytes on a CPU
 
 
 def parser_for(description: str) -> ArgumentParser:
