@@ -984,14 +984,15 @@ csv.field_size_limit(1 << 30)
 
 @contextlib.contextmanager
 def open_text(path: Path, problems: Problems) -> Iterator[io.TextIOBase]:
-    """A text file, also .gz, in UTF-8 or GB18030, whichever its beginning fits better. Bytes that are not of it become
+    """A text file, also .gz, in UTF-8, or .csv and .txt in GB18030 where their beginning fits that better. Other bytes become
     U+FFFD and are noted. Raises ValueError, naming the file, where it, or what is made of it meanwhile, is damaged."""
     bad, encoding = undecodable[0], "utf-8-sig"
     open_bytes = gzip.open if path.suffix.lower() == ".gz" else open
     try:
         with open_bytes(path, "rb") as f:
             head = f.read(1 << 16)
-        encoding = min((encoding, "gb18030"), key=lambda codec: undecodable_in(head, codec))
+        if kind_of(path) in (".csv", ".txt"):  # JSON is UTF-8
+            encoding = min((encoding, "gb18030"), key=lambda codec: undecodable_in(head, codec))
         with open_bytes(path, "rt", encoding=encoding, errors="replace_and_count", newline="") as f:
             yield f
     except (EOFError, gzip.BadGzipFile, zlib.error, csv.Error, ValueError, RecursionError) as e:
@@ -1218,7 +1219,7 @@ def run(main) -> None:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             sys.exit(1)
         text = f"{e.strerror}: {e.filename}" if isinstance(e, OSError) and e.filename else e.strerror if isinstance(e, OSError) and e.strerror else e
-        print(f"{clear}{Path(sys.argv[0]).name}: error: {' '.join(str(text).split())}", file=sys.stderr)
+        print(f"{clear}{Path(sys.argv[0]).name}: error: {' '.join(map(str.strip, str(text).splitlines()))}", file=sys.stderr)
         sys.exit(1 if isinstance(e, OSError) and e.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO) else 2)
 
 

@@ -193,4 +193,4 @@ def test_no_model_says_what_to_run_first(folder):
 def test_scoring_a_file_without_the_columns(folder, tmp_path):
     (tmp_path / "s.jsonl").write_text('{"question": "a"}\n')
     done = call("--score", str(tmp_path / "s.jsonl"), "--model", str(folder))
-    assert done.returncode == 2 and "row 0 has no text" in done.stderr
+    assert done.returncode == 2 and "row 1 has no text in 'prompt'" in done.stderr
