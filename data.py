@@ -39,7 +39,7 @@ import xxhash
 from tokenizer import (EOS, PAD, ArgumentParser, Problems, Tokenizer, batches, check_folder, in_order, input_files, joined_ranges, kind_of, number, open_text,
                        read_rows, run, to_codepoints, whole_rows)
 
-ROW_GROUP = 8192  # rows of a Parquet row group that we write, and of the batches handed to workers
+ROW_GROUP = 8192  # rows of a Parquet row group that we write
 WINDOW_ROWS, WINDOW_BYTES = 1 << 16, 1 << 25  # PairStream shuffles and sorts within windows of at most so much text
 CLEAN_ROWS = 2048  # rows that a worker cleans at a time
 SLICE_ROWS = 1024  # rows that are read and tokenised at a time
@@ -241,17 +241,16 @@ def refuse_nothing(rows: int, inputs: list[str], problems: Problems) -> None:
         raise ValueError(f"{', '.join(map(str, inputs))}: no row can be used, and nothing was written")
 
 
-def report(counts: Counter, problems: Problems) -> None:
+def report(counts: Problems, problems: Problems) -> None:
     """A table of reasons and rows, and what was wrong in the files."""
     for reason, rows in [*counts.most_common(), ("all", counts.total())]:
-        print(f"{rows:>12,}  {reason}" + (f"  (first: {counts.first[reason]})" if reason in getattr(counts, "first", ()) else ""))
+        print(f"{rows:>12,}  {reason}" + (f"  (first: {counts.first[reason]})" if reason in counts.first else ""))
     problems.warn()
 
 
 # --- clean: rules ---------------------------------------------------------------------------------------------------------------
 
 CHINESE = "\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
-SENTENCE_END = "。！？!?…」』”’）)】》~～；;：:`"
 TO_CHINESE = dict(zip(",;:!?", "，；：！？"))
 
 
@@ -721,10 +720,10 @@ def dedup_indices(texts: Iterable[str], threshold: float = 0.85, against: Iterab
 class Rows:
     """The whole rows of files, to be read as often as one likes; columns: prompt, response or prompt, chosen, rejected."""
 
-    def __init__(self, paths: list[str], columns: tuple[str, ...] | None = None):
+    def __init__(self, paths: list[str]):
         self.paths, self.problems = paths, Problems()
         head = next(read_rows(paths, Problems()), {})
-        self.columns = columns or (PREFERENCE if set(PREFERENCE) <= head.keys() else PAIR)
+        self.columns = PREFERENCE if set(PREFERENCE) <= head.keys() else PAIR
 
     def __iter__(self) -> Iterator[dict]:
         self.problems = Problems()
@@ -741,7 +740,7 @@ def dedup(inputs: list[str], out: str, threshold: float, against: str | None, wo
     if others:
         refuse_nothing(len(texts), [str(against)], others.problems)
         others.problems.warn()
-    told, count = verdicts(rows, rows.text, threshold, texts, workers), Counter()
+    told, count = verdicts(rows, rows.text, threshold, texts, workers), Problems()
     with Writer(out, rows.columns) as writer:
         for row, why in told:
             count[why or "kept"] += 1
@@ -757,17 +756,18 @@ def split(inputs: list[str], out: str, valid: float, test: float) -> None:
     """By a hash of the prompt: equal questions fall on one side, and a row keeps its side when data is added."""
     if valid + test >= 1:
         raise ValueError(f"--valid {valid} and --test {test} leave nothing to train on")
-    rows = Rows(inputs)
+    rows, counts = Rows(inputs), Problems()
     with contextlib.ExitStack() as stack:
         sides = {side: stack.enter_context(Writer(Path(out) / f"{side}.parquet", rows.columns))
                  for side, share in (("train", 1.0), ("valid", valid), ("test", test)) if share}
         for row in rows:
             share = xxhash.xxh3_64_intdigest(row["prompt"].encode("utf-8", "surrogatepass")) / 2 ** 64
             sides["test" if share < test else "valid" if share < test + valid else "train"].write(row)
-        refuse_nothing(sum(writer.total + len(writer.batch) for writer in sides.values()), inputs, rows.problems)
         for writer in sides.values():
             writer.finish()  # all of them, before one is put in its place
-    report(Counter({str(writer.path): writer.total for writer in sides.values()}), rows.problems)
+            counts[str(writer.path)] = writer.total
+        refuse_nothing(counts.total(), inputs, rows.problems)
+    report(counts, rows.problems)
     for side in {"valid", "test"} - sides.keys():
         if (Path(out) / f"{side}.parquet").exists():
             print(f"data.py: warning: {Path(out) / side}.parquet is of an earlier split, and its rows may be in train.parquet now", file=sys.stderr)

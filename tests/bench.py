@@ -280,32 +280,35 @@ def child_dedup(kind: str, runs: str, times: str, *data: str) -> None:
         kept = kept_chars(text)
         return [kept[i:i + 5] for i in range(max(1, len(kept) - 4))]
 
+    def one_by_one(lsh, sketch_of) -> int:
+        dropped = 0
+        for i, text in enumerate(texts):
+            sketch = sketch_of(text)
+            if lsh.query(sketch):
+                dropped += 1
+            else:
+                lsh.insert(i, sketch)
+        return dropped
+
     def find() -> int:
         if kind.startswith("ours"):
             from data import dedup_indices
             return len(dedup_indices(texts, 0.85, workers=1 if kind == "ours, one thread" else None))
         if kind == "datasketch":
             import datasketch
-            lsh, dropped = datasketch.MinHashLSH(threshold=0.85, num_perm=128), 0
-            for i, text in enumerate(texts):
+
+            def sketch_of(text: str):
                 sketch = datasketch.MinHash(num_perm=128)
                 sketch.update_batch([gram.encode() for gram in grams(text)])
-                if lsh.query(sketch):
-                    dropped += 1
-                else:
-                    lsh.insert(i, sketch)
-            return dropped
+                return sketch
+            return one_by_one(datasketch.MinHashLSH(threshold=0.85, num_perm=128), sketch_of)
         import rensa
         if kind == "rensa, one by one":
-            lsh, dropped = rensa.RMinHashLSH(0.85, 128, 16), 0
-            for i, text in enumerate(texts):
+            def sketch_of(text: str):
                 sketch = rensa.RMinHash(128, 42)
                 sketch.update(grams(text))
-                if lsh.query(sketch):
-                    dropped += 1
-                else:
-                    lsh.insert(i, sketch)
-            return dropped
+                return sketch
+            return one_by_one(rensa.RMinHashLSH(0.85, 128, 16), sketch_of)
         if kind == "rensa, in bulk":
             matrix = rensa.RMinHash.digest_matrix_from_token_sets([grams(text) for text in texts], 128, 42)
         else:  # on this project's hashes of 5-grams
@@ -446,13 +449,10 @@ def loader(args: argparse.Namespace) -> None:
 def write_triples(data: list[str], folder: Path, rows: int) -> None:
     """prompt, chosen, rejected: a row's response, and another row's."""
     import data as ours
-    if data:
-        pairs = [(row["prompt"], row["response"]) for row in ours.read_rows(data)]
-    else:
-        pairs = make_demo()[0]
+    pairs = load_pairs(data)
     pairs = random.Random(0).sample(pairs, min(rows, len(pairs) - 1) + 1)
     ours.write_pairs(folder / "triples.parquet", (dict(prompt=p, chosen=c, rejected=r) for (p, c), (_, r) in zip(pairs, pairs[1:]) if c != r),
-                     ("prompt", "chosen", "rejected"))
+                     ours.PREFERENCE)
 
 
 def child_dpo(kind: str, folder: str, dtype: str, seconds: str) -> None:
