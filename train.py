@@ -13,6 +13,8 @@ number of ranks nor a restart changes it, and a run that was killed goes on bit 
 import argparse
 import dataclasses
 import errno
+import gc
+import importlib
 import json
 import math
 import os
@@ -110,6 +112,7 @@ class Ranks:
         if local_size > 1:
             torch.set_num_threads(max(1, (os.cpu_count() or 1) // local_size))
         if world_size > 1 and not dist.is_initialized():
+            importlib.import_module("torch.distributed.nn")  # imported after the group is made, it would hold it for ever, as a default
             dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
         return cls(int(os.environ.get("RANK", 0)), world_size, chosen)
 
@@ -143,6 +146,7 @@ class Ranks:
     def leave(self) -> None:
         if self.world_size > 1:
             dist.destroy_process_group()
+            gc.collect()  # gloo's threads end with the last reference to it; one that outlives the interpreter would abort the process
 
 
 def pick_dtype(name: str, device: torch.device) -> torch.dtype:
