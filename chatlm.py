@@ -29,7 +29,8 @@ PRESETS = {  # with the tied head and 29,298 tokens: small 14.8 M parameters, 0.
     "small": dict(d_model=256, d_ff=1024, d_kv=64, num_heads=4, num_layers=4, num_decoder_layers=4),
     "0.2b": dict(d_model=768, d_ff=3072, d_kv=64, num_heads=12, num_layers=10, num_decoder_layers=10),
 }
-LOSS_CHUNK_BYTES = 1 << 26  # of float32 logits alive at once in the loss
+LOSS_CHUNK_BYTES = 1 << 26  # of logits alive at once in the loss
+CACHE_BYTES = 1 << 23  # of them, that a CPU's cache holds while one operation after another passes over them
 
 
 @dataclass
@@ -453,16 +454,17 @@ class LinearCrossEntropy(torch.autograd.Function):
         loss = hidden.new_zeros((), dtype=torch.float32)
         with torch.autocast(device, enabled=False):
             w = weight.to(dtype)
-            rows = max(1, LOSS_CHUNK_BYTES // (4 * len(w)))
+            rows = max(1, LOSS_CHUNK_BYTES // (w.element_size() * len(w)))
+            block = max(1, CACHE_BYTES // (4 * len(w))) if device == "cpu" else rows
             for i in range(0, len(hidden), rows):
-                h, label = hidden[i:i + rows].to(dtype), labels[i:i + rows, None]
-                logits = (h @ w.T).float()
-                top = logits.amax(-1)
-                chosen = logits.gather(1, label)[:, 0]
-                p = torch.softmax(logits, -1, out=logits)
-                loss += (top - p.amax(-1).log() - chosen).sum()  # log of the sum: the top logit less its log share
-                p.scatter_add_(1, label, -torch.ones_like(label, dtype=p.dtype))
-                g = p.to(dtype)
+                h = hidden[i:i + rows].to(dtype)
+                g = h @ w.T  # logits, that become their own gradient
+                for part, label in zip(g.split(block), labels[i:i + rows, None].split(block)):
+                    logits = part.float()
+                    top, chosen = logits.amax(-1), logits.gather(1, label)[:, 0]
+                    p = torch.softmax(logits, -1, out=logits)
+                    loss += (top - p.amax(-1).log() - chosen).sum()  # log of the sum: the top logit less its log share
+                    part.copy_(p.scatter_add_(1, label, -torch.ones_like(label, dtype=p.dtype)))
                 if grad_hidden is not None:
                     grad_hidden[i:i + rows] = g @ w
                 if grad_weight is not None:

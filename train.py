@@ -11,6 +11,7 @@ computes is a function of the checkpoint before it: dropout is seeded by (seed, 
 number of ranks nor a restart changes it, and a run that was killed goes on bit for bit.
 """
 import argparse
+import ctypes
 import dataclasses
 import errno
 import gc
@@ -33,6 +34,7 @@ import xxhash
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import data
 import sample
@@ -147,6 +149,14 @@ class Ranks:
         if self.world_size > 1:
             dist.destroy_process_group()
             gc.collect()  # gloo's threads end with the last reference to it; one that outlives the interpreter would abort the process
+
+
+def keep_freed_memory() -> None:
+    """glibc hands large blocks back to the system as they are freed, and a new one costs a page fault every 4 KB: tell it to keep
+    them (mallopt's M_MMAP_MAX and M_TRIM_THRESHOLD). A training step frees and takes the same few blocks again and again."""
+    if mallopt := getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None:
+        mallopt(-4, 0)
+        mallopt(-1, -1)
 
 
 def pick_dtype(name: str, device: torch.device) -> torch.dtype:
@@ -425,6 +435,7 @@ class Stop:
 def fit(args: argparse.Namespace, ranks: Ranks, model: ChatLM, stream: PairStream, objective: Objective, identity: dict) -> State:
     """Train until a limit is reached or someone asks for an end. Weights change in place; returns the final state."""
     out_dir, device, stop = Path(args.out_dir), ranks.device, Stop()
+    keep_freed_memory()
     optimizers = make_optimizers(model, args.optimizer, args.lr, args.weight_decay)
     min_lr = args.lr / 100 if args.min_lr is None else args.min_lr
     dtype = pick_dtype(args.dtype, device)
@@ -447,6 +458,8 @@ def fit(args: argparse.Namespace, ranks: Ranks, model: ChatLM, stream: PairStrea
     for p, part in zip(parameters, gradient.split([p.numel() for p in parameters])):
         p.grad = part.view_as(p)
     batches = iter(stream)
+    kernels = [SDPBackend.MATH] if device.type == "cpu" else [  # on a CPU flash attention's backward is the slower one
+        SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.CUDNN_ATTENTION, SDPBackend.MATH]
 
     def progress() -> float:
         if args.max_steps:
@@ -486,7 +499,7 @@ def fit(args: argparse.Namespace, ranks: Ranks, model: ChatLM, stream: PairStrea
         for j in stream.own:
             batch = {k: v.to(device, non_blocking=True) for k, v in next(batches).items()}
             torch.manual_seed(xxhash.xxh3_64_intdigest(f"{args.seed} {state.step} {j}".encode()) >> 1)
-            with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+            with torch.autocast(device.type, dtype, enabled=dtype != torch.float32), sdpa_kernel(kernels):
                 loss, units, *extra = objective.loss(batch)
             (loss * scale).backward()
             tokens = batch["attention_mask"].sum() + sum((v != data.IGNORED).sum() for k, v in batch.items() if k.endswith("labels"))
@@ -499,7 +512,7 @@ def fit(args: argparse.Namespace, ranks: Ranks, model: ChatLM, stream: PairStrea
         total = dict(zip(names, ranks.sum(sums).tolist()))
         units = max(1.0, total["units"])
         gradient.mul_(1 / (units * scale))
-        norm = float(gradient.norm())
+        norm = float(gradient.dot(gradient).sqrt())
         finite, overflow = math.isfinite(total["loss"]), not math.isfinite(norm)
         if finite and not overflow:
             if norm > args.grad_clip:

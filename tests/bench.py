@@ -4,6 +4,8 @@
     python tests/bench.py tokenizer_encode --data pairs.parquet
     python tests/bench.py dedup            --data pairs.parquet
     python tests/bench.py loader           --data pairs.parquet
+    python tests/bench.py train            --data pairs.parquet
+    python tests/bench.py time_to_loss     --data pairs.parquet --valid valid.parquet
     python tests/bench.py dpo              --data pairs.parquet
 
 Every contender runs in a process of its own, in turn, so that what slows the machine slows all of them; the median of
@@ -444,6 +446,162 @@ def loader(args: argparse.Namespace) -> None:
              {f"{kind}, {workers}": r for (kind, workers), r in results.items()})
 
 
+# --- train and time_to_loss ----------------------------------------------------------------------------------------------------------
+
+# What a user would run instead: T5ForConditionalGeneration of the same size in a plain loop. rows: a batch is so many in random order, or
+# 0: of similar lengths, up to `tokens` with padding. "usual" is how the reference project trains; "best" what this peer does best.
+PEERS = {
+    "usual": {"rows": 16, "optimizer": "adafactor", "schedule": "onecycle", "lr": 5e-3, "min_lr": 1e-4, "dropout": 0.1},
+    "grouped": {"rows": 0, "optimizer": "adamw", "schedule": "cosine", "lr": 2e-3, "min_lr": 2e-5, "dropout": 0.1},
+    "best": {"rows": 0, "optimizer": "adamw", "schedule": "cosine", "lr": 2e-3, "min_lr": 2e-5, "dropout": 0.0},
+    "compiled": {"rows": 0, "optimizer": "adamw", "schedule": "cosine", "lr": 2e-3, "min_lr": 2e-5, "dropout": 0.0},
+}
+MAX_LEN = 320
+
+
+def child_train(kind: str, folder: str, preset: str, dtype: str, seconds: str, data: str, valid: str = "") -> None:
+    """A peer's training for so many seconds after warming up; prints useful tokens a second, and on `valid` nats per character."""
+    import torch
+    from transformers import T5Config, T5ForConditionalGeneration
+    from chatlm import ChatLMConfig
+    from train import learning_rate
+    choice, tokenizer = PEERS[kind], Tokenizer.from_pretrained(folder)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    config = json.loads(ChatLMConfig.preset(preset, vocab_size=len(tokenizer)).to_json())
+    torch.manual_seed(0)
+    model = T5ForConditionalGeneration(T5Config(**{**config, "dropout_rate": choice["dropout"]})).to(device)
+    forward = torch.compile(model, dynamic=True) if kind == "compiled" else model
+    make = torch.optim.Adafactor if choice["optimizer"] == "adafactor" else torch.optim.AdamW
+    optimizer = make(model.parameters(), lr=choice["lr"], **({"fused": True} if make is torch.optim.AdamW else {}))
+
+    def encoded(path: str) -> list[tuple[list[int], list[int]]]:
+        sides = [[row[:MAX_LEN - 1] + row[-1:] if len(row) > MAX_LEN else row for row in tokenizer.encode_batch(texts)]
+                 for texts in zip(*load_pairs([path]))]
+        return list(zip(*sides))
+
+    def batches(rows: list) -> Iterator[list]:
+        """One pass over the rows: of similar lengths, in random order."""
+        most = 16384 if device == "cuda" else 800
+        made, batch, width = [], [], (0, 0)
+        for row in sorted(rows, key=lambda r: (len(r[1]), len(r[0]))):
+            wider = max(width[0], len(row[0])), max(width[1], len(row[1]))
+            if batch and (len(batch) + 1) * sum(wider) > most:
+                made.append(batch)
+                batch, wider = [], (len(row[0]), len(row[1]))
+            batch, width = [*batch, row], wider
+        made.append(batch)
+        return iter(random.sample(made, len(made)))
+
+    def endless_batches(rows: list) -> Iterator[list]:
+        while True:
+            if choice["rows"]:
+                order = random.sample(rows, len(rows))
+                yield from (order[i:i + choice["rows"]] for i in range(0, len(order), choice["rows"]))
+            else:
+                yield from batches(rows)
+
+    def loss_of(model, batch: list) -> torch.Tensor:
+        ids, labels = (torch.nn.utils.rnn.pad_sequence([torch.tensor(r[side]) for r in batch], True, padding).to(device)
+                       for side, padding in ((0, 0), (1, -100)))
+        with torch.autocast(device, torch.bfloat16, enabled=dtype == "bfloat16"):
+            return model(input_ids=ids, attention_mask=(ids != 0).long(), labels=labels).loss
+
+    random.seed(0)
+    source, limit_s = endless_batches(encoded(data)), float(seconds)
+    warm_s, begin_s, tokens, steps = 60.0 if kind == "compiled" else 3.0 if not valid else 0.0, time.perf_counter(), 0, 0
+    model.train()
+    while (now_s := time.perf_counter() - begin_s) < warm_s + limit_s:
+        if now_s < warm_s or not steps:
+            tokens, counted_s = 0, time.perf_counter()
+        batch = next(source)
+        for group in optimizer.param_groups:
+            progress = max(0.0, now_s - warm_s) / limit_s
+            group["lr"] = learning_rate(choice["schedule"], progress, steps, choice["lr"], choice["min_lr"], 0)
+        loss_of(forward, batch).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        tokens, steps = tokens + sum(len(x) for row in batch for x in row), steps + 1
+    if device == "cuda":
+        torch.cuda.synchronize()
+    result = {"tok_per_s": tokens / (time.perf_counter() - counted_s), "steps": steps}
+    if valid:
+        model.eval()
+        nats = chars = 0.0
+        with torch.no_grad():
+            for batch in batches(encoded(valid)):
+                nats += float(loss_of(model, batch)) * sum(len(r[1]) for r in batch)
+                chars += sum(len(tokenizer.decode(r[1])) for r in batch)
+        result["nats_per_char"] = nats / chars
+    print(json.dumps(result))
+
+
+def run_ours(folder: str, preset: str, dtype: str, seconds: float, data: str, valid: str = "") -> tuple[dict, int]:
+    """train.py as a user runs it, its defaults and all, for so many seconds; what it logged, and its peak memory."""
+    out = Path(folder) / "ours"
+    _, peak, _ = measure([sys.executable, "train.py", "--data", data, *(["--valid", valid] if valid else []), "--tokenizer", folder, "--preset", preset,
+                          "--dtype", dtype, "--time_limit", str(seconds), "--out_dir", str(out), "--resume", "never", "--eval_every", "1000000"])
+    log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    steps = [line for line in log if "tok_per_s" in line]
+    early = next(line for line in steps if line["elapsed"] > min(3.0, seconds / 2))
+    result = {"tok_per_s": (steps[-1]["tokens"] - early["tokens"]) / (steps[-1]["elapsed"] - early["elapsed"]), "steps": len(steps)}
+    return {**result, **({"nats_per_char": log[-1]["val_nats_per_char"]} if valid else {})}, peak
+
+
+def train(args: argparse.Namespace) -> None:
+    """Useful tokens a second in training: train.py, and transformers' T5 as the reference trains it and at its best."""
+    data = args.data[0] if args.data else ""
+    with tempfile.TemporaryDirectory() as folder:
+        Tokenizer.train(load_texts(args.data), args.vocab_size).save_pretrained(folder)
+        data = data or demo_files(folder)[0]
+        for dtype in args.dtypes:
+            rates: dict[str, list[float]] = {kind: [] for kind in ("ours", *args.peers)}
+            peaks = dict.fromkeys(rates, 0)
+            for _ in range(args.runs):
+                for kind in rates:
+                    if kind == "ours":
+                        result, peak = run_ours(folder, args.preset, dtype, args.seconds, data)
+                    else:
+                        _, peak, said = measure(child("train", kind, folder, args.preset, dtype, str(args.seconds), data))
+                        result = json.loads(said.splitlines()[-1])
+                    rates[kind].append(result["tok_per_s"])
+                    peaks[kind] = max(peaks[kind], peak)
+            median = {kind: statistics.median(r) for kind, r in rates.items()}
+            show(f"train, {args.preset}, {dtype}", ["", "useful tokens/s", "ours / it", "peak MB"],
+                 [["ours" if kind == "ours" else f"transformers, {kind}", f"{median[kind]:,.0f}",
+                   "" if kind == "ours" else f"{median['ours'] / median[kind]:.2f}", f"{peaks[kind] / 1e6:,.0f}"] for kind in rates],
+                 {"tok_per_s": rates, "peak_bytes": peaks})
+
+
+def demo_files(folder: str) -> list[str]:
+    """The demo's pairs for training and validation, as Parquet files there."""
+    import data as ours
+    paths = [f"{folder}/train.parquet", f"{folder}/valid.parquet"]
+    for path, pairs in zip(paths, make_demo()):
+        ours.write_pairs(path, ({"prompt": p, "response": r} for p, r in pairs))
+    return paths
+
+
+def time_to_loss(args: argparse.Namespace) -> None:
+    """Nats per character on held-out pairs: the peer after --seconds, ours after a tenth of them and after as many."""
+    if bool(args.data) != bool(args.valid):
+        raise SystemExit("bench.py: error: --data and --valid go together")
+    with tempfile.TemporaryDirectory() as folder:
+        Tokenizer.train(load_texts(args.data), args.vocab_size).save_pretrained(folder)
+        data, valid = (args.data[0], args.valid) if args.data else demo_files(folder)
+        rows, figures = [], {}
+        for _ in range(args.runs):
+            for name, share in [("ours", 0.1), ("ours", 1.0), *((kind, 1.0) for kind in args.peers)]:
+                seconds = share * args.seconds
+                result = run_ours(folder, args.preset, args.dtype, seconds, data, valid)[0] if name == "ours" else json.loads(measure(
+                    child("train", name, folder, args.preset, args.dtype, str(seconds), data, valid))[2].splitlines()[-1])
+                figures.setdefault(f"{name}, {seconds:g} s", []).append(result["nats_per_char"])
+                print(f"{name}, {seconds:g} s: {result}", file=sys.stderr, flush=True)
+        for name, values in figures.items():
+            rows.append([name if name.startswith("ours") else f"transformers, {name}", f"{statistics.median(values):.3f}"])
+        show(f"time_to_loss, {args.preset}, {args.dtype}", ["", "nats per character"], rows, {"nats_per_char": figures})
+
+
 # --- dpo ---------------------------------------------------------------------------------------------------------------------------
 
 def write_triples(data: list[str], folder: Path, rows: int) -> None:
@@ -562,7 +720,7 @@ def main() -> None:
         return
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="what", required=True)
-    for task in (tokenizer_train, tokenizer_encode, dedup, loader, dpo):
+    for task in (tokenizer_train, tokenizer_encode, dedup, loader, train, time_to_loss, dpo):
         sub = commands.add_parser(task.__name__, help=task.__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
         sub.set_defaults(task=task)
         sub.add_argument("--data", nargs="+", default=[], metavar="FILE", help="texts or pairs; none: the demo's")
@@ -577,10 +735,16 @@ def main() -> None:
             sub.add_argument("--only_ours", action="store_true", help="no peers: for sizes that they cannot hold")
         if task is loader:
             sub.add_argument("--seconds", type=float, default=15, help="of reading, each")
-        if task is dpo:
+        if task in (train, time_to_loss, dpo):
             sub.add_argument("--preset", default="small", help="the model's shape")
+            sub.add_argument("--seconds", type=float, default=240 if task is time_to_loss else 30, help="of training, each")
+        if task in (train, dpo):
             sub.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"], help="of the matrix products")
-            sub.add_argument("--seconds", type=float, default=30, help="of training, each")
+        if task in (train, time_to_loss):
+            sub.add_argument("--peers", nargs="+", default=["usual", "best"], choices=PEERS, help="ways to train transformers' T5")
+        if task is time_to_loss:
+            sub.add_argument("--valid", metavar="FILE", help="held-out pairs")
+            sub.add_argument("--dtype", default="bfloat16", help="of the matrix products")
     args = parser.parse_args()
     args.task(args)
 
