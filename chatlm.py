@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 PRESETS = {  # with the tied head and 29,298 tokens: small 14.8 M parameters, 0.2b 187.7 M
     "demo": dict(d_model=128, d_ff=512, d_kv=32, num_heads=4, num_layers=2, num_decoder_layers=2),
@@ -184,6 +185,8 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         h = F.gelu(self.wi_0(x), approximate="tanh") * self.wi_1(x) if self.gated else F.relu(self.wi(x))
+        if h.dtype == torch.float16:  # what T5 adds here can pass float16's 65,504: it leaves this product a sixteenth as large
+            return self.wo(self.dropout(h) / 16).float() * 16
         return self.wo(self.dropout(h))
 
 
@@ -239,6 +242,13 @@ class Block(nn.Module):
             layers.insert(1, CrossAttentionLayer(config))
         self.layer = nn.ModuleList(layers)
 
+    def forward(self, x: Tensor, bias: Tensor, encoded: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
+        """x (B, L, D), in the decoder with the encoder's output (B, S, D) and its mask (B, 1, 1, S) -> (B, L, D)."""
+        x = self.layer[0](x, bias)
+        if encoded is not None:
+            x = self.layer[1](x, *self.layer[1].EncDecAttention.keys_values(encoded), mask)
+        return self.layer[-1](x)
+
 
 class Stack(nn.Module):
     """The blocks of the encoder or of the decoder. Only the first has a table of position biases; all share it."""
@@ -249,9 +259,17 @@ class Stack(nn.Module):
         self.block = nn.ModuleList(Block(config, decoder, first=i == 0) for i in range(n_blocks or 0))
         self.final_layer_norm = RMSNorm(config)
         self.dropout = Dropout(config)
+        self.checkpoint_activations = False
 
     def position_bias(self, queries: Tensor, keys: Tensor) -> Tensor:
         return self.block[0].layer[0].SelfAttention.bias(queries, keys)
+
+    def forward(self, x: Tensor, *context: Tensor) -> Tensor:
+        """Through all blocks; with checkpoint_activations only what enters a block is kept for backward, and the rest computed again."""
+        for block in self.block:
+            again = self.checkpoint_activations and torch.is_grad_enabled()
+            x = checkpoint(block, x, *context, use_reentrant=False) if again else block(x, *context)
+        return x
 
 
 class LayerCache:
@@ -284,6 +302,7 @@ class ChatLM(nn.Module):
     def __init__(self, config: ChatLMConfig):
         super().__init__()
         self.config = config
+        self.generation: dict = {"max_new_tokens": 256}  # generation_config.json: what sample.py takes where no flag says otherwise
         self.shared = nn.Embedding(config.vocab_size, config.d_model)
         self.encoder = Stack(config, decoder=False)
         self.decoder = Stack(config, decoder=True)
@@ -312,6 +331,15 @@ class ChatLM(nn.Module):
     def num_parameters(self) -> int:
         return sum(p.numel() for p in self.parameters())
 
+    def train_flops(self, source_tokens: int, target_tokens: int) -> float:
+        """Of the matrix products that so many tokens need, forward and backward: 6 for each weight that a token meets (attention's own
+        products, a few in a hundred more, are left out)."""
+        def size(module: nn.Module) -> int:
+            return sum(m.weight.numel() for m in module.modules() if isinstance(m, nn.Linear))
+
+        crossed = sum(size(m) for block in self.decoder.block for m in (block.layer[1].EncDecAttention.k, block.layer[1].EncDecAttention.v))
+        return 6.0 * (source_tokens * (size(self.encoder) + crossed) + target_tokens * (size(self.decoder) - crossed + self.head_weight().numel()))
+
     def head_weight(self) -> Tensor:
         """(V, D)"""
         return self.shared.weight if self.config.tie_word_embeddings else self.lm_head.weight
@@ -324,9 +352,7 @@ class ChatLM(nn.Module):
         mask = (attention_mask[:, None, None, :] == 0) * torch.finfo(x.dtype).min
         positions = torch.arange(input_ids.size(1), device=x.device)
         bias = self.encoder.position_bias(positions, positions) + mask
-        for block in self.encoder.block:
-            x = block.layer[1](block.layer[0](x, bias))
-        return self.encoder.dropout(self.encoder.final_layer_norm(x)), mask
+        return self.encoder.dropout(self.encoder.final_layer_norm(self.encoder(x, bias))), mask
 
     def decode(self, decoder_input_ids: Tensor, encoded: Tensor, mask: Tensor) -> Tensor:
         """decoder_input_ids (B, T) with encode's output -> hidden states (B, T, D), ready for the head."""
@@ -334,11 +360,7 @@ class ChatLM(nn.Module):
         positions = torch.arange(decoder_input_ids.size(1), device=x.device)
         ahead = positions[None, :] > positions[:, None]
         bias = self.decoder.position_bias(positions, positions).masked_fill(ahead, torch.finfo(x.dtype).min)
-        for block in self.decoder.block:
-            own, cross, feed_forward = block.layer
-            x = cross(own(x, bias), *cross.EncDecAttention.keys_values(encoded), mask)
-            x = feed_forward(x)
-        return self.to_head(x)
+        return self.to_head(self.decoder(x, bias, encoded, mask))
 
     def to_head(self, x: Tensor) -> Tensor:
         x = self.decoder.dropout(self.decoder.final_layer_norm(x))
@@ -348,15 +370,16 @@ class ChatLM(nn.Module):
         """What decode_step needs: one LayerCache a decoder layer, the source's keys and values inside."""
         return [LayerCache(*block.layer[1].EncDecAttention.keys_values(encoded)) for block in self.decoder.block]
 
-    def decode_step(self, ids: Tensor, cache: list[LayerCache], mask: Tensor) -> Tensor:
-        """The newest ids (B * N,), one a row, N rows a source -> float32 logits (B * N, V); the cache grows by one."""
+    def decode_step(self, ids: Tensor, cache: list[LayerCache], mask: Tensor) -> tuple[Tensor, Tensor]:
+        """The newest ids (B * N,), one a row, N rows a source -> float32 logits (B * N, V) and hidden states (B * N, D); the cache grows by one."""
         x = self.shared(ids)[:, None, :]
         positions = torch.arange(cache[0].length + 1, device=x.device)
         bias = self.decoder.position_bias(positions[-1:], positions)
         for block, layer_cache in zip(self.decoder.block, cache):
             own, cross, feed_forward = block.layer
             x = feed_forward(cross(own(x, bias, layer_cache), *layer_cache.source, mask))
-        return F.linear(self.to_head(x[:, 0]), self.head_weight()).float()
+        hidden = self.to_head(x[:, 0])
+        return F.linear(hidden, self.head_weight()).float(), hidden
 
     def shift_right(self, labels: Tensor) -> Tensor:
         """labels (B, T) -> what the decoder reads to predict them: a start token, then all but the last."""
@@ -413,14 +436,19 @@ class ChatLM(nn.Module):
         if wrong:
             raise ValueError(f"{folder}: config.json and the weights do not fit, first at {wrong[0]}")
         model.load_state_dict(weights, assign=True)
+        if (path := Path(folder) / "generation_config.json").is_file():
+            try:
+                model.generation = dict(json.loads(path.read_text("utf-8")))
+            except (ValueError, TypeError):
+                raise ValueError(f"{path} is not a JSON object") from None
         return model.eval()
 
     def save_pretrained(self, folder) -> None:
         """Write config.json, generation_config.json and model.safetensors, each beside its place and then renamed."""
         c, folder = self.config, Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        generation = dict(decoder_start_token_id=c.decoder_start_token_id, eos_token_id=c.eos_token_id,
-                          pad_token_id=c.pad_token_id, max_new_tokens=256)
+        generation = {**self.generation, "decoder_start_token_id": c.decoder_start_token_id, "eos_token_id": c.eos_token_id,
+                      "pad_token_id": c.pad_token_id}
         weights = {name: p.detach().contiguous() for name, p in self.named_parameters()}
         for name, write in (("model.safetensors", lambda path: save_file(weights, path, {"format": "pt"})),
                             ("generation_config.json", lambda path: path.write_text(json.dumps(generation, indent=2) + "\n")),

@@ -16,7 +16,7 @@ import sys
 import time
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import torch
@@ -44,6 +44,7 @@ class GenerationConfig:
     no_repeat_ngram_size: int = 0
     length_penalty: float = 1.0
     early_stopping: bool | str = False  # True: as soon as num_beams have ended; "never": only when none can do better
+    penalty_alpha: float = 0.0  # above 0, with top_k above 1: contrastive search
 
     def __post_init__(self):
         if self.temperature == 0:  # as people mean it
@@ -54,11 +55,15 @@ class GenerationConfig:
                 ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1"),
                 ("repetition_penalty", self.repetition_penalty > 0, "above 0"),
                 ("no_repeat_ngram_size", self.no_repeat_ngram_size >= 0, "0 or more"),
-                ("early_stopping", self.early_stopping in (True, False, "never"), "True, False or 'never'"),
+                ("penalty_alpha", 0 <= self.penalty_alpha <= 1, "0 to 1"), ("early_stopping", self.early_stopping in (True, False, "never"), "True, False or 'never'"),
                 ("num_return_sequences", 1 <= self.num_return_sequences <= (self.num_beams if not self.do_sample else 10 ** 6),
                  "at least 1, and without sampling at most num_beams")):
             if not good:
                 raise ValueError(f"{name} must be {must}, not {getattr(self, name)}")
+
+    @property
+    def contrastive(self) -> bool:
+        return self.penalty_alpha > 0 and self.top_k > 1 and self.num_beams == 1 and not self.do_sample
 
     def process(self, scores: Tensor, ids: Tensor, eos: int) -> Tensor:
         """scores (N, V) of what may follow ids (N, L), start token included -> scores, in transformers' order."""
@@ -99,6 +104,8 @@ def generate(model: ChatLM, input_ids: Tensor, attention_mask: Tensor | None = N
     config = GenerationConfig(**options)
     if config.num_beams > 1:
         return beam_search(model, input_ids, attention_mask, config)
+    if config.contrastive:
+        return contrastive_search(model, input_ids, attention_mask, config)
     if config.num_return_sequences > 1:
         input_ids = input_ids.repeat_interleave(config.num_return_sequences, 0)
         attention_mask = None if attention_mask is None else attention_mask.repeat_interleave(config.num_return_sequences, 0)
@@ -115,7 +122,7 @@ def steps(model: ChatLM, input_ids: Tensor, attention_mask: Tensor | None, confi
     ids[:, 0] = c.decoder_start_token_id
     rows = torch.arange(len(ids), device=ids.device)  # those that go on
     for length in range(1, config.max_new_tokens + 1):
-        scores = config.process(model.decode_step(ids[rows, length - 1], cache, mask), ids[rows, :length], c.eos_token_id)
+        scores = config.process(model.decode_step(ids[rows, length - 1], cache, mask)[0], ids[rows, :length], c.eos_token_id)
         chosen = torch.multinomial(scores.softmax(-1), 1)[:, 0] if config.do_sample else scores.argmax(-1)
         ids[rows, length] = chosen
         yield ids[:, :length + 1]
@@ -151,7 +158,7 @@ def beam_search(model: ChatLM, input_ids: Tensor, attention_mask: Tensor | None,
     is_ended = torch.zeros(batch, n, dtype=torch.bool, device=device)
     for length in range(1, limit + 1):
         flat = running[:, :, :length].flatten(0, 1)
-        logits = model.decode_step(flat[:, -1], cache, mask)
+        logits = model.decode_step(flat[:, -1], cache, mask)[0]
         new = config.process(logits.log_softmax(-1), flat, c.eos_token_id)
         total = (new.view(len(prompts), n, -1) + scores[:, :, None]).flatten(1)
         if config.do_sample:
@@ -199,6 +206,42 @@ def beam_search(model: ChatLM, input_ids: Tensor, attention_mask: Tensor | None,
     is_eos = results == c.eos_token_id
     longest = torch.where(is_eos.any(1), is_eos.int().argmax(1), limit).max() + 1
     return results[:, :longest]
+
+
+def contrastive_search(model: ChatLM, input_ids: Tensor, attention_mask: Tensor | None, config: GenerationConfig) -> Tensor:
+    """Su et al. 2022 (arXiv:2202.06417), equation 5: of the top_k (N) likeliest tokens the one with the greatest
+
+        (1 - alpha) p(token | before) - alpha max_j cos(h(token), h(j)),    j over the positions before,
+
+    h being the decoder's last hidden state: likely, and unlike all that was said. Every candidate is fed to see its h.
+    """
+    c, n, alpha = model.config, config.top_k, config.penalty_alpha
+    encoded, mask = model.encode(input_ids, attention_mask)
+    cache = model.start_cache(encoded)
+    ids = input_ids.new_full((len(input_ids), config.max_new_tokens + 1), c.pad_token_id)
+    ids[:, 0] = c.decoder_start_token_id
+    rows = torch.arange(len(ids), device=ids.device)  # those that go on
+    logits, hidden = model.decode_step(ids[:, 0], cache, mask)
+    before = torch.nn.functional.normalize(hidden.float(), dim=-1)[:, None]  # (B, L, D)
+    for length in range(1, config.max_new_tokens + 1):
+        p, tokens = config.process(logits, ids[rows, :length], c.eos_token_id).softmax(-1).topk(n)  # (B, N)
+        for layer in cache:
+            layer.select(torch.arange(len(rows), device=ids.device).repeat_interleave(n), None)
+        logits, hidden = model.decode_step(tokens.flatten(), cache, mask)
+        unit = torch.nn.functional.normalize(hidden.float(), dim=-1).view(len(rows), n, -1)
+        best = ((1 - alpha) * p - alpha * (unit @ before.mT).amax(-1)).argmax(1)
+        at = torch.arange(len(rows), device=ids.device)
+        chosen = tokens[at, best]
+        ids[rows, length] = chosen
+        going = (chosen != c.eos_token_id).nonzero()[:, 0]
+        if not len(going):
+            break
+        before = torch.cat([before, unit[at, best][:, None]], 1)[going]
+        logits = logits.view(len(rows), n, -1)[at, best][going]
+        for layer in cache:
+            layer.select((at * n + best)[going], going if len(going) < len(rows) else None)
+        rows, mask = rows[going], mask[going]
+    return ids[:, :length + 1]
 
 
 # --- text in, text out -------------------------------------------------------------------------------------------------------
@@ -309,10 +352,10 @@ def pick_device(name: str | None) -> torch.device:
 
 
 def read_prompts(path: str) -> Iterator[str]:
-    for i, row in enumerate(read_rows([path])):
+    for i, row in enumerate(read_rows([path]), 1):
         prompt = row.get("prompt", row.get("text"))
         if not isinstance(prompt, str):
-            raise ValueError(f"{path}: row {i} has no text in prompt; its columns are {', '.join(row)}")
+            raise ValueError(f"{path}, row {i:,} has no text in prompt; its columns are {', '.join(row)}")
         yield prompt
 
 
@@ -396,12 +439,12 @@ def chat(model: ChatLM, tokenizer: Tokenizer, max_len: int, options: dict) -> No
 
 def changed(config: GenerationConfig, name: str = "", value: str = "") -> GenerationConfig:
     """A config with one field set from text: do_sample follows when temperature, top_k or top_p is set."""
-    values = {f.name: getattr(config, f.name) for f in fields(config)}
+    values = asdict(config)
     if name not in values or not value:
         raise ValueError(f"/set NAME VALUE, with NAME one of {', '.join(values)}")
     kind = type(values[name])
     try:
-        values[name] = value.lower() in ("true", "1", "yes") if kind is bool else kind(value)
+        values[name] = early_stopping(value) if name == "early_stopping" else value.lower() in ("true", "1", "yes") if kind is bool else kind(value)
     except ValueError:
         raise ValueError(f"{name} takes {'a whole number' if kind is int else 'a number'}, not {value!r}") from None
     if name in ("temperature", "top_k", "top_p"):
@@ -412,9 +455,8 @@ def changed(config: GenerationConfig, name: str = "", value: str = "") -> Genera
 def say_answer(model: ChatLM, tokenizer: Tokenizer, prompt: str, max_len: int, config: GenerationConfig) -> None:
     """Print an answer, as it comes where the strategy allows it."""
     said = False
-    if config.num_beams > 1 or config.num_return_sequences > 1:
-        values = {f.name: getattr(config, f.name) for f in fields(config)}
-        parts: Iterable[str] = ["\n".join(answer(model, tokenizer, [prompt], 1, max_len, **values))]
+    if config.num_beams > 1 or config.num_return_sequences > 1 or config.contrastive:
+        parts: Iterable[str] = ["\n".join(answer(model, tokenizer, [prompt], 1, max_len, **asdict(config)))]
     else:
         parts = stream_answer(model, tokenizer, prompt, max_len, config)
     for part in parts:
@@ -423,8 +465,31 @@ def say_answer(model: ChatLM, tokenizer: Tokenizer, prompt: str, max_len: int, c
     print("" if said else "(the model ended its answer at once: it has nothing to say to this)")
 
 
+REFERENCE = dict(num_beams=5, do_sample=True, top_k=50, top_p=0.95, no_repeat_ngram_size=4, length_penalty=-2.0, early_stopping=True)
+
+
+def early_stopping(text: str) -> bool | str:
+    if text.lower() not in ("true", "false", "never"):
+        raise ValueError(text)
+    return {"true": True, "false": False}.get(text.lower(), "never")
+
+
+def decoding_options(args, model: ChatLM) -> dict:
+    """The fields of GenerationConfig: from flags, else from --reference_settings, else from the model's generation_config.json."""
+    names = [f.name for f in fields(GenerationConfig)]
+    said = {name: model.generation[name] for name in names if model.generation.get(name) is not None}
+    if args.reference_settings:
+        said |= REFERENCE
+    said |= {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    for name in ("temperature", "top_p"):
+        if getattr(args, name) and not said.get("do_sample"):
+            print(f"note: --{name} changes nothing without --do_sample", file=sys.stderr)
+    return asdict(GenerationConfig(**said))
+
+
 def main() -> None:
-    parser = ArgumentParser(description="Answer one prompt, chat, answer a file, or score a model. Without --prompt, --input or --score: chat.")
+    parser = ArgumentParser(description="Answer one prompt, chat, answer a file, or score a model. Without --prompt, --input or --score: chat. "
+                            "What no flag says is as the model's generation_config.json says, else as given after the semicolon.")
     add = parser.add_argument
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--prompt", metavar="TEXT", help="answer this")
@@ -434,18 +499,21 @@ def main() -> None:
     add("--model", default="out", metavar="DIR", help="model folder")
     add("--batch_size", type=number(int, 1), default=32, help="prompts at a time, of a file")
     add("--max_len", type=number(int, 2), default=512, help="tokens of a prompt; what is longer is cut")
-    add("--max_new_tokens", type=number(int, 1), default=256, help="tokens of an answer")
-    add("--min_new_tokens", type=number(int, 0), default=0, help="tokens of an answer")
-    add("--num_beams", type=number(int, 1), default=1, help="1: no beam search")
-    add("--num_return_sequences", type=number(int, 1), default=1, help="answers a prompt")
-    add("--do_sample", action="store_true", help="draw from the distribution; otherwise the likeliest token")
-    add("--temperature", type=number(float, 0), default=1.0, help="of sampling; 0: greedy")
-    add("--top_k", type=number(int, 0), default=0, help="sample from the k likeliest; 0: all")
-    add("--top_p", type=number(float, 0, 1, above=True), default=1.0, help="sample from the likeliest that make up p")
-    add("--repetition_penalty", type=number(float, 0, above=True), default=1.0, help="above 1: tokens already there become less likely")
-    add("--no_repeat_ngram_size", type=number(int, 0), default=0, help="n: no n tokens in a row twice; 0: off")
-    add("--length_penalty", type=float, default=1.0, help="beam search: above 0 favours longer answers")
-    add("--early_stopping", action="store_true", help="beam search: end when num_beams answers have ended")
+    add("--max_new_tokens", type=number(int, 1), help="tokens of an answer; 256")
+    add("--min_new_tokens", type=number(int, 0), help="tokens of an answer; 0")
+    add("--num_beams", type=number(int, 1), help="1: no beam search; 1")
+    add("--num_return_sequences", type=number(int, 1), help="answers a prompt; 1")
+    add("--do_sample", action="store_true", default=None, help="draw from the distribution; otherwise the likeliest token")
+    add("--temperature", type=number(float, 0), help="of sampling, 0: greedy; 1")
+    add("--top_k", type=number(int, 0), help="sample from the k likeliest, 0: all; 0")
+    add("--top_p", type=number(float, 0, 1, above=True), help="sample from the likeliest that make up p; 1")
+    add("--penalty_alpha", type=number(float, 0, 1), help="above 0, with --top_k: contrastive search, likely and unlike what was said; 0")
+    add("--repetition_penalty", type=number(float, 0, above=True), help="above 1: tokens already there become less likely; 1")
+    add("--no_repeat_ngram_size", type=number(int, 0), help="n: no n tokens in a row twice, 0: off; 0")
+    add("--length_penalty", type=float, help="beam search, above 0 favours longer answers; 1")
+    add("--early_stopping", type=early_stopping, nargs="?", const=True, metavar="true|false|never",
+        help="beam search, true: end when num_beams answers have ended, never: only when none can do better; false")
+    add("--reference_settings", action="store_true", help="as ChatLM-mini-Chinese answers: 5 beams, sampled, top-k 50, top-p 0.95, no 4 tokens twice")
     add("--dtype", choices=["float32", "bfloat16", "float16"], help="of the weights; none: as in the file")
     add("--seed", type=int, help="of sampling")
     add("--device", help="cpu, cuda or cuda:N; none: a GPU if there is one")
@@ -461,7 +529,7 @@ def main() -> None:
     model = ChatLM.from_pretrained(args.model, getattr(torch, args.dtype) if args.dtype else None, device)
     if len(tokenizer) > model.config.vocab_size:
         raise ValueError(f"{args.model}: the tokenizer has {len(tokenizer)} tokens, the model {model.config.vocab_size}")
-    options = {f.name: getattr(args, f.name) for f in fields(GenerationConfig)}
+    options = decoding_options(args, model)
     if args.seed is not None:
         torch.manual_seed(args.seed)
     if args.prompt is not None:

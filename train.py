@@ -22,11 +22,13 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -45,6 +47,7 @@ from tokenizer import ArgumentParser, Corpus, Tokenizer, number, run, write_file
 DEMO = {"preset": "demo", "max_steps": 1000, "batch_tokens": 1024, "micro_batch_tokens": 512, "max_len": 64, "vocab_size": 2048,
         "lr": 2e-2}
 MAX_BAD_STEPS = 10  # in a row, then training stops
+BF16_TERAFLOPS = {"H200": 989, "H100 PCIe": 756, "H100": 989, "A100": 312, "L40S": 362, "L40": 181, "L4": 121, "A10": 125, "4090": 165, "3090": 71}  # dense, by NVIDIA's data sheets
 os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")  # its kernels for a thousand shapes take gigabytes on a CPU
 
 
@@ -62,8 +65,8 @@ def parser_for(description: str) -> ArgumentParser:
     limit.add_argument("--max_steps", type=number(int, 1), help="steps in all")
     limit.add_argument("--epochs", type=number(float, 0, above=True), help="passes over the data in all; the default is 1")
     limit.add_argument("--time_limit", type=number(float, 0, above=True), metavar="SECONDS", help="of training in all")
-    add("--batch_tokens", type=number(int, 1), help="tokens of a step, both sides, over all ranks; none: 65536 on a GPU, 1280 on a CPU")
-    add("--micro_batch_tokens", type=number(int, 1), help="bound on B * (S + T) of one forward pass on one device; none: 16384 on a GPU, 640 on a CPU")
+    add("--batch_tokens", type=number(int, 1), help="tokens of a step, both sides, over all ranks; none: 65536 on a GPU, 2560 on a CPU")
+    add("--micro_batch_tokens", type=number(int, 1), help="bound on B * (S + T) of one forward pass on one device; none: 16384 on a GPU, 1280 on a CPU")
     add("--max_len", type=number(int, 2), help="tokens a side, longer ones are cut; none: 320")
     add("--lr", type=number(float, 0, above=True),
         help="highest learning rate; none: 0.02 (0.2b 0.005, from a model 0.002), with other optimizers than adafactor 0.002 (1e-4)")
@@ -76,7 +79,9 @@ def parser_for(description: str) -> ArgumentParser:
     add("--dropout", type=number(float, 0, 1), default=0.0, help="rate, wherever T5 has it")
     add("--dtype", choices=["auto", "float32", "bfloat16", "float16"], default="auto", help="of the matrix products; auto: what the device is fast at")
     add("--compile", action="store_true", help="torch.compile the model")
+    add("--checkpoint_activations", action="store_true", help="keep little for backward and compute it again: less memory, a quarter slower")
     add("--eval_every", type=number(int, 1), default=500, help="steps")
+    add("--bleu_every", type=number(int, 1), metavar="STEPS", help="score answers on --valid so often; none: at the end")
     add("--save_every", type=number(int, 1), default=500, help="steps")
     add("--keep", type=number(int, 1), default=2, help="checkpoints that are kept")
     add("--resume", default="auto", metavar="auto|never|CHECKPOINT",
@@ -115,7 +120,10 @@ class Ranks:
             torch.set_num_threads(max(1, (os.cpu_count() or 1) // local_size))
         if world_size > 1 and not dist.is_initialized():
             importlib.import_module("torch.distributed.nn")  # imported after the group is made, it would hold it for ever, as a default
-            dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
+            store, rank, _ = next(dist.rendezvous("env://"))
+            if local_size == world_size:  # after a restart gloo would find the addresses of the processes that died
+                store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+            dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo", store=store, rank=rank, world_size=world_size)
         return cls(int(os.environ.get("RANK", 0)), world_size, chosen)
 
     @property
@@ -157,6 +165,10 @@ def keep_freed_memory() -> None:
     if mallopt := getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None:
         mallopt(-4, 0)
         mallopt(-1, -1)
+
+
+def device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
 
 
 def pick_dtype(name: str, device: torch.device) -> torch.dtype:
@@ -365,11 +377,12 @@ class Objective:
     loss: Callable[[dict], tuple[Tensor, ...]]
     evaluate: Callable[[], dict]  # the values to log at an evaluation, val_loss among them
     export: Callable[[Path], None]  # write a folder that can be used
+    answers: Callable[[], dict] | None = None  # bleu4 of answers to held-out prompts
     extra: tuple[str, ...] = ()  # other means to log
 
 
 class Report:
-    """One line that updates in a terminal, or a plain line now and then; log.jsonl always."""
+    """One line that updates in a terminal, or a plain line now and then; log.jsonl always, TensorBoard's events where it is installed."""
 
     def __init__(self, out_dir: Path, first: bool, step: int):
         self.first, self.terminal, self.shown_s = first, sys.stdout.isatty(), 0.0
@@ -387,11 +400,26 @@ class Report:
                     continue  # a line that a power cut left half written
         write_file(path, "".join(kept))
         self.file = open(path, "a", encoding="utf-8")
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+            self.board = SummaryWriter(str(out_dir / "tensorboard"), purge_step=step + 1)
+        except ImportError:
+            self.board = None
 
     def log(self, values: dict) -> None:
+        if not self.first:
+            return
+        self.file.write(json.dumps(values) + "\n")
+        self.file.flush()
+        for name, value in values.items() if self.board else ():
+            if name != "step" and value is not None:
+                self.board.add_scalar(name, value, values["step"])
+
+    def close(self) -> None:
         if self.first:
-            self.file.write(json.dumps(values) + "\n")
-            self.file.flush()
+            self.file.close()
+            if self.board:
+                self.board.close()
 
     def say(self, text: str) -> None:
         if self.first:
@@ -484,7 +512,16 @@ def fit(args: argparse.Namespace, ranks: Ranks, model: ChatLM, stream: PairStrea
             if ranks.first:
                 objective.export(out_dir / "best")
 
-    names = ["loss", "units", *objective.extra, "tokens", "seconds", "asked"]  # what is summed over the ranks
+    def score() -> None:
+        model.eval()
+        if ranks.first:
+            values = objective.answers()
+            report.log({"step": state.step, **values})
+            report.say(f"step {state.step:,}  " + "  ".join(f"{k} {v:.2f}" for k, v in values.items()))
+        ranks.wait()
+
+    names = ["loss", "units", *objective.extra, "source", "target", "seconds", "asked"]  # what is summed over the ranks
+    peak_flops = ranks.world_size * next((1e12 * tera for name, tera in BF16_TERAFLOPS.items() if name in device_name(device)), 0)
     bad_in_a_row, asked, done, tick_s = 0, False, progress(), time.perf_counter()
     done_before, elapsed_before_s = done, state.elapsed_s
     while done < 1 and not asked:
@@ -502,8 +539,8 @@ def fit(args: argparse.Namespace, ranks: Ranks, model: ChatLM, stream: PairStrea
             with torch.autocast(device.type, dtype, enabled=dtype != torch.float32), sdpa_kernel(kernels):
                 loss, units, *extra = objective.loss(batch)
             (loss * scale).backward()
-            tokens = batch["attention_mask"].sum() + sum((v != data.IGNORED).sum() for k, v in batch.items() if k.endswith("labels"))
-            sums[:-2] += torch.stack([x.detach().double() for x in (loss, units, *extra, tokens)])
+            targets = sum((v != data.IGNORED).sum() for k, v in batch.items() if k.endswith("labels"))
+            sums[:-2] += torch.stack([x.detach().double() for x in (loss, units, *extra, batch["attention_mask"].sum(), targets)])
         if ranks.first:
             sums[-2] = time.perf_counter() - tick_s
             tick_s = time.perf_counter()
@@ -524,15 +561,18 @@ def fit(args: argparse.Namespace, ranks: Ranks, model: ChatLM, stream: PairStrea
             if overflow or state.scaled_steps % 1000 == 0:
                 state.loss_scale *= 0.5 if overflow else 2.0
         state.step += 1
-        state.tokens += int(total["tokens"])
+        tokens = int(total["source"] + total["target"])
+        state.tokens += tokens
         state.elapsed_s += total["seconds"]
         state.stream = dict(stream.state)
         bad = not finite or overflow and (dtype != torch.float16 or state.loss_scale < 1)
         bad_in_a_row = bad_in_a_row + 1 if bad else 0
         state.bad_steps += bad
         values = {"step": state.step, "loss": total["loss"] / units if finite else None, "lr": lr, "tokens": state.tokens,
-                  "tok_per_s": total["tokens"] / (time.perf_counter() - step_s), "elapsed": state.elapsed_s,
+                  "tok_per_s": tokens / (time.perf_counter() - step_s), "elapsed": state.elapsed_s,
                   **{name: total[name] / units for name in objective.extra}}
+        if peak_flops:
+            values["mfu"] = model.train_flops(total["source"], total["target"]) / (time.perf_counter() - step_s) / peak_flops
         report.log(values)
         if bad:
             report.say(f"step {state.step:,}: the loss or its gradient is not finite; nothing was changed")
@@ -544,9 +584,12 @@ def fit(args: argparse.Namespace, ranks: Ranks, model: ChatLM, stream: PairStrea
             report.show(values, (1 - done) * (state.elapsed_s - elapsed_before_s) / max(done - done_before, 1e-9))
         if args.valid and (state.step % args.eval_every == 0 or done >= 1):
             evaluate()
+        if objective.answers and args.bleu_every and state.step % args.bleu_every == 0 and done < 1:
+            score()
         if state.step % args.save_every == 0 or done >= 1 or asked:
             save()
     stream.close()
+    report.close()
     stop.leave()
     if asked:
         report.say(f"stopped at step {state.step:,} and saved; the same command goes on from there")
@@ -578,7 +621,17 @@ def response_loss(args: argparse.Namespace, ranks: Ranks, model: ChatLM, tokeniz
         nats, tokens = ranks.sum(sums).tolist()
         return {"val_loss": nats / tokens, "val_ppl": math.exp(min(700.0, nats / tokens)), "val_nats_per_char": nats / float(chars)}
 
-    return Objective(loss, evaluate, exporter(args, model, tokenizer))
+    def answers() -> dict:
+        rows = held_out(args)
+        return {"bleu4": sample.score(model, tokenizer, rows, args.max_len, max_new_tokens=min(128, args.max_len))[0]["bleu4"]}
+
+    return Objective(loss, evaluate, exporter(args, model, tokenizer), answers if args.valid else None)
+
+
+def held_out(args: argparse.Namespace) -> list[dict]:
+    """The pairs of --valid on which answers are scored: all of the demo's, else some 200 spread over the file."""
+    rows = [r for r in data.read_rows([args.valid]) if r.get("prompt") and r.get("response")] if args.valid else []
+    return rows if args.demo else rows[::-(-len(rows) // 200) or 1]
 
 
 def exporter(args: argparse.Namespace, model: ChatLM, tokenizer: Tokenizer) -> Callable[[Path], None]:
@@ -619,8 +672,8 @@ def settle(args: argparse.Namespace, ranks: Ranks, columns: tuple[str, ...] = ("
     args.lr = args.lr or (1e-4 if args.optimizer != "adafactor" and args.init_from else 2e-3 if args.optimizer != "adafactor" or args.init_from
                           else 5e-3 if args.preset == "0.2b" else 2e-2)
     args.max_len = args.max_len or 320
-    args.batch_tokens = args.batch_tokens or (65536 if on_gpu else 1280)
-    args.micro_batch_tokens = args.micro_batch_tokens or max(len(columns) * args.max_len, 16384 if on_gpu else 512)
+    args.batch_tokens = args.batch_tokens or (65536 if on_gpu else 2560)
+    args.micro_batch_tokens = args.micro_batch_tokens or max(len(columns) * args.max_len, 16384 if on_gpu else 1280)
     if not (args.max_steps or args.epochs or args.time_limit):
         args.epochs = 1.0
     for part in filter(None, args.freeze.split(",")):
@@ -628,9 +681,24 @@ def settle(args: argparse.Namespace, ranks: Ranks, columns: tuple[str, ...] = ("
             raise ValueError(f"--freeze {part!r}: only shared, encoder and decoder can be frozen")
     for path in [*args.data, *filter(None, [args.valid])]:
         data.open_parquet(path, columns)
+    if args.valid and ranks.first and (found := overlap(args.data, args.valid)):
+        print(f"warning: {found:,} prompts of {args.valid} are in --data too, and measure memory (data.py split keeps them apart)", file=sys.stderr)
     out = Path(args.out_dir)
     if args.resume == "auto" and (out / "config.json").exists() and not list_checkpoints(out / "checkpoint"):
         raise ValueError(f"{out} holds a model and no checkpoint to go on from: choose another --out_dir, or --resume never to replace it")
+
+
+def overlap(files: list[str], valid: str) -> int:
+    """How many different prompts of valid are prompts in files too."""
+    def prompts(path: str) -> Iterator[pa.Array]:
+        for batch in data.open_parquet(path, ("prompt",)).iter_batches(65536, columns=["prompt"]):
+            yield batch["prompt"].cast(pa.large_string())
+
+    held, found = pa.chunked_array(prompts(valid), pa.large_string()), set()
+    for path in files:
+        for part in prompts(path):
+            found.update(part.filter(pc.is_in(part, held)).to_pylist())
+    return len(found - {None, ""})
 
 
 def find_tokenizer(args: argparse.Namespace, ranks: Ranks) -> Tokenizer:
@@ -655,6 +723,7 @@ def make_model(args: argparse.Namespace, ranks: Ranks, tokenizer: Tokenizer) -> 
     else:
         model = ChatLM(ChatLMConfig.preset(args.preset, vocab_size=len(tokenizer))).to(ranks.device)
     model.config.dropout_rate = args.dropout
+    model.encoder.checkpoint_activations = model.decoder.checkpoint_activations = args.checkpoint_activations
     for part in filter(None, args.freeze.split(",")):
         getattr(model, part).requires_grad_(False)
     if args.lora_rank:
@@ -680,17 +749,19 @@ def run_identity(args: argparse.Namespace, model: ChatLM, tokenizer: Tokenizer) 
 def closing(args: argparse.Namespace, model: ChatLM, tokenizer: Tokenizer, state: State) -> None:
     """What a finished run can say for itself: scores on held-out pairs, and a few answers."""
     model.eval()
-    rows = list(data.read_rows([args.valid])) if args.valid else []
-    rows = [r for r in rows if r.get("prompt") and r.get("response")]
-    if not args.demo:
-        rows = rows[::-(-len(rows) // 200) or 1]
+    rows, said = held_out(args), []
     for name, part in ([("held-out facts", [r for r in rows if not data.is_sum(r["prompt"])]),
                         ("unseen sums", [r for r in rows if data.is_sum(r["prompt"])])] if args.demo else [("held-out pairs", rows)]):
         if part:
             result, answers = sample.score(model, tokenizer, part, args.max_len, max_new_tokens=min(128, args.max_len))
+            said += [(answer, row["response"]) for row, answer in zip(part, answers)]
             print(f"\n{name}: {len(part):,}, exact match {100 * result['exact_match']:.1f} %, BLEU-4 {result['bleu4']:.1f}")
             for row, answer in list(zip(part, answers))[::max(1, len(part) // 4)][:4]:
                 print(f"  {row['prompt']!r:.120} -> {answer!r:.200}")
+    log = Path(args.out_dir) / "log.jsonl"
+    if said and '"bleu4"' not in log.read_text("utf-8").splitlines()[-1]:  # a finished run that is called again has it
+        with open(log, "a", encoding="utf-8") as f:
+            f.write(json.dumps({"step": state.step, "bleu4": sample.bleu4(*zip(*said))}) + "\n")
     seconds = f"{state.step:,} steps, {state.tokens:,} tokens, {duration(state.elapsed_s)}"
     asked = "法国的首都是哪里？" if args.demo else "你好"
     print(f"\nfinished: {args.out_dir} is a model folder ({seconds}). Talk to it:\n"

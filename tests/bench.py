@@ -6,6 +6,7 @@
     python tests/bench.py loader           --data pairs.parquet
     python tests/bench.py train            --data pairs.parquet
     python tests/bench.py time_to_loss     --data pairs.parquet --valid valid.parquet
+    python tests/bench.py generate
     python tests/bench.py dpo              --data pairs.parquet
 
 Every contender runs in a process of its own, in turn, so that what slows the machine slows all of them; the median of
@@ -602,6 +603,89 @@ def time_to_loss(args: argparse.Namespace) -> None:
         show(f"time_to_loss, {args.preset}, {args.dtype}", ["", "nats per character"], rows, {"nats_per_char": figures})
 
 
+# --- generate ----------------------------------------------------------------------------------------------------------------------
+
+def child_generate(kind: str, folder: str, dtype: str, batch: str, beams: str, new: str, seconds: str) -> None:
+    """Prints tokens a second of answers of exactly `new` tokens to prompts of 32, a whole batch at a time."""
+    import torch
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    rng, size, length = random.Random(0), int(batch), int(new)
+    vocabulary = json.loads((Path(folder) / "config.json").read_text())["vocab_size"]
+    prompts = [[rng.randrange(300, vocabulary) for _ in range(31)] + [1] for _ in range(size)]
+    ids, options = torch.tensor(prompts, device=device), {"max_new_tokens": length, "min_new_tokens": length, "num_beams": int(beams)}
+    if kind == "ours":
+        from chatlm import ChatLM
+        from sample import generate as ours, prepare
+        model = prepare(ChatLM.from_pretrained(folder, getattr(torch, dtype) if dtype != "int8" else None, device), dtype)
+
+        def run() -> int:
+            return ours(model, ids, **options).numel() - size
+    elif kind == "transformers":
+        from transformers import AutoModelForSeq2SeqLM
+        model = AutoModelForSeq2SeqLM.from_pretrained(folder, dtype=getattr(torch, dtype)).to(device).eval()
+
+        def run() -> int:
+            with torch.inference_mode():
+                return model.generate(ids, do_sample=False, **options).numel() - size
+    else:
+        import ctranslate2
+        translator = ctranslate2.Translator(f"{folder}/ct2", device=device, compute_type=dtype, intra_threads=torch.get_num_threads())
+        pieces = json.loads((Path(folder) / "tokenizer.json").read_text())
+        words = {i: word for word, i in pieces["model"]["vocab"].items()} | {t["id"]: t["content"] for t in pieces["added_tokens"]}
+        sources = [[words[i] for i in row] for row in prompts]
+
+        def run() -> int:
+            done = translator.translate_batch(sources, beam_size=int(beams), max_decoding_length=length, min_decoding_length=length, max_batch_size=size)
+            return sum(len(d.hypotheses[0]) for d in done)
+    run()
+    rates, begin_s = [], time.perf_counter()
+    while len(rates) < 2 or time.perf_counter() - begin_s < float(seconds):
+        start_s = time.perf_counter()
+        rates.append(run() / (time.perf_counter() - start_s))
+    print(json.dumps({"tok_per_s": statistics.median(rates)}))
+
+
+def generate(args: argparse.Namespace) -> None:
+    """Answer tokens a second: this project, transformers, and CTranslate2 where it is installed; greedy, the same weights."""
+    import torch
+    from chatlm import ChatLM, ChatLMConfig
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer = Tokenizer.train(load_texts(args.data), args.vocab_size)
+        tokenizer.save_pretrained(folder)
+        torch.manual_seed(0)
+        model = ChatLM(ChatLMConfig.preset(args.preset, vocab_size=len(tokenizer)))
+        model.save_pretrained(folder)
+        per_token = model.train_flops(0, 1) / 6  # weights that are read for a token of one row
+        x = torch.ones(1 << 28)
+        x.sum()
+        begin_s = time.perf_counter()
+        x.sum()
+        bandwidth = 4 * x.numel() / (time.perf_counter() - begin_s)
+        del x
+        contenders = [("ours", d) for d in args.dtypes] + [("transformers", d) for d in args.dtypes if d != "int8"]
+        try:
+            import ctranslate2  # noqa: F401
+            subprocess.run([sys.executable, "-c", "from ctranslate2.converters import TransformersConverter as C\n"
+                            f"C({folder!r}).convert({folder + '/ct2'!r})"], check=True, capture_output=True)
+            contenders += [("ctranslate2", d) for d in ("float32", "int8")]
+        except ImportError:
+            print("CTranslate2 is not installed and left out", file=sys.stderr)
+        for batch in args.batches:
+            rates: dict[tuple, list[float]] = {c: [] for c in contenders}
+            peaks = dict.fromkeys(rates, 0)
+            for _ in range(args.runs):
+                for kind, dtype in contenders:
+                    _, peak, said = measure(child("generate", kind, folder, dtype, str(batch), str(args.num_beams), str(args.new_tokens), str(args.seconds)))
+                    rates[kind, dtype].append(json.loads(said.splitlines()[-1])["tok_per_s"])
+                    peaks[kind, dtype] = max(peaks[kind, dtype], peak)
+            median = {c: statistics.median(r) for c, r in rates.items()}
+            size = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 1}
+            show(f"generate, {args.preset}, batch {batch}, beams {args.num_beams}", ["", "tokens/s", "of the memory's limit", "peak MB", *(f"ours, {d} / it" for d in args.dtypes)],
+                 [[f"{kind}, {dtype}", f"{median[kind, dtype]:.1f}", f"{100 * median[kind, dtype] / batch * per_token * size[dtype] / bandwidth:.0f} %",
+                   f"{peaks[kind, dtype] / 1e6:,.0f}", *(f"{median['ours', d] / median[kind, dtype]:.2f}" for d in args.dtypes)] for kind, dtype in contenders],
+                 {"tok_per_s": {f"{k}, {d}": r for (k, d), r in rates.items()}, "bandwidth_gb_per_s": bandwidth / 1e9})
+
+
 # --- dpo ---------------------------------------------------------------------------------------------------------------------------
 
 def write_triples(data: list[str], folder: Path, rows: int) -> None:
@@ -720,7 +804,7 @@ def main() -> None:
         return
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="what", required=True)
-    for task in (tokenizer_train, tokenizer_encode, dedup, loader, train, time_to_loss, dpo):
+    for task in (tokenizer_train, tokenizer_encode, dedup, loader, train, time_to_loss, generate, dpo):
         sub = commands.add_parser(task.__name__, help=task.__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
         sub.set_defaults(task=task)
         sub.add_argument("--data", nargs="+", default=[], metavar="FILE", help="texts or pairs; none: the demo's")
@@ -735,11 +819,15 @@ def main() -> None:
             sub.add_argument("--only_ours", action="store_true", help="no peers: for sizes that they cannot hold")
         if task is loader:
             sub.add_argument("--seconds", type=float, default=15, help="of reading, each")
-        if task in (train, time_to_loss, dpo):
-            sub.add_argument("--preset", default="small", help="the model's shape")
-            sub.add_argument("--seconds", type=float, default=240 if task is time_to_loss else 30, help="of training, each")
-        if task in (train, dpo):
-            sub.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"], help="of the matrix products")
+        if task in (train, time_to_loss, generate, dpo):
+            sub.add_argument("--preset", default="0.2b" if task is generate else "small", help="the model's shape")
+            sub.add_argument("--seconds", type=float, default={time_to_loss: 240, generate: 10}.get(task, 30), help="of each contender")
+        if task in (train, generate, dpo):
+            sub.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16", *(["int8"] if task is generate else [])], help="of the matrix products")
+        if task is generate:
+            sub.add_argument("--batches", type=int, nargs="+", default=[1, 16], help="prompts at a time")
+            sub.add_argument("--new_tokens", type=int, default=128, help="of an answer")
+            sub.add_argument("--num_beams", type=int, default=1, help="1: greedy")
         if task in (train, time_to_loss):
             sub.add_argument("--peers", nargs="+", default=["usual", "best"], choices=PEERS, help="ways to train transformers' T5")
         if task is time_to_loss:

@@ -159,3 +159,13 @@ def test_position_buckets():
     d = torch.tensor([-1000, -129, -128, -20, -8, -7, -1, 0, 1, 7, 8, 20, 127, 1000])
     assert relative_position_bucket(d, True, 32, 128).tolist() == [15, 15, 15, 10, 8, 7, 1, 0, 17, 23, 24, 26, 31, 31]
     assert relative_position_bucket(d, False, 32, 128).tolist() == [31, 31, 31, 17, 8, 7, 1, 0, 0, 0, 0, 0, 0, 0]
+
+
+def test_train_flops_are_torchs_without_attention():
+    from torch.utils.flop_counter import FlopCounterMode
+    model = ChatLM(ChatLMConfig.preset("demo", vocab_size=500))
+    ids, labels = torch.randint(7, 500, (3, 9)), torch.randint(7, 500, (3, 12))
+    with FlopCounterMode(display=False) as counter:
+        model(ids, labels=labels)[1].backward()
+    counted = sum(n for operation, n in counter.get_flop_counts()["Global"].items() if str(operation) in ("aten.mm", "aten.addmm"))
+    assert model.train_flops(27, 36) == counted

@@ -1,4 +1,6 @@
 """Decoding gives transformers' tokens; scores are sacrebleu's; the command serves people."""
+import argparse
+import dataclasses
 import itertools
 import json
 import math
@@ -85,6 +87,39 @@ def test_sampling_filters_as_transformers():
             expected = logits_process.TopPLogitsWarper(top_p, min_tokens_to_keep=least)(None, expected)
         config = GenerationConfig(do_sample=True, temperature=temperature, top_k=top_k, top_p=top_p, num_beams=beams)
         assert torch.equal(config.process(scores, torch.zeros(4, 1, dtype=torch.int64), 1), expected)
+
+
+def contrastive_by_definition(theirs, ids: torch.Tensor, top_k: int, alpha: float, new: int, penalty: float) -> list[int]:
+    """Su et al.'s search for one prompt on transformers' model, everything computed again for every candidate."""
+    said = [0]
+
+    def look(tokens: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+        out = theirs(input_ids=ids, decoder_input_ids=torch.tensor([tokens]), output_hidden_states=True)
+        return out.logits[0, -1], out.decoder_hidden_states[-1][0]
+
+    for _ in range(new):
+        scores = logits_process.RepetitionPenaltyLogitsProcessor(penalty)(torch.tensor([said]), look(said)[0][None])
+        p, tokens = scores[0].softmax(-1).topk(top_k)
+        values = []
+        for share, token in zip(p.tolist(), tokens.tolist()):
+            h = look([*said, token])[1]
+            values.append((1 - alpha) * share - alpha * float(torch.cosine_similarity(h[-1:], h[:-1]).max()))
+        said.append(int(tokens[values.index(max(values))]))
+        if said[-1] == 1:
+            break
+    return said
+
+
+@pytest.mark.parametrize(("top_k", "alpha", "penalty"), [(4, 0.6, 1.0), (2, 0.3, 1.0), (5, 0.9, 1.5)])
+def test_contrastive_search_is_its_definition(tmp_path, top_k, alpha, penalty):
+    theirs, ours = make_models(tmp_path, 2, initializer_factor=2.0)
+    ids, mask = make_prompts(5)
+    got = generate(ours, ids, mask, max_new_tokens=12, top_k=top_k, penalty_alpha=alpha, repetition_penalty=penalty)
+    with torch.no_grad():
+        for i, row in enumerate(got.tolist()):
+            expected = contrastive_by_definition(theirs, ids[i:i + 1, :mask[i].sum()], top_k, alpha, 12, penalty)
+            assert row == expected + [0] * (len(row) - len(expected))
+    assert not torch.equal(got[:, :8], generate(ours, ids, mask, max_new_tokens=12, repetition_penalty=penalty)[:, :8])
 
 
 def test_seeded_sampling_is_reproducible_and_draws_from_the_distribution(tmp_path):
@@ -184,6 +219,30 @@ def test_bad_commands_end_with_one_line(folder, args):
     assert done.returncode == 2
     assert len(done.stderr.splitlines()) == 1, done.stderr
     assert done.stdout == ""
+
+
+def test_settings_come_from_flags_then_from_the_model(folder, tmp_path):
+    import shutil
+    other = tmp_path / "other"
+    shutil.copytree(folder, other)
+    (other / "generation_config.json").write_text(json.dumps({"max_new_tokens": 5, "num_beams": 2, "early_stopping": "never", "eos_token_id": 1, "top_p": None}))
+    model = ChatLM.from_pretrained(other)
+    model.save_pretrained(other)
+    assert json.loads((other / "generation_config.json").read_text())["early_stopping"] == "never"
+
+    def options(*flags: str) -> GenerationConfig:
+        args = argparse.Namespace(**{f.name: None for f in dataclasses.fields(GenerationConfig)}, reference_settings="--reference_settings" in flags)
+        for name, value in zip(flags, flags[1:]):
+            if name == "--num_beams":
+                args.num_beams = int(value)
+        return GenerationConfig(**sample.decoding_options(args, model))
+
+    assert options() == GenerationConfig(max_new_tokens=5, num_beams=2, early_stopping="never")
+    assert options("--num_beams", "3").num_beams == 3
+    assert options("--reference_settings") == GenerationConfig(5, num_beams=5, do_sample=True, top_k=50, top_p=0.95, no_repeat_ngram_size=4, length_penalty=-2.0, early_stopping=True)
+    done = call("--prompt", "你好", "--model", str(other), "--early_stopping", "never", "--num_beams", "2", "--temperature", "0.7")
+    assert done.returncode == 0 and "--temperature changes nothing without --do_sample" in done.stderr
+    assert call("--prompt", "你好", "--model", str(other), "--early_stopping", "soon").returncode == 2
 
 
 def test_no_model_says_what_to_run_first(folder):

@@ -7,6 +7,7 @@ import random
 import resource
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -16,6 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
 import train
@@ -70,7 +72,7 @@ def log(out: Path) -> list[dict]:
 
 def curve(out: Path) -> list[tuple]:
     """What must come again exactly."""
-    return [tuple(row.get(k) for k in ("step", "loss", "lr", "tokens", "val_loss", "val_ppl", "val_nats_per_char")) for row in log(out)]
+    return [tuple(row.get(k) for k in ("step", "loss", "lr", "tokens", "val_loss", "val_ppl", "val_nats_per_char", "bleu4")) for row in log(out)]
 
 
 @pytest.fixture(scope="module")
@@ -85,7 +87,7 @@ def straight(base, tmp_path_factory) -> Path:
 def test_out_dir_holds_what_is_promised(straight):
     names = {p.name for p in straight.iterdir()}
     model = {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"}
-    assert model | {"best", "checkpoint", "log.jsonl"} == names
+    assert model | {"best", "checkpoint", "log.jsonl", "tensorboard"} == names  # the last because TensorBoard is installed
     assert {p.name for p in (straight / "best").iterdir()} == model
     assert len(list_checkpoints(straight / "checkpoint")) == 2
     rows = log(straight)
@@ -96,6 +98,17 @@ def test_out_dir_holds_what_is_promised(straight):
     evaluations = [r for r in rows if "val_loss" in r]
     assert [r["step"] for r in evaluations] == [10, 20, 24]
     assert all(r.keys() == {"step", "val_loss", "val_ppl", "val_nats_per_char", "elapsed"} for r in evaluations)
+    assert rows[-1].keys() == {"step", "bleu4"} and rows[-1]["step"] == 24
+
+
+def test_tensorboard_has_what_the_log_has(straight):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    events = EventAccumulator(str(straight / "tensorboard"))
+    events.Reload()
+    for name in ("loss", "val_loss"):
+        logged = [(r["step"], r[name]) for r in log(straight) if name in r]
+        assert [e.step for e in events.Scalars(name)] == [step for step, _ in logged]
+        assert all(math.isclose(e.value, value, rel_tol=1e-6) for e, (_, value) in zip(events.Scalars(name), logged))
 
 
 def test_export_is_transformers_model(straight):
@@ -118,7 +131,7 @@ def test_validation_loss_is_transformers(straight, base):
         with torch.no_grad():
             nats += float(theirs(**auto(row["prompt"], return_tensors="pt"), labels=labels).loss) * labels.numel()
         tokens, chars = tokens + labels.numel(), chars + len(row["response"])
-    last = log(straight)[-1]
+    last = [r for r in log(straight) if "val_loss" in r][-1]
     assert math.isclose(last["val_loss"], nats / tokens, rel_tol=1e-4)
     assert math.isclose(last["val_ppl"], math.exp(nats / tokens), rel_tol=1e-3)
     assert math.isclose(last["val_nats_per_char"], nats / chars, rel_tol=1e-4)
@@ -162,6 +175,129 @@ def test_two_processes_take_the_same_steps_and_may_change(base, straight, tmp_pa
     for a, b in zip(ours, expected, strict=True):
         for x, y in zip(a[1:], b[1:], strict=True):
             assert x == y or math.isclose(x, y, rel_tol=2e-3), (a, b)
+
+
+def test_resume_is_exact_when_killed_while_a_checkpoint_is_written(base, straight, tmp_path):
+    out = tmp_path / "out"
+    args = [*base, "--out_dir", str(out), "--max_steps", "24", "--eval_every", "10", "--save_every", "1"]
+    hit = 0
+    for _ in range(3):
+        process = subprocess.Popen(command(*args), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=ENV)
+        saved = len(list_checkpoints(out / "checkpoint"))
+        while process.poll() is None and not (saved and (out / "checkpoint" / "writing.tmp").exists()):
+            saved = saved or len(list_checkpoints(out / "checkpoint"))
+        process.kill()
+        hit += process.wait() == -signal.SIGKILL
+        shutil.rmtree(out / "best", ignore_errors=True)  # what a kill may leave half made is made again
+    assert hit
+    done = call(*args)
+    assert done.returncode == 0, done.stderr
+    assert curve(out) == curve(straight)
+
+
+def ranks_below(pid: int) -> list[int]:
+    """The processes that torchrun, or an agent of it, has started."""
+    return [int(c) for task in Path(f"/proc/{pid}/task").iterdir() for c in (task / "children").read_text().split()]
+
+
+def test_a_killed_rank_is_started_again(base, straight, tmp_path):
+    out = tmp_path / "out"
+    args = [*base, "--out_dir", str(out), "--max_steps", "24", "--eval_every", "10", "--save_every", "4"]
+    launch = command(*args, ranks=2)
+    launch.insert(launch.index("--standalone"), "--max-restarts=3")
+    process = subprocess.Popen(launch, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=ENV)
+    end_s = time.monotonic() + 50
+    while time.monotonic() < end_s and process.poll() is None and not ((out / "log.jsonl").exists() and len(log_lines(out)) >= 9):
+        time.sleep(0.01)
+    os.kill(ranks_below(process.pid)[-1], signal.SIGKILL)
+    said = process.communicate(timeout=60)[0]
+    assert process.returncode == 0 and "going on from" in said, said
+    assert [r[0] for r in curve(out)] == [r[0] for r in curve(straight)]
+    for a, b in zip(curve(out), curve(straight), strict=True):
+        assert a[1] is None or math.isclose(a[1], b[1], rel_tol=2e-3)
+
+
+def log_lines(out: Path) -> list[str]:
+    return (out / "log.jsonl").read_text("utf-8").splitlines()
+
+
+def test_two_machines_take_the_same_steps(base, straight, tmp_path):
+    """Two agents of torchrun, as on two machines, that meet at a port."""
+    out = tmp_path / "out"
+    with socket.socket() as s:
+        s.bind(("localhost", 0))
+        port = s.getsockname()[1]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=1", "--rdzv_backend=c10d", f"--rdzv_endpoint=localhost:{port}",
+              str(ROOT / "train.py"), *base, "--out_dir", str(out), "--max_steps", "8", "--schedule", "constant"]
+    agents = [subprocess.Popen(launch, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=ENV) for _ in range(2)]
+    said = [agent.communicate(timeout=100)[0] for agent in agents]
+    assert [agent.returncode for agent in agents] == [0, 0], said
+    done = call(*base, "--out_dir", str(tmp_path / "one"), "--max_steps", "8", "--schedule", "constant")
+    assert done.returncode == 0, done.stderr
+    for a, b in zip(curve(out), curve(tmp_path / "one"), strict=True):
+        assert a[0] == b[0] and (a[1] is None or math.isclose(a[1], b[1], rel_tol=1e-4))
+
+
+def test_gradient_does_not_depend_on_the_split(base, tmp_path):
+    """1 process x 4 micro-batches = 2 x 2 = 1 x 1: one step of plain descent with rate 1 moves the weights by the gradient."""
+    tokenizer = Tokenizer.from_pretrained(base[5])
+    rows = [(p, r) for p, r in make_demo()[0] if len(tokenizer.encode(p)) == 8 and len(tokenizer.encode(r)) in (5, 6)][:32]
+    assert len(rows) == 32
+    pq.write_table(pa.table({"prompt": [p for p, _ in rows], "response": [r for _, r in rows]}), tmp_path / "rows.parquet")
+    script = tmp_path / "plain.py"
+    script.write_text(f"import sys; sys.path.insert(0, {str(ROOT)!r})\nimport torch, train\n"
+                      "train.make_optimizers = lambda model, *_: [torch.optim.SGD(model.parameters(), lr=1.0)]\ntrain.main()\n")
+    moved = {}
+    cells = 8 * (8 + 6)
+    for ranks, micro in ((1, 1), (2, 1), (1, 4)):
+        out = tmp_path / f"{ranks}x{micro}"
+        launch = [str(script) if part == str(ROOT / "train.py") else part for part in command("--data", str(tmp_path / "rows.parquet"), ranks=ranks)]
+        flags = ["--tokenizer", base[5], "--preset", "demo", "--max_len", "20", "--device", "cpu", "--dtype", "float32", "--workers", "0", "--max_steps", "1", "--lr", "1",
+                 "--schedule", "constant", "--warmup_steps", "0", "--grad_clip", "1e9", "--micro_batch_tokens", str(cells * micro), "--batch_tokens", str(4 * cells)]
+        done = subprocess.run([*launch, *flags, "--out_dir", str(out)], capture_output=True, text=True, timeout=100, env=ENV)
+        assert done.returncode == 0, done.stderr
+        moved[ranks, micro] = load_file(out / "model.safetensors")
+        (line,) = [r for r in log(out) if "loss" in r]
+        assert line["tokens"] == sum(len(tokenizer.encode(t)) for row in rows for t in row)
+    torch.manual_seed(0)
+    start = ChatLM(ChatLM.from_pretrained(tmp_path / "1x1").config).state_dict()
+    expected = {name: start[name] - w for name, w in moved[1, 4].items()}
+    assert max(float(g.abs().max()) for g in expected.values()) > 0.01
+    for case in ((1, 1), (2, 1)):
+        for name, g in expected.items():
+            torch.testing.assert_close(start[name] - moved[case][name], g, rtol=1e-3, atol=2e-6 + 1e-6 * float(start[name].abs().max()))
+
+
+def test_checkpointed_activations_change_nothing(base, straight, tmp_path):
+    done = call(*base, "--out_dir", str(tmp_path / "out"), "--max_steps", "24", "--eval_every", "10", "--checkpoint_activations")
+    assert done.returncode == 0, done.stderr
+    assert curve(tmp_path / "out") == curve(straight)
+
+
+def test_float16_trains_to_the_loss_of_float32(base, tmp_path):
+    ends = {}
+    for dtype in ("float32", "float16"):
+        flags = [*base[:-4], "--dtype", dtype, "--dropout", "0", "--lr", "2e-2", "--max_steps", "120", "--eval_every", "1000", "--out_dir", str(tmp_path / dtype)]
+        done = call(*flags)
+        assert done.returncode == 0, done.stderr
+        ends[dtype] = [r["val_loss"] for r in log(tmp_path / dtype) if "val_loss" in r][-1]
+    assert ends["float32"] < 2.5 and math.isclose(ends["float16"], ends["float32"], rel_tol=0.05), ends
+
+
+def test_overlap_with_validation_is_counted(base, tmp_path):
+    pq.write_table(pa.table({"prompt": ["你好", "你好", "再见", "没有"], "response": ["一", "二", "三", "四"]}), tmp_path / "v.parquet")
+    pq.write_table(pa.table({"prompt": pa.array(["你好", "再见", "再见", None], pa.large_string()), "response": ["五", "六", "七", "八"]}), tmp_path / "t.parquet")
+    assert train.overlap([str(tmp_path / "t.parquet"), base[1]], str(tmp_path / "v.parquet")) == 2
+    assert train.overlap([base[1]], base[3]) == 0
+    done = call(*base[:2], "--valid", base[1], *base[4:], "--out_dir", str(tmp_path / "out"), "--max_steps", "1")
+    prompts = set(pq.read_table(base[1])["prompt"].to_pylist())
+    assert f"warning: {len(prompts):,} prompts of {base[1]} are in --data too" in done.stderr
+
+
+def test_answers_are_scored_when_asked(base, tmp_path):
+    done = call(*base, "--out_dir", str(tmp_path / "out"), "--max_steps", "4", "--bleu_every", "2")
+    assert done.returncode == 0, done.stderr
+    assert [r["step"] for r in log(tmp_path / "out") if "bleu4" in r] == [2, 4]
 
 
 def test_finished_run_says_so_and_can_be_prolonged(base, straight):
@@ -248,7 +384,6 @@ def test_fine_tuning_leaves_frozen_parts_alone(base, straight, tmp_path):
 
 
 def test_infinite_gradients_change_nothing_and_end_the_run(base, straight, tmp_path):
-    from safetensors.torch import load_file, save_file
     model = tmp_path / "model"
     shutil.copytree(straight / "best", model)
     weights = load_file(model / "model.safetensors")
