@@ -201,7 +201,7 @@ def tune(argv: list[str]) -> None:
     args = parser.parse_args(argv)
     if not args.data or not args.init_from:
         parser.error("--init_from and --data are needed")
-    args.preset = args.vocab_size = None
+    args.preset = args.vocab_size = args.bleu_every = None
     args.optimizer = args.optimizer or "adamw"
     args.lr = args.lr or (1e-4 if args.lora_rank else 1e-5)
     ranks = train.Ranks.join(args.device)

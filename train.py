@@ -81,7 +81,6 @@ def parser_for(description: str) -> ArgumentParser:
     add("--compile", action="store_true", help="torch.compile the model")
     add("--checkpoint_activations", action="store_true", help="keep little for backward and compute it again: less memory, a quarter slower")
     add("--eval_every", type=number(int, 1), default=500, help="steps")
-    add("--bleu_every", type=number(int, 1), metavar="STEPS", help="score answers on --valid so often; none: at the end")
     add("--save_every", type=number(int, 1), default=500, help="steps")
     add("--keep", type=number(int, 1), default=2, help="checkpoints that are kept")
     add("--resume", default="auto", metavar="auto|never|CHECKPOINT",
@@ -377,8 +376,8 @@ class Objective:
     loss: Callable[[dict], tuple[Tensor, ...]]
     evaluate: Callable[[], dict]  # the values to log at an evaluation, val_loss among them
     export: Callable[[Path], None]  # write a folder that can be used
-    answers: Callable[[], dict] | None = None  # bleu4 of answers to held-out prompts
     extra: tuple[str, ...] = ()  # other means to log
+    answers: Callable[[], dict] | None = None  # bleu4 of answers to held-out prompts
 
 
 class Report:
@@ -625,7 +624,7 @@ def response_loss(args: argparse.Namespace, ranks: Ranks, model: ChatLM, tokeniz
         rows = held_out(args)
         return {"bleu4": sample.score(model, tokenizer, rows, args.max_len, max_new_tokens=min(128, args.max_len))[0]["bleu4"]}
 
-    return Objective(loss, evaluate, exporter(args, model, tokenizer), answers if args.valid else None)
+    return Objective(loss, evaluate, exporter(args, model, tokenizer), answers=answers if args.valid else None)
 
 
 def held_out(args: argparse.Namespace) -> list[dict]:
@@ -773,6 +772,7 @@ def main() -> None:
     parser = parser_for(__doc__.split("\n")[0])
     parser.add_argument("--preset", choices=list(PRESETS), help="shape of a new model; none: small, for the demo demo")
     parser.add_argument("--vocab_size", type=number(int, 264), help="of a tokenizer that is trained here; none: 29298, for the demo 2048")
+    parser.add_argument("--bleu_every", type=number(int, 1), metavar="STEPS", help="score answers on --valid so often; none: at the end")
     args = parser.parse_args()
     ranks = Ranks.join(args.device)
     settle(args, ranks)

@@ -72,7 +72,7 @@ def child(task: str, *args: str) -> list[str]:
 
 def machine() -> dict:
     models = re.findall(r"model name\s*:\s*(.*)", Path("/proc/cpuinfo").read_text()) if Path("/proc/cpuinfo").exists() else []
-    packages = ("torch", "numpy", "pyarrow", "tokenizers", "sentencepiece", "transformers", "datasets", "rensa", "datasketch")
+    packages = ("torch", "numpy", "pyarrow", "tokenizers", "sentencepiece", "transformers", "ctranslate2", "datasets", "rensa", "datasketch")
     versions = {}
     for package in packages:
         try:
@@ -615,8 +615,8 @@ def child_generate(kind: str, folder: str, dtype: str, batch: str, beams: str, n
     ids, options = torch.tensor(prompts, device=device), {"max_new_tokens": length, "min_new_tokens": length, "num_beams": int(beams)}
     if kind == "ours":
         from chatlm import ChatLM
-        from sample import generate as ours, prepare
-        model = prepare(ChatLM.from_pretrained(folder, getattr(torch, dtype) if dtype != "int8" else None, device), dtype)
+        from sample import generate as ours
+        model = ChatLM.from_pretrained(folder, getattr(torch, dtype), device)
 
         def run() -> int:
             return ours(model, ids, **options).numel() - size
@@ -662,7 +662,7 @@ def generate(args: argparse.Namespace) -> None:
         x.sum()
         bandwidth = 4 * x.numel() / (time.perf_counter() - begin_s)
         del x
-        contenders = [("ours", d) for d in args.dtypes] + [("transformers", d) for d in args.dtypes if d != "int8"]
+        contenders = [("ours", d) for d in args.dtypes] + [("transformers", d) for d in args.dtypes]
         try:
             import ctranslate2  # noqa: F401
             subprocess.run([sys.executable, "-c", "from ctranslate2.converters import TransformersConverter as C\n"
@@ -823,7 +823,7 @@ def main() -> None:
             sub.add_argument("--preset", default="0.2b" if task is generate else "small", help="the model's shape")
             sub.add_argument("--seconds", type=float, default={time_to_loss: 240, generate: 10}.get(task, 30), help="of each contender")
         if task in (train, generate, dpo):
-            sub.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16", *(["int8"] if task is generate else [])], help="of the matrix products")
+            sub.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"], help="of the matrix products")
         if task is generate:
             sub.add_argument("--batches", type=int, nargs="+", default=[1, 16], help="prompts at a time")
             sub.add_argument("--new_tokens", type=int, default=128, help="of an answer")
