@@ -681,7 +681,7 @@ def settle(args: argparse.Namespace, ranks: Ranks, columns: tuple[str, ...] = ("
     for path in [*args.data, *filter(None, [args.valid])]:
         data.open_parquet(path, columns)
     if args.valid and ranks.first and (found := overlap(args.data, args.valid)):
-        print(f"warning: {found:,} prompts of {args.valid} are in --data too, and measure memory (data.py split keeps them apart)", file=sys.stderr)
+        print(f"warning: {found:,} prompts of --valid are in --data too, and measure memory (data.py split keeps them apart)", file=sys.stderr)
     out = Path(args.out_dir)
     if args.resume == "auto" and (out / "config.json").exists() and not list_checkpoints(out / "checkpoint"):
         raise ValueError(f"{out} holds a model and no checkpoint to go on from: choose another --out_dir, or --resume never to replace it")

@@ -293,7 +293,7 @@ def test_overlap_with_validation_is_counted(base, tmp_path):
     assert train.overlap([base[1]], base[3]) == 0
     done = call(*base[:2], "--valid", base[1], *base[4:], "--out_dir", str(tmp_path / "out"), "--max_steps", "1")
     prompts = set(pq.read_table(base[1])["prompt"].to_pylist())
-    assert f"warning: {len(prompts):,} prompts of {base[1]} are in --data too" in done.stderr
+    assert f"warning: {len(prompts):,} prompts of --valid are in --data too" in done.stderr
 
 
 def test_answers_are_scored_when_asked(base, tmp_path):
