@@ -546,7 +546,7 @@ def run_ours(folder: str, preset: str, dtype: str, seconds: float, data: str, va
     steps = [line for line in log if "tok_per_s" in line]
     early = next(line for line in steps if line["elapsed"] > min(3.0, seconds / 2))
     result = {"tok_per_s": (steps[-1]["tokens"] - early["tokens"]) / (steps[-1]["elapsed"] - early["elapsed"]), "steps": len(steps)}
-    return {**result, **({"nats_per_char": log[-1]["val_nats_per_char"]} if valid else {})}, peak
+    return {**result, **({"nats_per_char": [line for line in log if "val_loss" in line][-1]["val_nats_per_char"]} if valid else {})}, peak
 
 
 def train(args: argparse.Namespace) -> None:
