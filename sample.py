@@ -55,7 +55,8 @@ class GenerationConfig:
                 ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1"),
                 ("repetition_penalty", self.repetition_penalty > 0, "above 0"),
                 ("no_repeat_ngram_size", self.no_repeat_ngram_size >= 0, "0 or more"),
-                ("penalty_alpha", 0 <= self.penalty_alpha <= 1, "0 to 1"), ("early_stopping", self.early_stopping in (True, False, "never"), "True, False or 'never'"),
+                ("penalty_alpha", 0 <= self.penalty_alpha <= 1, "0 to 1"),
+                ("early_stopping", self.early_stopping in (True, False, "never"), "True, False or 'never'"),
                 ("num_return_sequences", 1 <= self.num_return_sequences <= (self.num_beams if not self.do_sample else 10 ** 6),
                  "at least 1, and without sampling at most num_beams")):
             if not good:
