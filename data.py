@@ -234,6 +234,12 @@ def write_pairs(path, rows: Iterable[dict], columns: tuple[str, ...] = PAIR) -> 
     return writer.total
 
 
+def write_demo(folder, seed: int = 0) -> dict[str, int]:
+    """Write make_demo's pairs as train.parquet and valid.parquet; how many, by path."""
+    paths = [str(Path(folder) / f"{name}.parquet") for name in ("train", "valid")]
+    return {path: write_pairs(path, ({"prompt": p, "response": r} for p, r in pairs)) for path, pairs in zip(paths, make_demo(seed))}
+
+
 def refuse_nothing(rows: int, inputs: list[str], problems: Problems) -> None:
     """Raises ValueError where nothing is left to write: what was there before stays."""
     if not rows:
@@ -1137,9 +1143,8 @@ def main() -> None:
     sub.add_argument("--tokenizer", metavar="DIR", help="count its tokens, too")
     args = parser.parse_args()
     if args.command == "demo":
-        for name, pairs in zip(("train", "valid"), make_demo(args.seed)):
-            path = Path(args.out) / f"{name}.parquet"
-            print(f"{path}: {write_pairs(path, ({'prompt': p, 'response': r} for p, r in pairs)):,} pairs")
+        for path, pairs in write_demo(args.out, args.seed).items():
+            print(f"{path}: {pairs:,} pairs")
     elif args.command == "clean":
         clean(args.input, args.source, args.out, [args.prompt_field, args.response_field], args.min_chars, args.max_chars, args.workers)
     elif args.command == "dedup":

@@ -658,8 +658,7 @@ def settle(args: argparse.Namespace, ranks: Ranks, columns: tuple[str, ...] = ("
         args.data, args.valid = [str(folder / "train.parquet")], str(folder / "valid.parquet")
         if ranks.first and not (Path(args.valid).is_file() and Path(args.data[0]).is_file()):
             print("making demo data: questions about capitals, opposites, units, sums, ...", flush=True)
-            for path, pairs in zip((args.data[0], args.valid), data.make_demo()):
-                data.write_pairs(path, ({"prompt": p, "response": r} for p, r in pairs))
+            data.write_demo(folder)
         ranks.wait()
     if args.lora_rank and not args.init_from:
         raise ValueError("--lora_rank adds to a model: name it with --init_from")

@@ -31,7 +31,7 @@ from pathlib import Path
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from data import make_demo  # noqa: E402
+from data import make_demo, write_demo  # noqa: E402
 from tokenizer import BYTE_TOKENS, SPECIAL_TOKENS, Tokenizer, piece_starts, read_texts, to_codepoints  # noqa: E402
 
 ROOT = Path(__file__).parent.parent
@@ -426,9 +426,7 @@ def loader(args: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory() as folder:
         files = args.data
         if not files:
-            import data as ours
-            files = [f"{folder}/demo.parquet"]
-            ours.write_pairs(files[0], ({"prompt": p, "response": r} for p, r in make_demo()[0]))
+            files = list(write_demo(folder))[:1]
         Tokenizer.train([text for pair in load_pairs(files[:1]) for text in pair], args.vocab_size).save_pretrained(folder)
         contenders = [(kind, workers) for workers in ("0", "1", "2") for kind in (["ours"] if args.only_ours else ["ours", "datasets"])]
         results: dict[tuple, list[dict]] = {c: [] for c in contenders}
@@ -553,7 +551,7 @@ def train(args: argparse.Namespace) -> None:
     data = args.data[0] if args.data else ""
     with tempfile.TemporaryDirectory() as folder:
         Tokenizer.train(load_texts(args.data), args.vocab_size).save_pretrained(folder)
-        data = data or demo_files(folder)[0]
+        data = data or list(write_demo(folder))[0]
         for dtype in args.dtypes:
             rates: dict[str, list[float]] = {kind: [] for kind in ("ours", *args.peers)}
             peaks = dict.fromkeys(rates, 0)
@@ -573,22 +571,13 @@ def train(args: argparse.Namespace) -> None:
                  {"tok_per_s": rates, "peak_bytes": peaks})
 
 
-def demo_files(folder: str) -> list[str]:
-    """The demo's pairs for training and validation, as Parquet files there."""
-    import data as ours
-    paths = [f"{folder}/train.parquet", f"{folder}/valid.parquet"]
-    for path, pairs in zip(paths, make_demo()):
-        ours.write_pairs(path, ({"prompt": p, "response": r} for p, r in pairs))
-    return paths
-
-
 def time_to_loss(args: argparse.Namespace) -> None:
     """Nats per character on held-out pairs: the peer after --seconds, ours after a tenth of them and after as many."""
     if bool(args.data) != bool(args.valid):
         raise SystemExit("bench.py: error: --data and --valid go together")
     with tempfile.TemporaryDirectory() as folder:
         Tokenizer.train(load_texts(args.data), args.vocab_size).save_pretrained(folder)
-        data, valid = (args.data[0], args.valid) if args.data else demo_files(folder)
+        data, valid = (args.data[0], args.valid) if args.data else write_demo(folder)
         rows, figures = [], {}
         for _ in range(args.runs):
             for name, share in [("ours", 0.1), ("ours", 1.0), *((kind, 1.0) for kind in args.peers)]:
