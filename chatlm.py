@@ -15,6 +15,8 @@ import errno
 import json
 import math
 import os
+import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,6 +33,7 @@ PRESETS = {  # with the tied head and 29,298 tokens: small 14.8 M parameters, 0.
     "0.2b": dict(d_model=768, d_ff=3072, d_kv=64, num_heads=12, num_layers=10, num_decoder_layers=10),
 }
 LOSS_CHUNK_BYTES = 1 << 26  # of logits alive at once in the loss
+FEW_ROWS = 64  # of a product, in decoding
 CACHE_BYTES = 1 << 23  # of them, that a CPU's cache holds while one operation after another passes over them
 
 
@@ -94,6 +97,11 @@ class ChatLMConfig:
         return json.dumps({**derived, **dataclasses.asdict(self)}, indent=2) + "\n"
 
 
+def empty_embedding(rows: int, width: int) -> nn.Embedding:
+    """nn.Embedding fills its table with random numbers, and for one on the meta device it imports torch's compiler to do so: a second."""
+    return nn.Embedding.from_pretrained(torch.empty(rows, width), freeze=False)
+
+
 class Dropout(nn.Module):
     """nn.Dropout whose rate is read from the config at every call, so that it can be changed after loading."""
 
@@ -102,7 +110,7 @@ class Dropout(nn.Module):
         self.config = config
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.dropout(x, self.config.dropout_rate, self.training)
+        return F.dropout(x, self.config.dropout_rate) if self.training else x
 
 
 class RMSNorm(nn.Module):
@@ -148,7 +156,7 @@ class Attention(nn.Module):
         self.v = nn.Linear(config.d_model, inner, bias=False)
         self.o = nn.Linear(inner, config.d_model, bias=False)
         if position_bias:
-            self.relative_attention_bias = nn.Embedding(config.relative_attention_num_buckets, config.num_heads)
+            self.relative_attention_bias = empty_embedding(config.relative_attention_num_buckets, config.num_heads)
 
     def bias(self, queries: Tensor, keys: Tensor) -> Tensor:
         """What the distance of positions adds to the scores: positions (Q,) and (L,) -> (1, H, Q, L)."""
@@ -183,8 +191,15 @@ class FeedForward(nn.Module):
         self.wo = nn.Linear(config.d_ff, config.d_model, bias=False)
         self.dropout = Dropout(config)
 
+    def activation(self, h: Tensor) -> Tensor:
+        """(..., d_ff), or gated (..., 2 d_ff) -> (..., d_ff)"""
+        if not self.gated:
+            return F.relu(h)
+        gate, h = h.chunk(2, dim=-1)
+        return F.gelu(gate, approximate="tanh") * h
+
     def forward(self, x: Tensor) -> Tensor:
-        h = F.gelu(self.wi_0(x), approximate="tanh") * self.wi_1(x) if self.gated else F.relu(self.wi(x))
+        h = self.activation(torch.cat([self.wi_0(x), self.wi_1(x)], -1) if self.gated else self.wi(x))
         if h.dtype == torch.float16:  # what T5 adds here can pass float16's 65,504: it leaves this product a sixteenth as large
             return self.wo(self.dropout(h) / 16).float() * 16
         return self.wo(self.dropout(h))
@@ -197,12 +212,9 @@ class SelfAttentionLayer(nn.Module):
         self.layer_norm = RMSNorm(config)
         self.dropout = Dropout(config)
 
-    def forward(self, x: Tensor, bias: Tensor, cache: "LayerCache | None" = None) -> Tensor:
+    def forward(self, x: Tensor, bias: Tensor) -> Tensor:
         h = self.layer_norm(x)
-        keys, values = self.SelfAttention.keys_values(h)
-        if cache is not None:
-            keys, values = cache.append(keys, values)
-        return x + self.dropout(self.SelfAttention(h, keys, values, bias))
+        return x + self.dropout(self.SelfAttention(h, *self.SelfAttention.keys_values(h), bias))
 
 
 class CrossAttentionLayer(nn.Module):
@@ -213,11 +225,7 @@ class CrossAttentionLayer(nn.Module):
         self.dropout = Dropout(config)
 
     def forward(self, x: Tensor, keys: Tensor, values: Tensor, bias: Tensor) -> Tensor:
-        """x (B * N, 1, D) with keys of B sources: the N beams of a source are N queries to the same keys."""
-        h = self.layer_norm(x)
-        if len(x) != len(keys):
-            h = h.view(len(keys), -1, h.size(-1))
-        return x + self.dropout(self.EncDecAttention(h, keys, values, bias)).view_as(x)
+        return x + self.dropout(self.EncDecAttention(self.layer_norm(x), keys, values, bias))
 
 
 class FeedForwardLayer(nn.Module):
@@ -272,38 +280,13 @@ class Stack(nn.Module):
         return x
 
 
-class LayerCache:
-    """The keys and values of one decoder layer: its own up to now (grown by doubling) and the source's."""
-
-    def __init__(self, source_keys: Tensor, source_values: Tensor):
-        self.source = source_keys, source_values  # each (B, H, S, K)
-        self.own: tuple[Tensor, ...] = ()  # each (B * N, H, capacity, K)
-        self.length = 0
-
-    def append(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Add the newest position's (B * N, H, 1, K), give all (B * N, H, length, K)."""
-        if not self.own:
-            self.own = tuple(x.new_empty(x.size(0), x.size(1), 32, x.size(3)) for x in (keys, values))
-        elif self.length == self.own[0].size(2):
-            self.own = tuple(torch.cat([x, torch.empty_like(x)], dim=2) for x in self.own)
-        for x, new in zip(self.own, (keys, values)):
-            x[:, :, self.length:self.length + 1] = new
-        self.length += 1
-        return self.own[0][:, :, :self.length], self.own[1][:, :, :self.length]
-
-    def select(self, rows: Tensor, sources: Tensor | None) -> None:
-        """Keep or reorder rows of the own part, and of the sources where they are named."""
-        self.own = tuple(x[rows] for x in self.own)
-        if sources is not None:
-            self.source = self.source[0][sources], self.source[1][sources]
-
-
 class ChatLM(nn.Module):
     def __init__(self, config: ChatLMConfig):
         super().__init__()
         self.config = config
         self.generation: dict = {"max_new_tokens": 256}  # generation_config.json: what sample.py takes where no flag says otherwise
-        self.shared = nn.Embedding(config.vocab_size, config.d_model)
+        self.products: Products | None = None  # what pack prepared
+        self.shared = empty_embedding(config.vocab_size, config.d_model)
         self.encoder = Stack(config, decoder=False)
         self.decoder = Stack(config, decoder=True)
         if not config.tie_word_embeddings:
@@ -362,24 +345,21 @@ class ChatLM(nn.Module):
         bias = self.decoder.position_bias(positions, positions).masked_fill(ahead, torch.finfo(x.dtype).min)
         return self.to_head(self.decoder(x, bias, encoded, mask))
 
+    def pack(self, dtype: torch.dtype) -> None:
+        """On a CPU, in float32: decode with weights of 2 bytes (torch.float16) or 1 (torch.int8) from now on; what is trained later is not seen.
+
+        Raises ValueError where this device or processor cannot.
+        """
+        if self.shared.weight.dtype != torch.float32 or not self.shared.weight.is_cpu:
+            raise ValueError(f"{dtype} weights are for decoding on a CPU, from a model in float32")
+        try:
+            self.products = Products(self, dtype)
+        except (RuntimeError, AttributeError) as e:
+            raise ValueError(f"this processor, or this torch, has no products with {dtype} weights: {str(e).splitlines()[0]}") from None
+
     def to_head(self, x: Tensor) -> Tensor:
         x = self.decoder.dropout(self.decoder.final_layer_norm(x))
         return x * self.config.d_model ** -0.5 if self.config.scale_decoder_outputs else x
-
-    def start_cache(self, encoded: Tensor) -> list[LayerCache]:
-        """What decode_step needs: one LayerCache a decoder layer, the source's keys and values inside."""
-        return [LayerCache(*block.layer[1].EncDecAttention.keys_values(encoded)) for block in self.decoder.block]
-
-    def decode_step(self, ids: Tensor, cache: list[LayerCache], mask: Tensor) -> tuple[Tensor, Tensor]:
-        """The newest ids (B * N,), one a row, N rows a source -> float32 logits (B * N, V) and hidden states (B * N, D); the cache grows by one."""
-        x = self.shared(ids)[:, None, :]
-        positions = torch.arange(cache[0].length + 1, device=x.device)
-        bias = self.decoder.position_bias(positions[-1:], positions)
-        for block, layer_cache in zip(self.decoder.block, cache):
-            own, cross, feed_forward = block.layer
-            x = feed_forward(cross(own(x, bias, layer_cache), *layer_cache.source, mask))
-        hidden = self.to_head(x[:, 0])
-        return F.linear(hidden, self.head_weight()).float(), hidden
 
     def shift_right(self, labels: Tensor) -> Tensor:
         """labels (B, T) -> what the decoder reads to predict them: a start token, then all but the last."""
@@ -462,6 +442,141 @@ class ChatLM(nn.Module):
             with open(beside, "rb+") as f:
                 os.fsync(f.fileno())
             os.replace(beside, folder / name)
+
+
+# --- a token at a time -----------------------------------------------------------------------------------------------------------
+
+Product = Callable[[Tensor], Tensor]  # (N, I) -> (N, O)
+
+
+def sliced_product(weight: Tensor) -> Product:
+    """x -> x @ weight.T in float32 on a CPU, for few rows: torch's own product reads the weight (O, I) with one thread where there is one
+    row, and is slow where there are some. A batch of slices of the weight (P, O / P, I), one a thread, each times x transposed (I, N),
+    takes from a quarter to three quarters of its time."""
+    outputs, inputs = weight.shape
+    parts = next(p for p in range(torch.get_num_threads(), 0, -1) if outputs % p == 0)
+    slices = weight.view(parts, -1, inputs)
+
+    def product(x: Tensor) -> Tensor:
+        if len(x) > FEW_ROWS:
+            return F.linear(x, weight)
+        columns = x.contiguous().as_strided((parts, inputs, len(x)), (0, 1, inputs))
+        return torch.bmm(slices, columns).as_strided((len(x), outputs), (1, len(x))).contiguous()
+    return product
+
+
+def packed_product(weight: Tensor, dtype: torch.dtype) -> Product:
+    """x -> x @ weight.T on a CPU, the weight in the layout of torch's kernels for small numbers (FBGEMM). float16: the weight is rounded and
+    the arithmetic float32. int8: a row of the weight is scaled to -127 .. 127, x at every call to 8 bits, and integers are summed."""
+    ops = torch.ops.quantized
+    if dtype == torch.float16:
+        packed = ops.linear_prepack_fp16(weight.float(), None)
+        return lambda x: ops.linear_dynamic_fp16(x, packed)
+    with warnings.catch_warnings():  # torch means to drop quantized tensors one day; 2.11 to 2.13 have them
+        warnings.simplefilter("ignore")
+        scale, zero = weight.float().abs().amax(1).clamp(min=1e-30) / 127, torch.zeros(len(weight), dtype=torch.int64)
+        packed = ops.linear_prepack(torch.quantize_per_channel(weight.float(), scale, zero, 0, torch.qint8))
+    return lambda x: ops.linear_dynamic(x, packed, True)
+
+
+def quick_norm(norm: RMSNorm) -> Product:
+    """RMSNorm in four operations, for float32: x / sqrt(|x|^2 + D eps) * (sqrt(D) weight)."""
+    width = len(norm.weight)
+    weight, floor = norm.weight * width ** 0.5, norm.weight.new_tensor((width * norm.eps) ** 0.5)
+    return lambda x: x / torch.hypot(torch.linalg.vector_norm(x, dim=-1, keepdim=True), floor) * weight
+
+
+class Products:
+    """What a step of the decoder applies to its few rows, layer by layer, in float32 on a CPU laid out to be quick."""
+
+    def __init__(self, model: "ChatLM", dtype: torch.dtype | None = None):
+        quick = model.shared.weight.is_cpu and model.shared.weight.dtype == torch.float32
+
+        def of(weight: Tensor) -> Product:
+            if dtype:
+                return packed_product(weight.detach(), dtype)
+            return sliced_product(weight.detach()) if quick else lambda x: F.linear(x, weight)
+
+        def product(*linears: nn.Module) -> Product:
+            """What they give side by side."""
+            if all(type(m) is nn.Linear for m in linears):
+                return of(linears[0].weight if len(linears) == 1 else torch.cat([m.weight for m in linears]))
+            return lambda x: torch.cat([m(x) for m in linears], -1)  # such as LoRA's
+
+        def norm(module: RMSNorm) -> Product:
+            return quick_norm(module) if quick else module
+
+        def feed_forward(module: FeedForward) -> Product:
+            if not quick:
+                return module
+            up, down = product(*(m for name, m in module.named_children() if name.startswith("wi"))), product(module.wo)
+            return lambda x: down(module.activation(up(x)))
+
+        self.head = of(model.head_weight())
+        self.layers = []
+        for own, cross, ff in (block.layer for block in model.decoder.block):
+            a, c = own.SelfAttention, cross.EncDecAttention
+            self.layers.append((norm(own.layer_norm), product(a.q, a.k, a.v), product(a.o), norm(cross.layer_norm), product(c.q), product(c.o),
+                                norm(ff.layer_norm), feed_forward(ff.DenseReluDense)))
+
+
+class Decoder:
+    """The decoder a token at a time: what ChatLM.decode computes, for the newest position of every row only.
+
+    A source may have N rows, such as the beams of a search; they share its keys and values, which are computed once. Those of the positions
+    before stand in one tensor, grown by doubling; the bias of a position is a slice of one table, since it depends on the distance alone.
+    """
+
+    @torch.no_grad()
+    def __init__(self, model: ChatLM, input_ids: Tensor, attention_mask: Tensor | None = None, rows_per_source: int = 1):
+        self.model, self.rows, self.length = model, len(input_ids) * rows_per_source, 0
+        encoded, self.mask = model.encode(input_ids, attention_mask)
+        self.products = model.products or Products(model)
+        self.sources = [block.layer[1].EncDecAttention.keys_values(encoded) for block in model.decoder.block]  # each (B, H, S, K)
+        self.own = encoded.new_empty(2 * len(self.sources), self.rows, 0, model.config.num_heads * model.config.d_kv)
+        self.bias = encoded.new_empty(0)  # (1, H, 1, capacity), the distance falling from capacity - 1 to 0
+
+    def make_room(self, rows: int, length: int) -> None:
+        """own: (2 * layers, rows, capacity, H * K), keys and values in turn, of which self.rows and self.length are in use."""
+        capacity = 32 << max(0, math.ceil(math.log2(length / 32)))
+        before, self.own = self.own, self.own.new_empty(len(self.own), rows, capacity, self.own.size(3))
+        self.own[:, :before.size(1), :self.length] = before[:, :, :self.length]
+        positions = torch.arange(capacity, device=self.own.device)
+        self.bias = self.model.decoder.position_bias(positions[-1:], positions).to(self.own.dtype)
+
+    @torch.no_grad()
+    def step(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+        """The newest ids (B * N,) -> float32 logits (B * N, V) of what may follow, and hidden states (B * N, D)."""
+        if self.length == self.own.size(2):
+            self.make_room(self.own.size(1), self.length + 1)
+        rows, shape, attend = self.rows, (self.rows, self.model.config.num_heads, 1, self.model.config.d_kv), F.scaled_dot_product_attention
+        newest = self.own[:, :rows, self.length].unbind()
+        self.length += 1
+        upto = self.own[:, :rows, :self.length].unflatten(-1, (shape[1], shape[3])).transpose(2, 3).unbind()
+        bias, x = self.bias[..., -self.length:], self.model.shared(ids)
+        for i, (norm, qkv, o, cross_norm, cross_q, cross_o, feed_norm, feed) in enumerate(self.products.layers):
+            q, k, v = qkv(norm(x)).view(rows, 3, -1).unbind(1)
+            newest[2 * i].copy_(k)
+            newest[2 * i + 1].copy_(v)
+            x = x + o(attend(q.view(shape), upto[2 * i], upto[2 * i + 1], attn_mask=bias, scale=1.0).view(rows, -1))
+            q = cross_q(cross_norm(x)).view(len(self.mask), -1, shape[1], shape[3]).transpose(1, 2)  # N queries a source
+            x = x + cross_o(attend(q, *self.sources[i], attn_mask=self.mask, scale=1.0).transpose(1, 2).reshape(rows, -1))
+            x = x + feed(feed_norm(x))
+        hidden = self.model.to_head(x)
+        return self.products.head(hidden).float(), hidden
+
+    @torch.no_grad()
+    def select(self, rows: Tensor, sources: Tensor | None = None) -> None:
+        """From now on the rows are those named, in this order, some perhaps several times; and so the sources, where they are named.
+        What stays in its place is not copied."""
+        if sources is not None:
+            self.mask, self.sources = self.mask[sources], [(keys[sources], values[sources]) for keys, values in self.sources]
+        if len(rows) > self.own.size(1):
+            self.make_room(len(rows), self.length)
+        moved = [(at, row) for at, row in enumerate(rows.tolist()) if at != row]
+        for (at, _), part in zip(moved, [self.own[:, row, :self.length].clone() for _, row in moved]):
+            self.own[:, at, :self.length] = part
+        self.rows = len(rows)
 
 
 class LinearCrossEntropy(torch.autograd.Function):

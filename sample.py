@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from chatlm import ChatLM, LayerCache
+from chatlm import ChatLM, Decoder
 from tokenizer import ArgumentParser, Tokenizer, number, read_rows, run, whole_rows
 
 FINISHED = -1e9  # what a beam that may not go on, or has not ended, scores: finite, as in transformers
@@ -117,13 +117,12 @@ def generate(model: ChatLM, input_ids: Tensor, attention_mask: Tensor | None = N
 def steps(model: ChatLM, input_ids: Tensor, attention_mask: Tensor | None, config: GenerationConfig) -> Iterator[Tensor]:
     """Greedy decoding or sampling; yields ids (B, L) after every new token."""
     c = model.config
-    encoded, mask = model.encode(input_ids, attention_mask)
-    cache = model.start_cache(encoded)
+    decoder = Decoder(model, input_ids, attention_mask)
     ids = input_ids.new_full((len(input_ids), config.max_new_tokens + 1), c.pad_token_id)
     ids[:, 0] = c.decoder_start_token_id
     rows = torch.arange(len(ids), device=ids.device)  # those that go on
     for length in range(1, config.max_new_tokens + 1):
-        scores = config.process(model.decode_step(ids[rows, length - 1], cache, mask)[0], ids[rows, :length], c.eos_token_id)
+        scores = config.process(decoder.step(ids[rows, length - 1])[0], ids[rows, :length], c.eos_token_id)
         chosen = torch.multinomial(scores.softmax(-1), 1)[:, 0] if config.do_sample else scores.argmax(-1)
         ids[rows, length] = chosen
         yield ids[:, :length + 1]
@@ -131,9 +130,8 @@ def steps(model: ChatLM, input_ids: Tensor, attention_mask: Tensor | None, confi
         if not len(going):
             return
         if len(going) < len(rows):
-            rows, mask = rows[going], mask[going]
-            for layer in cache:
-                layer.select(going, going)
+            rows = rows[going]
+            decoder.select(going, going)
 
 
 def beam_search(model: ChatLM, input_ids: Tensor, attention_mask: Tensor | None, config: GenerationConfig) -> Tensor:
@@ -146,8 +144,7 @@ def beam_search(model: ChatLM, input_ids: Tensor, attention_mask: Tensor | None,
     an answer's [EOS] is [EOS] again, not padding.
     """
     c, n, limit = model.config, config.num_beams, config.max_new_tokens
-    encoded, mask = model.encode(input_ids, attention_mask)
-    cache: list[LayerCache] = model.start_cache(encoded)
+    decoder = Decoder(model, input_ids, attention_mask, rows_per_source=n)
     batch, device = len(input_ids), input_ids.device
     results = input_ids.new_full((batch, config.num_return_sequences, limit + 1), c.eos_token_id)
     prompts = torch.arange(batch, device=device)  # those not done, in the order of the tensors below
@@ -159,7 +156,7 @@ def beam_search(model: ChatLM, input_ids: Tensor, attention_mask: Tensor | None,
     is_ended = torch.zeros(batch, n, dtype=torch.bool, device=device)
     for length in range(1, limit + 1):
         flat = running[:, :, :length].flatten(0, 1)
-        logits = model.decode_step(flat[:, -1], cache, mask)[0]
+        logits = decoder.step(flat[:, -1])[0]
         new = config.process(logits.log_softmax(-1), flat, c.eos_token_id)
         total = (new.view(len(prompts), n, -1) + scores[:, :, None]).flatten(1)
         if config.do_sample:
@@ -196,13 +193,9 @@ def beam_search(model: ChatLM, input_ids: Tensor, attention_mask: Tensor | None,
             break
         if len(alive) < len(prompts):
             source = source.view(-1, n)[alive].flatten()
-            prompts, running, scores, mask = prompts[alive], running[alive], scores[alive], mask[alive]
+            prompts, running, scores = prompts[alive], running[alive], scores[alive]
             ended, ended_scores, is_ended = ended[alive], ended_scores[alive], is_ended[alive]
-            for layer in cache:
-                layer.select(source, alive)
-        else:
-            for layer in cache:
-                layer.select(source, None)
+        decoder.select(source, alive if len(alive) < len(going) else None)
     results = results.flatten(0, 1)
     is_eos = results == c.eos_token_id
     longest = torch.where(is_eos.any(1), is_eos.int().argmax(1), limit).max() + 1
@@ -217,18 +210,16 @@ def contrastive_search(model: ChatLM, input_ids: Tensor, attention_mask: Tensor 
     h being the decoder's last hidden state: likely, and unlike all that was said. Every candidate is fed to see its h.
     """
     c, n, alpha = model.config, config.top_k, config.penalty_alpha
-    encoded, mask = model.encode(input_ids, attention_mask)
-    cache = model.start_cache(encoded)
+    decoder = Decoder(model, input_ids, attention_mask)
     ids = input_ids.new_full((len(input_ids), config.max_new_tokens + 1), c.pad_token_id)
     ids[:, 0] = c.decoder_start_token_id
     rows = torch.arange(len(ids), device=ids.device)  # those that go on
-    logits, hidden = model.decode_step(ids[:, 0], cache, mask)
+    logits, hidden = decoder.step(ids[:, 0])
     before = torch.nn.functional.normalize(hidden.float(), dim=-1)[:, None]  # (B, L, D)
     for length in range(1, config.max_new_tokens + 1):
         p, tokens = config.process(logits, ids[rows, :length], c.eos_token_id).softmax(-1).topk(n)  # (B, N)
-        for layer in cache:
-            layer.select(torch.arange(len(rows), device=ids.device).repeat_interleave(n), None)
-        logits, hidden = model.decode_step(tokens.flatten(), cache, mask)
+        decoder.select(torch.arange(len(rows), device=ids.device).repeat_interleave(n))
+        logits, hidden = decoder.step(tokens.flatten())
         unit = torch.nn.functional.normalize(hidden.float(), dim=-1).view(len(rows), n, -1)
         best = ((1 - alpha) * p - alpha * (unit @ before.mT).amax(-1)).argmax(1)
         at = torch.arange(len(rows), device=ids.device)
@@ -239,9 +230,8 @@ def contrastive_search(model: ChatLM, input_ids: Tensor, attention_mask: Tensor 
             break
         before = torch.cat([before, unit[at, best][:, None]], 1)[going]
         logits = logits.view(len(rows), n, -1)[at, best][going]
-        for layer in cache:
-            layer.select((at * n + best)[going], going if len(going) < len(rows) else None)
-        rows, mask = rows[going], mask[going]
+        decoder.select((at * n + best)[going], going if len(going) < len(rows) else None)
+        rows = rows[going]
     return ids[:, :length + 1]
 
 
@@ -350,6 +340,20 @@ def pick_device(name: str | None) -> torch.device:
     except (RuntimeError, AssertionError) as e:
         raise ValueError(f"--device {name}: {str(e).splitlines()[0]}") from None
     return device
+
+
+def load(folder: str, dtype: str | None, device: torch.device) -> ChatLM:
+    """The model, to answer with. On a CPU float16 and int8 are what the decoder's weights are packed in, and the rest is float32.
+
+    Raises ValueError for int8 on a GPU.
+    """
+    if device.type == "cuda" and dtype == "int8":
+        raise ValueError("--dtype int8 is for CPUs; on a GPU take float16 or bfloat16")
+    packed = device.type == "cpu" and dtype in ("float16", "int8")
+    model = ChatLM.from_pretrained(folder, torch.float32 if packed else getattr(torch, dtype) if dtype else None, device).requires_grad_(False)
+    if packed:
+        model.pack(getattr(torch, dtype))
+    return model
 
 
 def read_prompts(path: str) -> Iterator[str]:
@@ -515,7 +519,7 @@ def main() -> None:
     add("--early_stopping", type=early_stopping, nargs="?", const=True, metavar="true|false|never",
         help="beam search, true: end when num_beams answers have ended, never: only when none can do better; false")
     add("--reference_settings", action="store_true", help="as ChatLM-mini-Chinese answers: 5 beams, sampled, top-k 50, top-p 0.95, no 4 tokens twice")
-    add("--dtype", choices=["float32", "bfloat16", "float16"], help="of the weights; none: as in the file")
+    add("--dtype", choices=["float32", "bfloat16", "float16", "int8"], help="of the weights; float16 and int8 are quick on a CPU; none: as in the file")
     add("--seed", type=int, help="of sampling")
     add("--device", help="cpu, cuda or cuda:N; none: a GPU if there is one")
     args = parser.parse_args()
@@ -527,7 +531,7 @@ def main() -> None:
         raise FileNotFoundError(f"no model in {args.model!r}: train one first with  python train.py  or name its folder with --model")
     device = pick_device(args.device)
     tokenizer = Tokenizer.from_pretrained(args.model, append_eos=True)
-    model = ChatLM.from_pretrained(args.model, getattr(torch, args.dtype) if args.dtype else None, device)
+    model = load(args.model, args.dtype, device)
     if len(tokenizer) > model.config.vocab_size:
         raise ValueError(f"{args.model}: the tokenizer has {len(tokenizer)} tokens, the model {model.config.vocab_size}")
     options = decoding_options(args, model)

@@ -602,9 +602,8 @@ def child_generate(kind: str, folder: str, dtype: str, batch: str, beams: str, n
     prompts = [[rng.randrange(300, vocabulary) for _ in range(31)] + [1] for _ in range(size)]
     ids, options = torch.tensor(prompts, device=device), {"max_new_tokens": length, "min_new_tokens": length, "num_beams": int(beams)}
     if kind == "ours":
-        from chatlm import ChatLM
-        from sample import generate as ours
-        model = ChatLM.from_pretrained(folder, getattr(torch, dtype), device)
+        from sample import generate as ours, load
+        model = load(folder, dtype, torch.device(device))
 
         def run() -> int:
             return ours(model, ids, **options).numel() - size
@@ -637,6 +636,9 @@ def generate(args: argparse.Namespace) -> None:
     """Answer tokens a second: this project, transformers, and CTranslate2 where it is installed; greedy, the same weights."""
     import torch
     from chatlm import ChatLM, ChatLMConfig
+    from train import pick_dtype
+    on_gpu = torch.cuda.is_available()
+    halves = ["bfloat16"] if pick_dtype("auto", torch.device("cuda" if on_gpu else "cpu")) == torch.bfloat16 else []  # where it is native
     with tempfile.TemporaryDirectory() as folder:
         tokenizer = Tokenizer.train(load_texts(args.data), args.vocab_size)
         tokenizer.save_pretrained(folder)
@@ -650,12 +652,13 @@ def generate(args: argparse.Namespace) -> None:
         x.sum()
         bandwidth = 4 * x.numel() / (time.perf_counter() - begin_s)
         del x
-        contenders = [("ours", d) for d in args.dtypes] + [("transformers", d) for d in args.dtypes]
+        dtypes = args.dtypes or ["float32", *halves, "float16", *([] if on_gpu else ["int8"])]
+        contenders = [("ours", d) for d in dtypes] + [("transformers", d) for d in ["float32", *halves, *(["float16"] if on_gpu else [])]]
         try:
             import ctranslate2  # noqa: F401
             subprocess.run([sys.executable, "-c", "from ctranslate2.converters import TransformersConverter as C\n"
                             f"C({folder!r}).convert({folder + '/ct2'!r})"], check=True, capture_output=True)
-            contenders += [("ctranslate2", d) for d in ("float32", "int8")]
+            contenders += [("ctranslate2", d) for d in (("float16", "int8_float16") if on_gpu else ("float32", "int8"))]
         except ImportError:
             print("CTranslate2 is not installed and left out", file=sys.stderr)
         for batch in args.batches:
@@ -667,10 +670,10 @@ def generate(args: argparse.Namespace) -> None:
                     rates[kind, dtype].append(json.loads(said.splitlines()[-1])["tok_per_s"])
                     peaks[kind, dtype] = max(peaks[kind, dtype], peak)
             median = {c: statistics.median(r) for c, r in rates.items()}
-            size = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 1}
-            show(f"generate, {args.preset}, batch {batch}, beams {args.num_beams}", ["", "tokens/s", "of the memory's limit", "peak MB", *(f"ours, {d} / it" for d in args.dtypes)],
+            size = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 1, "int8_float16": 1}
+            show(f"generate, {args.preset}, batch {batch}, beams {args.num_beams}", ["", "tokens/s", "of the memory's limit", "peak MB", *(f"ours, {d} / it" for d in dtypes)],
                  [[f"{kind}, {dtype}", f"{median[kind, dtype]:.1f}", f"{100 * median[kind, dtype] / batch * per_token * size[dtype] / bandwidth:.0f} %",
-                   f"{peaks[kind, dtype] / 1e6:,.0f}", *(f"{median['ours', d] / median[kind, dtype]:.2f}" for d in args.dtypes)] for kind, dtype in contenders],
+                   f"{peaks[kind, dtype] / 1e6:,.0f}", *(f"{median['ours', d] / median[kind, dtype]:.2f}" for d in dtypes)] for kind, dtype in contenders],
                  {"tok_per_s": {f"{k}, {d}": r for (k, d), r in rates.items()}, "bandwidth_gb_per_s": bandwidth / 1e9})
 
 
@@ -811,7 +814,8 @@ def main() -> None:
             sub.add_argument("--preset", default="0.2b" if task is generate else "small", help="the model's shape")
             sub.add_argument("--seconds", type=float, default={time_to_loss: 240, generate: 10}.get(task, 30), help="of each contender")
         if task in (train, generate, dpo):
-            sub.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"], help="of the matrix products")
+            sub.add_argument("--dtypes", nargs="+", default=None if task is generate else ["float32", "bfloat16"],
+                             help="of the weights; none: those that are quick here" if task is generate else "of the matrix products")
         if task is generate:
             sub.add_argument("--batches", type=int, nargs="+", default=[1, 16], help="prompts at a time")
             sub.add_argument("--new_tokens", type=int, default=128, help="of an answer")

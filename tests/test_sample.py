@@ -16,7 +16,7 @@ from transformers import T5Config, T5ForConditionalGeneration
 from transformers.generation import logits_process
 
 import sample
-from chatlm import ChatLM, ChatLMConfig
+from chatlm import ChatLM, ChatLMConfig, Decoder, sliced_product
 from sample import GenerationConfig, bleu4, generate, triples
 from tokenizer import Tokenizer
 
@@ -73,6 +73,54 @@ def test_rows_of_a_batch_get_what_they_get_alone(tmp_path):
             alone = generate(ours, ids[i:i + 1, :mask[i].sum()], max_new_tokens=20, num_beams=beams)[0]
             assert row[:len(alone)].tolist() == alone.tolist()
             assert set(row[len(alone):].tolist()) <= {0 if beams == 1 else 1}
+
+
+@pytest.mark.parametrize("feed_forward_proj", ["relu", "gated-gelu"])
+@pytest.mark.parametrize(("dtype", "most"), [(torch.float16, 2e-3), (torch.int8, 0.1)])
+def test_packed_weights_decode_nearly_the_same(tmp_path, feed_forward_proj, dtype, most):
+    _, ours = make_models(tmp_path, 0, d_model=64, d_kv=16, d_ff=128, feed_forward_proj=feed_forward_proj)
+    packed = ChatLM.from_pretrained(tmp_path)
+    packed.pack(dtype)
+    ids, mask = make_prompts()
+    decoders = Decoder(ours, ids, mask), Decoder(packed, ids, mask)
+    for said in generate(ours, ids, mask, max_new_tokens=40, min_new_tokens=40).T[:-1]:  # over a growth of the room for keys
+        exact, near = (decoder.step(said)[0].detach() for decoder in decoders)
+        assert 0 < (near - exact).abs().max() < most * exact.abs().max()
+    assert generate(packed, ids, mask, max_new_tokens=5, num_beams=3).shape[1] > 1
+    with pytest.raises(ValueError, match="float32"):
+        ours.bfloat16().pack(dtype)
+
+
+@pytest.mark.parametrize("rows", [1, 2, 5, 16, 65])
+@pytest.mark.parametrize("columns", [7, 64, 90])
+def test_a_sliced_product_is_the_product(rows, columns):
+    weight, x = torch.randn(columns, 33), torch.randn(33, rows).T
+    torch.testing.assert_close(sliced_product(weight)(x), x @ weight.T)
+
+
+def test_ctranslate2_answers_the_same(folder, tmp_path):
+    """Its converter takes the folder as transformers' own, and its greedy answers are ours."""
+    from ctranslate2 import Translator
+    from ctranslate2.converters import TransformersConverter
+    TransformersConverter(str(folder)).convert(str(tmp_path / "ct2"))
+    model, tokenizer = ChatLM.from_pretrained(folder), Tokenizer.from_pretrained(folder)
+    words = json.loads((folder / "tokenizer.json").read_text("utf-8"))
+    words = {i: word for word, i in words["model"]["vocab"].items()} | {t["id"]: t["content"] for t in words["added_tokens"]}
+    prompts = ["你好", "今天天气怎么样？", "世界"]
+    done = Translator(str(tmp_path / "ct2"), intra_threads=1).translate_batch([[words[i] for i in tokenizer.encode(p)] for p in prompts],
+                                                                              beam_size=1, max_decoding_length=12)
+    for prompt, theirs in zip(prompts, done):
+        ours = generate(model, torch.tensor([tokenizer.encode(prompt)]), max_new_tokens=12)[0, 1:]
+        assert [words[i] for i in ours.tolist() if i != 1] == theirs.hypotheses[0]
+
+
+def test_transformers_answers_the_same_from_text(folder):
+    """AutoTokenizer and AutoModelForSeq2SeqLM, what was pipeline("text2text-generation") before it left transformers."""
+    from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
+    model, tokenizer = AutoModelForSeq2SeqLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    ids = model.generate(**tokenizer("今天天气怎么样？", return_tensors="pt"), max_new_tokens=12, do_sample=False)
+    assert tokenizer.decode(ids[0], skip_special_tokens=True) == sample.answer(ChatLM.from_pretrained(folder), Tokenizer.from_pretrained(folder),
+                                                                               ["今天天气怎么样？"], max_new_tokens=12)[0]
 
 
 def test_sampling_filters_as_transformers():
