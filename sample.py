@@ -393,7 +393,7 @@ def answer_file(model: ChatLM, tokenizer: Tokenizer, source: str, target: str, b
         window.clear()
 
     total = sum(1 for _ in read_prompts(source))
-    with open(target, "a", encoding="utf-8") as out:
+    with open(target, "a", encoding="utf-8", errors="backslashreplace") as out:  # half a surrogate pair as JSON escapes it
         for i, prompt in enumerate(read_prompts(source)):
             if i >= done:
                 window.append(prompt)

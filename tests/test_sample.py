@@ -254,6 +254,11 @@ def test_files_are_answered_in_order_and_continued(folder, tmp_path):
     out.write_text("\n".join(lines[:4]) + "\n" + lines[4][:10], "utf-8")  # cut off: goes on from there
     assert call("--input", str(tmp_path / "p.jsonl"), "--output", str(out), *model).returncode == 0
     assert out.read_text("utf-8").splitlines() == lines
+    odd = [{"prompt": "你\0好"}, {"prompt": "\ud800半个"}, {"prompt": ""}]
+    (tmp_path / "odd.jsonl").write_text("".join(json.dumps(row) + "\n" for row in odd))
+    done = call("--input", str(tmp_path / "odd.jsonl"), "--output", str(tmp_path / "odd_out.jsonl"), *model, "--dtype", "int8")
+    assert done.returncode == 0, done.stderr
+    assert [json.loads(line)["prompt"] for line in (tmp_path / "odd_out.jsonl").read_text("utf-8").splitlines()] == [row["prompt"] for row in odd]
     (tmp_path / "s.jsonl").write_text(json.dumps({"prompt": "抽取", "response": "[(a,b,c)]"}) + "\n")
     done = call("--score", str(tmp_path / "s.jsonl"), *model)
     result = json.loads(done.stdout.splitlines()[-1])
