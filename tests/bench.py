@@ -8,6 +8,9 @@
     python tests/bench.py time_to_loss     --data pairs.parquet --valid valid.parquet
     python tests/bench.py generate
     python tests/bench.py dpo              --data pairs.parquet
+    python tests/bench.py all --quick                                  all of them in under ten minutes, not to be quoted
+    python tests/bench.py faults --runs 100                            training stopped at all moments loses nothing
+    python tests/bench.py curves --logs out/log.jsonl --out loss.svg   the loss over the steps, drawn
 
 Every contender runs in a process of its own, in turn, so that what slows the machine slows all of them; the median of
 --runs is shown. Memory is the greatest resident memory of a contender's whole process tree, its imports included. Without
@@ -19,6 +22,7 @@ import os
 import platform
 import random
 import re
+import signal
 import statistics
 import subprocess
 import sys
@@ -789,12 +793,122 @@ def dpo(args: argparse.Namespace) -> None:
                  {"triples_per_s": rates, "reference_triples_per_s": reference, "peak_bytes": peaks})
 
 
-def main() -> None:
-    if sys.argv[1:2] == ["child"]:
-        globals()[f"child_{sys.argv[2]}"](*sys.argv[3:])
-        return
+# --- faults ---------------------------------------------------------------------------------------------------------------------
+
+def faults(args: argparse.Namespace) -> None:
+    """Stop training --runs times, by a signal at a moment in one or two processes, go on each time, and compare every loss with a run
+    that nothing stopped."""
+    steps, rng, seen, wrong = 40, random.Random(0), {}, 0
+    with tempfile.TemporaryDirectory() as folder:
+        write_demo(folder)
+        Tokenizer.train(load_texts([]), 1000).save_pretrained(folder)
+        command = ["train.py", "--data", f"{folder}/train.parquet", "--tokenizer", folder, "--preset", "demo", "--max_len", "40", "--batch_tokens", "512", "--workers", "0",
+                   "--micro_batch_tokens", "256", "--dropout", "0.1", "--dtype", "float32", "--device", "cpu", "--max_steps", str(steps), "--save_every", "4"]
+        launchers = {1: [sys.executable], 2: [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]}
+
+        def start(ranks: int, out: str) -> subprocess.Popen:
+            return subprocess.Popen([*launchers[ranks], *command, "--out_dir", out], cwd=ROOT, start_new_session=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
+                                    stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+        def losses(out: str) -> list[tuple]:
+            path = Path(out) / "log.jsonl"
+            rows = [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")] if path.exists() else []
+            return [(row["step"], row["loss"], row["lr"], row["tokens"]) for row in rows if "loss" in row]
+
+        expected, attempt = {}, dict.fromkeys(launchers, 0)
+        for ranks in launchers:
+            assert start(ranks, f"{folder}/straight{ranks}").wait() == 0
+            expected[ranks] = losses(f"{folder}/straight{ranks}")
+        for i in range(args.runs):
+            ranks = 1 + i % 2
+            out = f"{folder}/{ranks}-{attempt[ranks]}"
+            name, moment = rng.choice(["SIGINT", "SIGTERM", "SIGKILL"]), rng.choice(["starting", "training", "saving"])
+            running, goal, wait_s = start(ranks, out), len(losses(out)) + rng.randint(1, 12), rng.random() * 4
+            begin_s = time.perf_counter()
+            while running.poll() is None and not (time.perf_counter() - begin_s > wait_s if moment == "starting" else len(losses(out)) >= goal if moment == "training"
+                                                  else (Path(out) / "checkpoint" / "writing.tmp").exists()):
+                time.sleep(0.002)
+            if running.poll() is None:
+                if name == "SIGKILL":
+                    os.killpg(running.pid, signal.SIGKILL)
+                else:
+                    running.send_signal(getattr(signal, name))
+                seen[name, moment, ranks] = seen.get((name, moment, ranks), 0) + 1
+            if running.wait() == 0:  # it came to its end: another run
+                wrong += sum(a != b for a, b in zip(losses(out), expected[ranks])) + abs(len(losses(out)) - steps)
+                attempt[ranks] += 1
+            print(f"{i + 1} of {args.runs}: {name} while {moment}, {ranks} processes, {len(losses(out))} steps logged, {wrong} losses wrong", file=sys.stderr, flush=True)
+        for ranks in launchers:
+            out = f"{folder}/{ranks}-{attempt[ranks]}"
+            assert start(ranks, out).wait() == 0
+            wrong += sum(a != b for a, b in zip(losses(out), expected[ranks])) + abs(len(losses(out)) - steps)
+            attempt[ranks] += 1
+        show(f"faults, {sum(seen.values())} stops of {sum(attempt.values())} runs of {steps} steps: {wrong} losses differ", ["signal", "while", "processes", "times"],
+             [[*map(str, what), str(n)] for what, n in sorted(seen.items())], {"runs": sum(attempt.values()), "wrong": wrong})
+
+
+# --- curves, and all -----------------------------------------------------------------------------------------------------------------
+
+def draw_curves(logs: dict[str, list[dict]]) -> str:
+    """An SVG of the training loss (thin, its mean over a fiftieth of the run) and the validation loss (dots) of runs, over their steps."""
+    width, height, left, colours, shapes = 720, 320, 50, ("#1f77b4", "#d62728", "#2ca02c", "#9467bd"), []
+    rows = [row for log in logs.values() for row in log if row.get("loss") or row.get("val_loss")]
+    last, top = max(row["step"] for row in rows), max(1.0, max(row.get("loss") or row["val_loss"] for row in rows))
+
+    def at(step: float, loss: float) -> str:
+        return f"{left + (width - left - 10) * step / last:.1f},{10 + (height - 40) * (1 - loss / top):.1f}"
+
+    for tick in range(0, int(top) + 1, max(1, int(top) // 6)):
+        x, y = at(0, tick).split(",")
+        shapes.append(f'<path d="M{x},{y}H{width - 10}" stroke="#ddd"/><text x="{left - 6}" y="{y}" text-anchor="end" dy="4">{tick}</text>')
+    for i, ((name, log), colour) in enumerate(zip(logs.items(), colours)):
+        steps = [row for row in log if row.get("loss")]
+        size = max(1, len(steps) // 50)
+        means = [(part[len(part) // 2]["step"], statistics.mean(r["loss"] for r in part)) for part in (steps[j:j + size] for j in range(0, len(steps), size))]
+        shapes.append(f'<polyline fill="none" stroke="{colour}" points="{" ".join(at(*m) for m in means)}"/>')
+        for row in log:
+            if row.get("val_loss"):
+                x, y = at(row["step"], row["val_loss"]).split(",")
+                shapes.append(f'<circle cx="{x}" cy="{y}" r="4" fill="{colour}"/>')
+        shapes.append(f'<text x="{width - 16}" y="{28 + 18 * i}" text-anchor="end" fill="{colour}">{name}</text>')
+    return (f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" font-family="sans-serif" font-size="12">\n'
+            + "\n".join(shapes) + f'\n<text x="{width // 2}" y="{height - 8}">steps, 0 to {last:,}; nats a token</text>\n</svg>\n')
+
+
+def curves(args: argparse.Namespace) -> None:
+    """Draw the loss curves of log.jsonl files, each named by its folder, as an SVG."""
+    logs = {Path(path).parent.name: [json.loads(line) for line in Path(path).read_text("utf-8").splitlines()] for path in args.logs}
+    Path(args.out).write_text(draw_curves(logs), "utf-8")
+
+
+QUICK = {"tokenizer_train": "--megabytes 5 --vocab_size 8000 --runs 1", "tokenizer_encode": "--runs 1", "dedup": "--runs 1", "loader": "--runs 1 --seconds 4",
+         "train": "--dtypes float32 --runs 1 --seconds 10", "time_to_loss": "--dtype float32 --runs 1 --seconds 30",
+         "generate": "--preset small --runs 1 --seconds 2", "dpo": "--dtypes float32 --runs 1 --seconds 8"}
+
+
+def everything(args: argparse.Namespace) -> None:
+    """All of them in turn; --quick: one short run each, to see that they work, not to be quoted."""
+    for what, flags in QUICK.items():
+        more = ["--data", *args.data, *(["--valid", args.valid] if what == "time_to_loss" else [])] if args.data else []
+        chosen = parser().parse_args([what, *more, *(flags.split() if args.quick else [])])
+        chosen.task(chosen)
+
+
+def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="what", required=True)
+    draw = commands.add_parser("curves", help=curves.__doc__)
+    draw.set_defaults(task=curves)
+    draw.add_argument("--logs", nargs="+", required=True, metavar="log.jsonl", help="of runs")
+    draw.add_argument("--out", required=True, metavar="F.svg", help="where the picture goes")
+    stops = commands.add_parser("faults", help=faults.__doc__)
+    stops.set_defaults(task=faults)
+    stops.add_argument("--runs", type=int, default=100, help="stops")
+    whole = commands.add_parser("all", help=everything.__doc__)
+    whole.set_defaults(task=everything)
+    whole.add_argument("--data", nargs="+", default=[], metavar="FILE", help="pairs; none: the demo's")
+    whole.add_argument("--valid", metavar="FILE", help="held-out pairs, where --data is given")
+    whole.add_argument("--quick", action="store_true", help="short runs, under 10 minutes on two cores")
     for task in (tokenizer_train, tokenizer_encode, dedup, loader, train, time_to_loss, generate, dpo):
         sub = commands.add_parser(task.__name__, help=task.__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
         sub.set_defaults(task=task)
@@ -825,7 +939,14 @@ def main() -> None:
         if task is time_to_loss:
             sub.add_argument("--valid", metavar="FILE", help="held-out pairs")
             sub.add_argument("--dtype", default="bfloat16", help="of the matrix products")
-    args = parser.parse_args()
+    return parser
+
+
+def main() -> None:
+    if sys.argv[1:2] == ["child"]:
+        globals()[f"child_{sys.argv[2]}"](*sys.argv[3:])
+        return
+    args = parser().parse_args()
     args.task(args)
 
 

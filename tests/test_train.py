@@ -277,12 +277,12 @@ def test_checkpointed_activations_change_nothing(base, straight, tmp_path):
 def test_float16_trains_to_the_loss_of_float32(base, tmp_path):
     ends = {}
     for dtype in ("float32", "float16"):
-        flags = [*base[:-4], "--dtype", dtype, "--dropout", "0", "--lr", "2e-2", "--max_steps", "60", "--eval_every", "1000", "--out_dir", str(tmp_path / dtype)]
+        flags = [*base[:-4], "--dtype", dtype, "--dropout", "0", "--lr", "2e-2", "--max_steps", "30", "--eval_every", "1000", "--out_dir", str(tmp_path / dtype)]
         done = call(*flags)
         assert done.returncode == 0, done.stderr
         ends[dtype] = [r["val_loss"] for r in log(tmp_path / dtype) if "val_loss" in r][-1]
         begins = log(tmp_path / dtype)[0]["loss"]
-        assert ends[dtype] < begins - 2, (begins, ends)
+        assert ends[dtype] < begins - 1.5, (begins, ends)
     assert math.isclose(ends["float16"], ends["float32"], rel_tol=0.02), ends
 
 
