@@ -21,6 +21,7 @@ import math
 import os
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -118,6 +119,7 @@ class Ranks:
         if local_size > 1:
             torch.set_num_threads(max(1, (os.cpu_count() or 1) // local_size))
         if world_size > 1 and not dist.is_initialized():
+            end_with_launcher()
             importlib.import_module("torch.distributed.nn")  # imported after the group is made, it would hold it for ever, as a default
             store, rank, _ = next(dist.rendezvous("env://"))
             if local_size == world_size:  # after a restart gloo would find the addresses of the processes that died
@@ -156,6 +158,17 @@ class Ranks:
         if self.world_size > 1:
             dist.destroy_process_group()
             gc.collect()  # gloo's threads end with the last reference to it; one that outlives the interpreter would abort the process
+
+
+def end_with_launcher() -> None:
+    """In a rank: end when torchrun has gone, even by kill -9, or two runs would soon write to one folder."""
+    launcher = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == launcher:
+            time.sleep(0.2)
+        os._exit(1)
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def keep_freed_memory() -> None:

@@ -807,7 +807,7 @@ def faults(args: argparse.Namespace) -> None:
         launchers = {1: [sys.executable], 2: [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]}
 
         def start(ranks: int, out: str) -> subprocess.Popen:
-            return subprocess.Popen([*launchers[ranks], *command, "--out_dir", out], cwd=ROOT, start_new_session=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
+            return subprocess.Popen([*launchers[ranks], *command, "--out_dir", out], cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"},
                                     stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
         def losses(out: str) -> list[tuple]:
@@ -829,10 +829,7 @@ def faults(args: argparse.Namespace) -> None:
                                                   else (Path(out) / "checkpoint" / "writing.tmp").exists()):
                 time.sleep(0.002)
             if running.poll() is None:
-                if name == "SIGKILL":
-                    os.killpg(running.pid, signal.SIGKILL)
-                else:
-                    running.send_signal(getattr(signal, name))
+                running.send_signal(getattr(signal, name))
                 seen[name, moment, ranks] = seen.get((name, moment, ranks), 0) + 1
             if running.wait() == 0:  # it came to its end: another run
                 wrong += sum(a != b for a, b in zip(losses(out), expected[ranks])) + abs(len(losses(out)) - steps)
