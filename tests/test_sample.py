@@ -54,7 +54,7 @@ def test_greedy_is_transformers(tmp_path, seed, penalties):
 @pytest.mark.parametrize("num_beams", [2, 4, 5])
 @pytest.mark.parametrize("penalties", PENALTIES[::2], ids=str)
 def test_beam_search_is_transformers(tmp_path, num_beams, penalties):
-    for seed in (0, 2):
+    for seed in (0, 2) if num_beams == 2 else (2,):
         theirs, ours = make_models(tmp_path, seed, initializer_factor=1.0 + seed)
         ids, mask = make_prompts(4)
         for length_penalty, early_stopping, returned in [(1.0, False, 1), (1.0, True, num_beams), (2.0, "never", 1), (-2.0, True, 1), (0.0, "never", num_beams)]:
