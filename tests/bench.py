@@ -546,6 +546,7 @@ def run_ours(folder: str, preset: str, dtype: str, seconds: float, data: str, va
     log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     steps = [line for line in log if "tok_per_s" in line]
     early = next(line for line in steps if line["elapsed"] > min(3.0, seconds / 2))
+    early = {"tokens": 0, "elapsed": 0.0} if early is steps[-1] else early
     result = {"tok_per_s": (steps[-1]["tokens"] - early["tokens"]) / (steps[-1]["elapsed"] - early["elapsed"]), "steps": len(steps)}
     return {**result, **({"nats_per_char": [line for line in log if "val_loss" in line][-1]["val_nats_per_char"]} if valid else {})}, peak
 
@@ -879,7 +880,7 @@ def curves(args: argparse.Namespace) -> None:
 
 
 QUICK = {"tokenizer_train": "--megabytes 5 --vocab_size 8000 --runs 1", "tokenizer_encode": "--runs 1", "dedup": "--runs 1", "loader": "--runs 1 --seconds 4",
-         "train": "--dtypes float32 --runs 1 --seconds 10", "time_to_loss": "--dtype float32 --runs 1 --seconds 30",
+         "train": "--dtypes float32 --runs 1 --seconds 10", "time_to_loss": "--preset demo --dtype float32 --runs 1 --seconds 30",
          "generate": "--preset small --runs 1 --seconds 2", "dpo": "--dtypes float32 --runs 1 --seconds 8"}
 
 
