@@ -508,8 +508,8 @@ def fit(args: argparse.Namespace, ranks: Ranks, model: ChatLM, stream: PairStrea
 
     def save() -> None:
         if ranks.first:
-            objective.export(out_dir)
             save_checkpoint(out_dir / "checkpoint", args.keep, model, optimizers, state, identity)
+            objective.export(out_dir)  # after it: killed between the two, a model without a checkpoint could not go on
         ranks.wait()
 
     def evaluate() -> None:
@@ -536,6 +536,8 @@ def fit(args: argparse.Namespace, ranks: Ranks, model: ChatLM, stream: PairStrea
     peak_flops = ranks.world_size * next((1e12 * tera for name, tera in BF16_TERAFLOPS.items() if name in device_name(device)), 0)
     bad_in_a_row, asked, done, tick_s = 0, False, progress(), time.perf_counter()
     done_before, elapsed_before_s = done, state.elapsed_s
+    if done >= 1 and ranks.first:  # killed after the last checkpoint, perhaps before its export
+        objective.export(out_dir)
     while done < 1 and not asked:
         model.train()
         step_s = time.perf_counter()

@@ -802,7 +802,7 @@ def faults(args: argparse.Namespace) -> None:
     steps, rng, seen, wrong = 40, random.Random(0), {}, 0
     with tempfile.TemporaryDirectory() as folder:
         write_demo(folder)
-        Tokenizer.train(load_texts([]), 1000).save_pretrained(folder)
+        Tokenizer.train(load_texts([]), 1400).save_pretrained(folder)
         command = ["train.py", "--data", f"{folder}/train.parquet", "--tokenizer", folder, "--preset", "demo", "--max_len", "40", "--batch_tokens", "512", "--workers", "0",
                    "--micro_batch_tokens", "256", "--dropout", "0.1", "--dtype", "float32", "--device", "cpu", "--max_steps", str(steps), "--save_every", "4"]
         launchers = {1: [sys.executable], 2: [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]}
@@ -832,7 +832,9 @@ def faults(args: argparse.Namespace) -> None:
             if running.poll() is None:
                 running.send_signal(getattr(signal, name))
                 seen[name, moment, ranks] = seen.get((name, moment, ranks), 0) + 1
-            if running.wait() == 0:  # it came to its end: another run
+            status = running.wait()
+            assert status in (0, 1, 128 + signal.SIGINT, 128 + signal.SIGTERM) or status < 0, (i, status, name, moment, ranks)  # 1: torchrun's
+            if status == 0:  # it came to its end: another run
                 wrong += sum(a != b for a, b in zip(losses(out), expected[ranks])) + abs(len(losses(out)) - steps)
                 attempt[ranks] += 1
             print(f"{i + 1} of {args.runs}: {name} while {moment}, {ranks} processes, {len(losses(out))} steps logged, {wrong} losses wrong", file=sys.stderr, flush=True)
