@@ -799,7 +799,7 @@ def dpo(args: argparse.Namespace) -> None:
 def faults(args: argparse.Namespace) -> None:
     """Stop training --runs times, by a signal at a moment in one or two processes, go on each time, and compare every loss with a run
     that nothing stopped."""
-    steps, rng, seen, wrong = 40, random.Random(0), {}, 0
+    steps, rng, seen, wrong = 40, random.Random(), {}, 0
     with tempfile.TemporaryDirectory() as folder:
         write_demo(folder)
         Tokenizer.train(load_texts([]), 1400).save_pretrained(folder)
