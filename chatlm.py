@@ -33,8 +33,8 @@ PRESETS = {  # with the tied head and 29,298 tokens: small 14.8 M parameters, 0.
     "0.2b": dict(d_model=768, d_ff=3072, d_kv=64, num_heads=12, num_layers=10, num_decoder_layers=10),
 }
 LOSS_CHUNK_BYTES = 1 << 26  # of logits alive at once in the loss
-FEW_ROWS = 64  # of a product, in decoding
 CACHE_BYTES = 1 << 23  # of them, that a CPU's cache holds while one operation after another passes over them
+FEW_ROWS = 64  # of a product, in decoding
 
 
 @dataclass
@@ -470,12 +470,12 @@ def packed_product(weight: Tensor, dtype: torch.dtype) -> Product:
     the arithmetic float32. int8: a row of the weight is scaled to -127 .. 127, x at every call to 8 bits, and integers are summed."""
     ops = torch.ops.quantized
     if dtype == torch.float16:
-        packed = ops.linear_prepack_fp16(weight.float(), None)
+        packed = ops.linear_prepack_fp16(weight, None)
         return lambda x: ops.linear_dynamic_fp16(x, packed)
     with warnings.catch_warnings():  # torch means to drop quantized tensors one day; 2.11 to 2.13 have them
         warnings.simplefilter("ignore")
-        scale, zero = weight.float().abs().amax(1).clamp(min=1e-30) / 127, torch.zeros(len(weight), dtype=torch.int64)
-        packed = ops.linear_prepack(torch.quantize_per_channel(weight.float(), scale, zero, 0, torch.qint8))
+        scale, zero = weight.abs().amax(1).clamp(min=1e-30) / 127, torch.zeros(len(weight), dtype=torch.int64)
+        packed = ops.linear_prepack(torch.quantize_per_channel(weight, scale, zero, 0, torch.qint8))
     return lambda x: ops.linear_dynamic(x, packed, True)
 
 

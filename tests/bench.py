@@ -816,6 +816,9 @@ def faults(args: argparse.Namespace) -> None:
             rows = [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")] if path.exists() else []
             return [(row["step"], row["loss"], row["lr"], row["tokens"]) for row in rows if "loss" in row]
 
+        def differing(ranks: int, out: str) -> int:
+            return sum(a != b for a, b in zip(losses(out), expected[ranks])) + abs(len(losses(out)) - steps)
+
         expected, attempt = {}, dict.fromkeys(launchers, 0)
         for ranks in launchers:
             assert start(ranks, f"{folder}/straight{ranks}").wait() == 0
@@ -835,13 +838,13 @@ def faults(args: argparse.Namespace) -> None:
             status = running.wait()
             assert status in (0, 1, 128 + signal.SIGINT, 128 + signal.SIGTERM) or status < 0, (i, status, name, moment, ranks)  # 1: torchrun's
             if status == 0:  # it came to its end: another run
-                wrong += sum(a != b for a, b in zip(losses(out), expected[ranks])) + abs(len(losses(out)) - steps)
+                wrong += differing(ranks, out)
                 attempt[ranks] += 1
             print(f"{i + 1} of {args.runs}: {name} while {moment}, {ranks} processes, {len(losses(out))} steps logged, {wrong} losses wrong", file=sys.stderr, flush=True)
         for ranks in launchers:
             out = f"{folder}/{ranks}-{attempt[ranks]}"
             assert start(ranks, out).wait() == 0
-            wrong += sum(a != b for a, b in zip(losses(out), expected[ranks])) + abs(len(losses(out)) - steps)
+            wrong += differing(ranks, out)
             attempt[ranks] += 1
         show(f"faults, {sum(seen.values())} stops of {sum(attempt.values())} runs of {steps} steps: {wrong} losses differ", ["signal", "while", "processes", "times"],
              [[*map(str, what), str(n)] for what, n in sorted(seen.items())], {"runs": sum(attempt.values()), "wrong": wrong})
