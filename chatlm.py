@@ -34,7 +34,7 @@ PRESETS = {  # with the tied head and 29,298 tokens: small 14.8 M parameters, 0.
 }
 LOSS_CHUNK_BYTES = 1 << 26  # of logits alive at once in the loss
 CACHE_BYTES = 1 << 23  # of them, that a CPU's cache holds while one operation after another passes over them
-FEW_ROWS = 64  # of a product, in decoding
+FEW_ROWS = 128  # of a product, in decoding
 
 
 @dataclass
@@ -122,6 +122,8 @@ class RMSNorm(nn.Module):
         self.eps = config.layer_norm_epsilon
 
     def forward(self, x: Tensor) -> Tensor:
+        if x.is_cuda:  # as one kernel
+            return F.rms_norm(x.float(), self.weight.shape, self.weight.float(), self.eps).to(self.weight.dtype)
         inverse = torch.rsqrt(x.float().square().mean(-1, keepdim=True) + self.eps)
         return self.weight * (x * inverse).to(self.weight.dtype)
 
@@ -345,12 +347,13 @@ class ChatLM(nn.Module):
         bias = self.decoder.position_bias(positions, positions).masked_fill(ahead, torch.finfo(x.dtype).min)
         return self.to_head(self.decoder(x, bias, encoded, mask))
 
-    def pack(self, dtype: torch.dtype) -> None:
-        """On a CPU, in float32: decode with weights of 2 bytes (torch.float16) or 1 (torch.int8) from now on; what is trained later is not seen.
+    def pack(self, dtype: torch.dtype | None = None) -> None:
+        """Lay the decoder's weights out for decoding, once for all answers; what is trained later is not seen.
 
+        dtype: torch.float16 or torch.int8, on a CPU in float32: decode with weights of 2 bytes or 1.
         Raises ValueError where this device or processor cannot.
         """
-        if self.shared.weight.dtype != torch.float32 or not self.shared.weight.is_cpu:
+        if dtype and (self.shared.weight.dtype != torch.float32 or not self.shared.weight.is_cpu):
             raise ValueError(f"{dtype} weights are for decoding on a CPU, from a model in float32")
         try:
             self.products = Products(self, dtype)
@@ -408,7 +411,7 @@ class ChatLM(nn.Module):
                 "decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight"}
         if config.tie_word_embeddings:
             drop.add("lm_head.weight")
-        weights = {name: w.to(device=device, dtype=dtype) for name, w in weights.items() if name not in drop}
+        weights = {name: w.to(dtype).to(device) for name, w in weights.items() if name not in drop}  # cast here, or a GPU holds both
         with torch.device("meta"):
             model = cls(config)
         wanted = {name: p.shape for name, p in model.named_parameters()}
@@ -451,17 +454,26 @@ Product = Callable[[Tensor], Tensor]  # (N, I) -> (N, O)
 
 def sliced_product(weight: Tensor) -> Product:
     """x -> x @ weight.T in float32 on a CPU, for few rows: torch's own product reads the weight (O, I) with one thread where there is one
-    row, and is slow where there are some. A batch of slices of the weight (P, O / P, I), one a thread, each times x transposed (I, N),
-    takes from a quarter to three quarters of its time."""
+    row, and is slow where there are some. A batch of slices of the weight (P, O / P, I) takes from a quarter to four fifths of its time:
+    one slice a thread, times x transposed, for very few rows, and more, smaller ones for others."""
     outputs, inputs = weight.shape
-    parts = next(p for p in range(torch.get_num_threads(), 0, -1) if outputs % p == 0)
-    slices = weight.view(parts, -1, inputs)
+    threads = torch.get_num_threads()
+
+    def sliced(least: int, most: int) -> Tensor:
+        """Into a number of slices, between the two, that shares them evenly among the threads."""
+        divisors = (p for p in range(least, most + 1) if outputs % p == 0)
+        return weight.view(min(divisors, key=lambda p: math.ceil(p / threads) / p, default=1), -1, inputs)
+
+    large, small = sliced(1, threads), sliced(max(threads, outputs // 256), max(threads, outputs // 64))
 
     def product(x: Tensor) -> Tensor:
-        if len(x) > FEW_ROWS:
+        rows = len(x)
+        if rows > FEW_ROWS:
             return F.linear(x, weight)
-        columns = x.contiguous().as_strided((parts, inputs, len(x)), (0, 1, inputs))
-        return torch.bmm(slices, columns).as_strided((len(x), outputs), (1, len(x))).contiguous()
+        if rows < 8:
+            columns = x.contiguous().as_strided((len(large), inputs, rows), (0, 1, inputs))
+            return torch.bmm(large, columns).as_strided((rows, outputs), (1, rows)).contiguous()
+        return torch.bmm(x.expand(len(small), rows, inputs), small.mT).transpose(0, 1).reshape(rows, outputs)
     return product
 
 
@@ -525,58 +537,97 @@ class Decoder:
 
     A source may have N rows, such as the beams of a search; they share its keys and values, which are computed once. Those of the positions
     before stand in one tensor, grown by doubling; the bias of a position is a slice of one table, since it depends on the distance alone.
+
+        a CPU    p0 p1 p2 new                 a step attends to as much as there is
+        a GPU    new p0 p1 p2 ..  ..  ..      to the whole room, and what is empty is masked: so every step is the same operations on the
+                                              same memory, which a CUDA graph starts at once; then the newest is copied to its place
     """
 
-    @torch.no_grad()
-    def __init__(self, model: ChatLM, input_ids: Tensor, attention_mask: Tensor | None = None, rows_per_source: int = 1):
+    @torch.inference_mode()
+    def __init__(self, model: ChatLM, input_ids: Tensor, attention_mask: Tensor | None = None, rows_per_source: int = 1,
+                 static: bool | None = None):
+        """static: the same operations for every step, as on a GPU; None: on a GPU."""
         self.model, self.rows, self.length = model, len(input_ids) * rows_per_source, 0
+        self.static = input_ids.is_cuda if static is None else static
         encoded, self.mask = model.encode(input_ids, attention_mask)
         self.products = model.products or Products(model)
         self.sources = [block.layer[1].EncDecAttention.keys_values(encoded) for block in model.decoder.block]  # each (B, H, S, K)
         self.own = encoded.new_empty(2 * len(self.sources), self.rows, 0, model.config.num_heads * model.config.d_kv)
-        self.bias = encoded.new_empty(0)  # (1, H, 1, capacity), the distance falling from capacity - 1 to 0
+        self.bias = self.visible = encoded.new_empty(0)  # (1, H, 1, capacity), of distances capacity - 1 .. 0; the same as it is masked
+        self.graph: torch.cuda.CUDAGraph | None = None
+        self.steps_alike = 0
 
     def make_room(self, rows: int, length: int) -> None:
         """own: (2 * layers, rows, capacity, H * K), keys and values in turn, of which self.rows and self.length are in use."""
         capacity = 32 << max(0, math.ceil(math.log2(length / 32)))
-        before, self.own = self.own, self.own.new_empty(len(self.own), rows, capacity, self.own.size(3))
-        self.own[:, :before.size(1), :self.length] = before[:, :, :self.length]
+        if self.static:
+            capacity = max(320, capacity)  # what is empty costs little, another graph more
+        before, self.own = self.own, self.own.new_zeros(len(self.own), rows, capacity, self.own.size(3))
+        self.own[:, :before.size(1), :before.size(2)] = before
         positions = torch.arange(capacity, device=self.own.device)
         self.bias = self.model.decoder.position_bias(positions[-1:], positions).to(self.own.dtype)
+        self.visible = torch.full_like(self.bias, torch.finfo(self.bias.dtype).min)
+        self.visible[..., 0] = self.bias[..., -1]
+        self.graph = None
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def step(self, ids: Tensor) -> tuple[Tensor, Tensor]:
         """The newest ids (B * N,) -> float32 logits (B * N, V) of what may follow, and hidden states (B * N, D)."""
-        if self.length == self.own.size(2):
-            self.make_room(self.own.size(1), self.length + 1)
-        rows, shape, attend = self.rows, (self.rows, self.model.config.num_heads, 1, self.model.config.d_kv), F.scaled_dot_product_attention
-        newest = self.own[:, :rows, self.length].unbind()
+        place = self.length + self.static
+        if place >= self.own.size(2):
+            self.make_room(self.own.size(1), place + 1)
         self.length += 1
-        upto = self.own[:, :rows, :self.length].unflatten(-1, (shape[1], shape[3])).transpose(2, 3).unbind()
-        bias, x = self.bias[..., -self.length:], self.model.shared(ids)
+        if not self.static:
+            return self.layers(ids, place, self.length, self.bias[..., -self.length:])
+        self.visible[..., 1:self.length] = self.bias[..., -self.length:-1]
+        logits, hidden = self.replay(ids) if ids.is_cuda and self.steps_alike > 8 else self.layers(ids, 0, self.own.size(2), self.visible)
+        self.own[:, :self.rows, place] = self.own[:, :self.rows, 0]
+        self.steps_alike += 1
+        return logits, hidden
+
+    def replay(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+        if self.graph is None:
+            self.ids, self.graph = ids.clone(), torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graph):
+                self.result = self.layers(self.ids, 0, self.own.size(2), self.visible)
+        self.ids.copy_(ids)
+        self.graph.replay()
+        return self.result[0].clone(), self.result[1].clone()
+
+    def layers(self, ids: Tensor, newest: int, upto: int, bias: Tensor) -> tuple[Tensor, Tensor]:
+        """ids go through the decoder, their keys and values to place newest, and they see the places before upto under bias (1, H, 1, upto)."""
+        rows, shape, attend = self.rows, (self.rows, self.model.config.num_heads, 1, self.model.config.d_kv), F.scaled_dot_product_attention
+        put = self.own[:, :rows, newest].unbind()
+        own = self.own[:, :rows, :upto].unflatten(-1, (shape[1], shape[3])).transpose(2, 3).unbind()
+        x = self.model.shared(ids)
         for i, (norm, qkv, o, cross_norm, cross_q, cross_o, feed_norm, feed) in enumerate(self.products.layers):
             q, k, v = qkv(norm(x)).view(rows, 3, -1).unbind(1)
-            newest[2 * i].copy_(k)
-            newest[2 * i + 1].copy_(v)
-            x = x + o(attend(q.view(shape), upto[2 * i], upto[2 * i + 1], attn_mask=bias, scale=1.0).view(rows, -1))
+            put[2 * i].copy_(k)
+            put[2 * i + 1].copy_(v)
+            x = x + o(attend(q.view(shape), own[2 * i], own[2 * i + 1], attn_mask=bias, scale=1.0).view(rows, -1))
             q = cross_q(cross_norm(x)).view(len(self.mask), -1, shape[1], shape[3]).transpose(1, 2)  # N queries a source
             x = x + cross_o(attend(q, *self.sources[i], attn_mask=self.mask, scale=1.0).transpose(1, 2).reshape(rows, -1))
             x = x + feed(feed_norm(x))
         hidden = self.model.to_head(x)
         return self.products.head(hidden).float(), hidden
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def select(self, rows: Tensor, sources: Tensor | None = None) -> None:
         """From now on the rows are those named, in this order, some perhaps several times; and so the sources, where they are named.
         What stays in its place is not copied."""
+        used = self.length + self.static
         if sources is not None:
             self.mask, self.sources = self.mask[sources], [(keys[sources], values[sources]) for keys, values in self.sources]
         if len(rows) > self.own.size(1):
-            self.make_room(len(rows), self.length)
-        moved = [(at, row) for at, row in enumerate(rows.tolist()) if at != row]
-        for (at, _), part in zip(moved, [self.own[:, row, :self.length].clone() for _, row in moved]):
-            self.own[:, at, :self.length] = part
-        self.rows = len(rows)
+            self.make_room(len(rows), used)
+        if rows.is_cuda:
+            self.own[:, :len(rows), :used] = self.own[:, rows, :used]
+        else:
+            moved = [(at, row) for at, row in enumerate(rows.tolist()) if at != row]
+            for (at, _), part in zip(moved, [self.own[:, row, :used].clone() for _, row in moved]):
+                self.own[:, at, :used] = part
+        if len(rows) != self.rows or sources is not None:
+            self.rows, self.graph, self.steps_alike = len(rows), None, 0
 
 
 class LinearCrossEntropy(torch.autograd.Function):

@@ -94,7 +94,6 @@ class GenerationConfig:
         return scores
 
 
-@torch.no_grad()
 def generate(model: ChatLM, input_ids: Tensor, attention_mask: Tensor | None = None, **options) -> Tensor:
     """Answers to prompts: input_ids (B, S) int64 -> ids (B * num_return_sequences, L), start token in front; what follows
     an answer's [EOS] is padding (0), after beam search [EOS].
@@ -103,17 +102,20 @@ def generate(model: ChatLM, input_ids: Tensor, attention_mask: Tensor | None = N
     Raises ValueError for an option out of range.
     """
     config = GenerationConfig(**options)
-    if config.num_beams > 1:
-        return beam_search(model, input_ids, attention_mask, config)
-    if config.contrastive:
-        return contrastive_search(model, input_ids, attention_mask, config)
-    if config.num_return_sequences > 1:
-        input_ids = input_ids.repeat_interleave(config.num_return_sequences, 0)
-        attention_mask = None if attention_mask is None else attention_mask.repeat_interleave(config.num_return_sequences, 0)
-    return deque(steps(model, input_ids, attention_mask, config), maxlen=1)[0]
+    with torch.inference_mode():
+        if config.num_beams > 1:
+            ids = beam_search(model, input_ids, attention_mask, config)
+        elif config.contrastive:
+            ids = contrastive_search(model, input_ids, attention_mask, config)
+        else:
+            if config.num_return_sequences > 1:
+                input_ids = input_ids.repeat_interleave(config.num_return_sequences, 0)
+                attention_mask = None if attention_mask is None else attention_mask.repeat_interleave(config.num_return_sequences, 0)
+            ids = deque(steps(model, input_ids, attention_mask, config), maxlen=1)[0]
+    return ids.clone()  # a tensor like any other
 
 
-@torch.no_grad()
+@torch.inference_mode()
 def steps(model: ChatLM, input_ids: Tensor, attention_mask: Tensor | None, config: GenerationConfig) -> Iterator[Tensor]:
     """Greedy decoding or sampling; yields ids (B, L) after every new token."""
     c = model.config
@@ -349,10 +351,10 @@ def load(folder: str, dtype: str | None, device: torch.device) -> ChatLM:
     """
     if device.type == "cuda" and dtype == "int8":
         raise ValueError("--dtype int8 is for CPUs; on a GPU take float16 or bfloat16")
+    wanted: torch.dtype | None = getattr(torch, dtype) if dtype else None
     packed = device.type == "cpu" and dtype in ("float16", "int8")
-    model = ChatLM.from_pretrained(folder, torch.float32 if packed else getattr(torch, dtype) if dtype else None, device).requires_grad_(False)
-    if packed:
-        model.pack(getattr(torch, dtype))
+    model = ChatLM.from_pretrained(folder, torch.float32 if packed else wanted, device).requires_grad_(False)
+    model.pack(wanted if packed else None)
     return model
 
 

@@ -552,9 +552,10 @@ def fit(args: argparse.Namespace, ranks: Ranks, model: ChatLM, stream: PairStrea
         for j in stream.own:
             batch = {k: v.to(device, non_blocking=True) for k, v in next(batches).items()}
             torch.manual_seed(xxhash.xxh3_64_intdigest(f"{args.seed} {state.step} {j}".encode()) >> 1)
-            with torch.autocast(device.type, dtype, enabled=dtype != torch.float32), sdpa_kernel(kernels):
-                loss, units, *extra = objective.loss(batch)
-            (loss * scale).backward()
+            with sdpa_kernel(kernels):  # for backward too, which may compute activations again
+                with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+                    loss, units, *extra = objective.loss(batch)
+                (loss * scale).backward()
             targets = sum((v != data.IGNORED).sum() for k, v in batch.items() if k.endswith("labels"))
             sums[:-2] += torch.stack([x.detach().double() for x in (loss, units, *extra, batch["attention_mask"].sum(), targets)])
         if ranks.first:

@@ -20,6 +20,7 @@ from chatlm import ChatLM, ChatLMConfig, Decoder, sliced_product
 from sample import GenerationConfig, bleu4, generate, triples
 from tokenizer import Tokenizer
 
+GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 PENALTIES = [{}, {"repetition_penalty": 1.3}, {"no_repeat_ngram_size": 2}, {"min_new_tokens": 7},
              {"repetition_penalty": 1.7, "no_repeat_ngram_size": 3, "min_new_tokens": 4}]
 
@@ -91,8 +92,35 @@ def test_packed_weights_decode_nearly_the_same(tmp_path, feed_forward_proj, dtyp
         ours.bfloat16().pack(dtype)
 
 
-@pytest.mark.parametrize("rows", [1, 2, 5, 16, 65])
-@pytest.mark.parametrize("columns", [7, 64, 90])
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=GPU)])
+def test_steps_that_are_all_alike_are_the_steps(tmp_path, device):
+    """As a GPU takes them, there from a CUDA graph: over growths of the room, as beams change places, rows multiply and prompts leave."""
+    _, ours = make_models(tmp_path, 1)
+    ids, mask = make_prompts()
+    there = ChatLM.from_pretrained(tmp_path, device=device)
+    usual, alike = Decoder(ours, ids, mask, 2, static=False), Decoder(there, ids.to(device), mask.to(device), 2, static=True)
+    g = torch.Generator().manual_seed(0)
+
+    def select(rows: list[int], sources: list[int] | None = None) -> None:
+        for decoder, at in ((usual, "cpu"), (alike, device)):
+            decoder.select(torch.tensor(rows, device=at), None if sources is None else torch.tensor(sources, device=at))
+
+    for step in range(400):
+        said = torch.randint(0, 60, (usual.rows,), generator=g)
+        for one, other in zip(usual.step(said), alike.step(said.to(device))):
+            torch.testing.assert_close(one, other.cpu(), rtol=1e-4, atol=1e-4)
+        if step % 5 == 4:
+            n = usual.rows // len(usual.mask)
+            select([row // n * n + i for row in range(0, usual.rows, n) for i in torch.randint(0, n, (n,), generator=g).tolist()])
+        if step == 20:
+            select([row for row in range(12) for _ in range(2)])
+        if step == 340:
+            select([0, 1, 2, 3, 12, 13, 14, 15], [0, 3])
+    assert device == "cpu" or alike.graph is not None
+
+
+@pytest.mark.parametrize("rows", [1, 2, 7, 8, 16, 129])
+@pytest.mark.parametrize("columns", [7, 64, 90, 3 * 257])
 def test_a_sliced_product_is_the_product(rows, columns):
     weight, x = torch.randn(columns, 33), torch.randn(33, rows).T
     torch.testing.assert_close(sliced_product(weight)(x), x @ weight.T)
