@@ -42,6 +42,7 @@ from tokenizer import (EOS, PAD, ArgumentParser, Problems, Tokenizer, batches, c
 ROW_GROUP = 8192  # rows of a Parquet row group that we write
 WINDOW_ROWS, WINDOW_BYTES = 1 << 16, 1 << 25  # PairStream shuffles and sorts within windows of at most so much text
 CLEAN_ROWS = 2048  # rows that a worker cleans at a time
+FIRST_WINDOW = 1 / 8  # of that, for the first window of an epoch: training begins the sooner
 SLICE_ROWS = 1024  # rows that are read and tokenised at a time
 MOST_CHARS_PER_TOKEN = 16  # what of a text lies beyond max_len times this is not tokenised
 IGNORED = -100  # the label of padding
@@ -992,9 +993,9 @@ class PairStream:
         self._warned = rank > 0
 
     def windows(self, epoch: int) -> list[list[tuple]]:
-        """The epoch's row groups, shuffled, in windows."""
+        """The epoch's row groups, shuffled, in windows, of which the first is small."""
         if epoch not in self._plans:
-            windows, filled = [[]], 0.0
+            windows, filled = [[]], 1 - FIRST_WINDOW
             for i in np.random.default_rng([self.seed, epoch]).permutation(len(self.row_groups)):
                 for piece, share in self.row_groups[i]:
                     if filled + share > 1 and windows[-1]:
@@ -1015,12 +1016,13 @@ class PairStream:
         for _ in range(1 + self.workers):
             if ahead not in self._windows:
                 job = read_window, self.windows(ahead[0])[ahead[1]], self.columns, self.tokenizer, self.max_len, *share
-                if not self.workers:
+                if not self.workers or ahead == want:  # the very first: a worker would come later
                     self._windows[ahead] = job[0](*job[1:])
                 else:
                     if self._pool is None:
-                        self._pool = ProcessPoolExecutor(self.workers, multiprocessing.get_context("spawn"), end_with_parent)
-                    self._windows[ahead] = self._pool.submit(*job)
+                        self._pool = ProcessPoolExecutor(self.workers, multiprocessing.get_context("spawn"), serve_from_behind)
+                    with main_module_hidden():
+                        self._windows[ahead] = self._pool.submit(*job)
             ahead = self._after(*ahead)
         loaded = self._windows[want]
         if isinstance(loaded, Future):
@@ -1100,8 +1102,22 @@ class PairStream:
             self._pool = None
 
 
-def end_with_parent() -> None:
-    """In a background process: end when the one that began it has gone, however it went."""
+@contextlib.contextmanager
+def main_module_hidden() -> Iterator[None]:
+    """A process spawned here does not import the program that it belongs to, such as train.py and with it torch: two seconds."""
+    main = sys.modules["__main__"]
+    hidden = {name: getattr(main, name, None) for name in ("__file__", "__spec__")}
+    try:
+        vars(main).update(dict.fromkeys(hidden))
+        yield
+    finally:
+        vars(main).update(hidden)
+
+
+def serve_from_behind() -> None:
+    """In a background process: take what time the training leaves, and end when the process that began this one has gone, however it went."""
+    if hasattr(os, "nice"):
+        os.nice(19)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
 

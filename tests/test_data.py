@@ -2,12 +2,14 @@
 import copy
 import itertools
 import json
+import os
 import random
 import subprocess
 import sys
 import threading
 import unicodedata
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -106,6 +108,25 @@ def test_it_goes_on_from_any_state_with_any_number_of_workers(demo, monkeypatch)
             again.close()
         if n == 80:
             break
+
+
+def test_a_worker_does_not_run_the_program_again(demo, tmp_path, monkeypatch):
+    """So one without `if __name__ == "__main__"` may have workers, and they do not wait for its imports."""
+    path, tokenizer = demo
+    tokenizer.save_pretrained(tmp_path)
+    program = tmp_path / "program.py"
+    program.write_text(f"""if True:
+        print("begins", __name__)
+        import itertools, data, tokenizer
+        data.WINDOW_ROWS = 1000
+        stream = data.PairStream({str(path)!r}, tokenizer.Tokenizer.from_pretrained({str(tmp_path)!r}), 2000, 64, workers=2)
+        print(sum(len(batch["labels"]) for batch in itertools.islice(stream, 60)), __file__)
+        stream.close()
+    """)
+    ran = subprocess.run([sys.executable, str(program)], capture_output=True, text=True, timeout=60, env={**os.environ, "PYTHONPATH": str(Path(data.__file__).parent)})
+    monkeypatch.setattr(data, "WINDOW_ROWS", 1000)
+    rows = sum(len(batch["labels"]) for batch in take(PairStream(path, tokenizer, 2000, 64), 60))
+    assert ran.stderr == "" and ran.stdout.splitlines() == ["begins __main__", f"{rows} {program}"]
 
 
 def test_the_seed_and_the_epoch_change_the_order(demo):
