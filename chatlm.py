@@ -34,7 +34,6 @@ PRESETS = {  # with the tied head and 29,298 tokens: small 14.8 M parameters, 0.
 }
 LOSS_CHUNK_BYTES = 1 << 26  # of logits alive at once in the loss
 CACHE_BYTES = 1 << 23  # of them, that a CPU's cache holds while one operation after another passes over them
-FEW_ROWS = 128  # of a product, in decoding
 
 
 @dataclass
@@ -453,9 +452,9 @@ Product = Callable[[Tensor], Tensor]  # (N, I) -> (N, O)
 
 
 def sliced_product(weight: Tensor) -> Product:
-    """x -> x @ weight.T in float32 on a CPU, for few rows: torch's own product reads the weight (O, I) with one thread where there is one
-    row, and is slow where there are some. A batch of slices of the weight (P, O / P, I) takes from a quarter to four fifths of its time:
-    one slice a thread, times x transposed, for very few rows, and more, smaller ones for others."""
+    """x -> x @ weight.T in float32 on a CPU: torch's own product reads the weight (O, I) with one thread where x is one row, and is slow
+    where x has some. A batch of slices of the weight (P, O / P, I) takes from a quarter to four fifths of its time: one slice a thread,
+    times x transposed, for very few rows, and more, smaller ones for others."""
     outputs, inputs = weight.shape
     threads = torch.get_num_threads()
 
@@ -468,12 +467,10 @@ def sliced_product(weight: Tensor) -> Product:
 
     def product(x: Tensor) -> Tensor:
         rows = len(x)
-        if rows > FEW_ROWS:
-            return F.linear(x, weight)
-        if rows < 8:
-            columns = x.contiguous().as_strided((len(large), inputs, rows), (0, 1, inputs))
-            return torch.bmm(large, columns).as_strided((rows, outputs), (1, rows)).contiguous()
-        return torch.bmm(x.expand(len(small), rows, inputs), small.mT).transpose(0, 1).reshape(rows, outputs)
+        if rows >= 8:
+            return torch.bmm(x.expand(len(small), rows, inputs), small.mT).transpose(0, 1).reshape(rows, outputs)
+        columns = x.contiguous().as_strided((len(large), inputs, rows), (0, 1, inputs))
+        return torch.bmm(large, columns).as_strided((rows, outputs), (1, rows)).contiguous()
     return product
 
 

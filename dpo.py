@@ -215,7 +215,8 @@ def tune(argv: list[str]) -> None:
                         group=max(1, round(args.batch_tokens / args.micro_batch_tokens)), columns=COLUMNS, workers=args.workers, gather=ranks.gather)
     objective = preference(args, ranks, model, tokenizer)
     identity = {**train.run_identity(args, model, tokenizer), "--beta": args.beta, "--loss": args.loss}
-    state = train.fit(args, ranks, model, stream, objective, identity)
+    with train.claimed(Path(args.out_dir), ranks):
+        state = train.fit(args, ranks, model, stream, objective, identity)
     if ranks.first:
         print(f"finished: {args.out_dir} ({state.step:,} steps, {train.duration(state.elapsed_s)})" + (
             f"; python dpo.py merge --model {args.init_from} --adapter {args.out_dir} --out {args.out_dir}/merged" if args.lora_rank else ""))
@@ -237,7 +238,7 @@ def reject(argv: list[str]) -> None:
     add("--device", help="cpu, cuda or cuda:N; none: a GPU if there is one")
     args = parser.parse_args(argv)
     rows = list(data.whole_rows([args.data], data.PAIR))
-    model = ChatLM.from_pretrained(args.model, device=sample.pick_device(args.device))
+    model = sample.load(args.model, None, sample.pick_device(args.device))
     torch.manual_seed(args.seed)
     options = {"max_new_tokens": args.max_new_tokens}
     if args.num_samples > 1:

@@ -11,6 +11,7 @@ computes is a function of the checkpoint before it: dropout is seeded by (seed, 
 number of ranks nor a restart changes it, and a run that was killed goes on bit for bit.
 """
 import argparse
+import contextlib
 import ctypes
 import dataclasses
 import errno
@@ -44,6 +45,11 @@ import sample
 from chatlm import PRESETS, ChatLM, ChatLMConfig
 from data import PairStream
 from tokenizer import ArgumentParser, Corpus, Tokenizer, number, run, write_file
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
 
 DEMO = {"preset": "demo", "max_steps": 1000, "batch_tokens": 1024, "micro_batch_tokens": 512, "max_len": 64, "vocab_size": 2048,
         "lr": 2e-2}
@@ -348,6 +354,31 @@ def load_checkpoint(path: Path, model: nn.Module, optimizers: list, identity: di
     for optimizer, s in zip(optimizers, saved["optimizers"]):
         optimizer.load_state_dict(s)
     return State(**saved["state"])
+
+
+@contextlib.contextmanager
+def claimed(folder: Path, ranks: Ranks, patience_s: float = 5.0) -> Iterator[None]:
+    """Keep other runs out of the folder meanwhile. Raises ValueError where another is at work there, and has not ended within
+    patience_s: one that was killed takes a moment."""
+    if fcntl is None or not ranks.first:
+        yield
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    handle, begin_s = os.open(folder, os.O_RDONLY), time.monotonic()
+    try:
+        while True:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() - begin_s > patience_s:
+                    raise ValueError(f"another run is at work in {folder}: wait for its end, or choose another --out_dir") from None
+                time.sleep(0.1)
+            except OSError:  # a file system without locks
+                break
+        yield
+    finally:
+        os.close(handle)
 
 
 def hash_file(path: Path) -> str:
@@ -803,7 +834,8 @@ def main() -> None:
             print(f"note: a step is {group} micro-batches, which {ranks.world_size} processes cannot share evenly", file=sys.stderr)
     stream = PairStream(args.data, tokenizer, args.micro_batch_tokens, args.max_len, args.seed, ranks.rank, ranks.world_size,
                         group=group, workers=args.workers, gather=ranks.gather)
-    state = fit(args, ranks, model, stream, response_loss(args, ranks, model, tokenizer), run_identity(args, model, tokenizer))
+    with claimed(Path(args.out_dir), ranks):
+        state = fit(args, ranks, model, stream, response_loss(args, ranks, model, tokenizer), run_identity(args, model, tokenizer))
     if ranks.first:
         closing(args, model, tokenizer, state)
     ranks.leave()

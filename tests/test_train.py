@@ -163,6 +163,21 @@ def test_resume_is_exact_after_kills(base, straight, tmp_path):
         assert (out / name).read_bytes() == (straight / name).read_bytes()
 
 
+def test_two_runs_do_not_share_a_folder(base, tmp_path):
+    out = tmp_path / "out"
+    args = [*base, "--out_dir", str(out), "--max_steps", "100000"]
+    first = subprocess.Popen(command(*args), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=ENV)
+    while not (out / "log.jsonl").exists():
+        time.sleep(0.05)
+    second = call(*args)
+    assert second.returncode == 2 and second.stderr.splitlines()[-1].endswith(
+        f"error: another run is at work in {out}: wait for its end, or choose another --out_dir"), second.stderr
+    first.kill()
+    first.wait()
+    third = call(*args[:-1], "3", "--resume", "never")
+    assert third.returncode == 0, third.stderr
+
+
 def test_two_processes_take_the_same_steps_and_may_change(base, straight, tmp_path):
     out = tmp_path / "out"
     args = [*base, "--out_dir", str(out), "--eval_every", "10", "--save_every", "4"]
