@@ -42,7 +42,6 @@ from tokenizer import (EOS, PAD, ArgumentParser, Problems, Tokenizer, batches, c
 ROW_GROUP = 8192  # rows of a Parquet row group that we write
 WINDOW_ROWS, WINDOW_BYTES = 1 << 16, 1 << 25  # PairStream shuffles and sorts within windows of at most so much text
 CLEAN_ROWS = 2048  # rows that a worker cleans at a time
-FIRST_WINDOW = 1 / 8  # of that, for the first window of an epoch: training begins the sooner
 SLICE_ROWS = 1024  # rows that are read and tokenised at a time
 MOST_CHARS_PER_TOKEN = 16  # what of a text lies beyond max_len times this is not tokenised
 IGNORED = -100  # the label of padding
@@ -993,9 +992,9 @@ class PairStream:
         self._warned = rank > 0
 
     def windows(self, epoch: int) -> list[list[tuple]]:
-        """The epoch's row groups, shuffled, in windows, of which the first is small."""
+        """The epoch's row groups, shuffled, in windows."""
         if epoch not in self._plans:
-            windows, filled = [[]], 1 - FIRST_WINDOW
+            windows, filled = [[]], 0.0
             for i in np.random.default_rng([self.seed, epoch]).permutation(len(self.row_groups)):
                 for piece, share in self.row_groups[i]:
                     if filled + share > 1 and windows[-1]:
