@@ -12,10 +12,12 @@ Shapes: B batch, S source length, T target length, D d_model, H heads, K width o
 """
 import dataclasses
 import errno
+import functools
 import json
 import math
 import os
 import warnings
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -121,7 +123,7 @@ class RMSNorm(nn.Module):
         self.eps = config.layer_norm_epsilon
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.is_cuda:  # as one kernel
+        if x.is_cuda:  # one kernel, with another for each cast of what is not float32
             return F.rms_norm(x.float(), self.weight.shape, self.weight.float(), self.eps).to(self.weight.dtype)
         inverse = torch.rsqrt(x.float().square().mean(-1, keepdim=True) + self.eps)
         return self.weight * (x * inverse).to(self.weight.dtype)
@@ -164,7 +166,7 @@ class Attention(nn.Module):
         c = self.config
         bucket = relative_position_bucket(keys[None, :] - queries[:, None], self.position_bias == "bidirectional",
                                           c.relative_attention_num_buckets, c.relative_attention_max_distance)
-        return self.relative_attention_bias(bucket).permute(2, 0, 1)[None]
+        return self.relative_attention_bias(bucket).permute(2, 0, 1)[None].contiguous()  # a GPU's kernels take no other
 
     def heads(self, x: Tensor) -> Tensor:
         """(B, L, H * K) -> (B, H, L, K)"""
@@ -333,7 +335,7 @@ class ChatLM(nn.Module):
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
         x = self.encoder.dropout(self.shared(input_ids))
-        mask = (attention_mask[:, None, None, :] == 0) * torch.finfo(x.dtype).min
+        mask = (attention_mask[:, None, None, :] == 0).to(x.dtype) * torch.finfo(x.dtype).min
         positions = torch.arange(input_ids.size(1), device=x.device)
         bias = self.encoder.position_bias(positions, positions) + mask
         return self.encoder.dropout(self.encoder.final_layer_norm(self.encoder(x, bias))), mask
@@ -347,7 +349,7 @@ class ChatLM(nn.Module):
         return self.to_head(self.decoder(x, bias, encoded, mask))
 
     def pack(self, dtype: torch.dtype | None = None) -> None:
-        """Lay the decoder's weights out for decoding, once for all answers; what is trained later is not seen.
+        """Lay the decoder's weights out for decoding, once for all answers: what is trained or loaded later is not seen, and .to() undoes it.
 
         dtype: torch.float16 or torch.int8, on a CPU in float32: decode with weights of 2 bytes or 1.
         Raises ValueError where this device or processor cannot.
@@ -357,7 +359,13 @@ class ChatLM(nn.Module):
         try:
             self.products = Products(self, dtype)
         except (RuntimeError, AttributeError) as e:
+            if not dtype:
+                raise
             raise ValueError(f"this processor, or this torch, has no products with {dtype} weights: {str(e).splitlines()[0]}") from None
+
+    def _apply(self, fn, recurse: bool = True):  # what .to() and its like go through
+        self.products = None
+        return super()._apply(fn, recurse)
 
     def to_head(self, x: Tensor) -> Tensor:
         x = self.decoder.dropout(self.decoder.final_layer_norm(x))
@@ -529,16 +537,23 @@ class Products:
                                 norm(ff.layer_norm), feed_forward(ff.DenseReluDense)))
 
 
+@functools.cache
+def capture_stream(device: torch.device) -> "torch.cuda.Stream":
+    return torch.cuda.Stream(device)
+
+
 class Decoder:
     """The decoder a token at a time: what ChatLM.decode computes, for the newest position of every row only.
 
     A source may have N rows, such as the beams of a search; they share its keys and values, which are computed once. Those of the positions
-    before stand in one tensor, grown by doubling; the bias of a position is a slice of one table, since it depends on the distance alone.
+    before stand in one tensor, that grows; the bias of a position is a slice of one table, since it depends on the distance alone.
 
         a CPU    p0 p1 p2 new                 a step attends to as much as there is
         a GPU    new p0 p1 p2 ..  ..  ..      to the whole room, and what is empty is masked: so every step is the same operations on the
-                                              same memory, which a CUDA graph starts at once; then the newest is copied to its place
+                                              same memory, which a CUDA graph starts at once, while the rows are the same; then the
+                                              newest is copied to its place
     """
+    holder: Callable = staticmethod(lambda: None)  # the one decoder that may hold a graph: torch may free what two share with the first
 
     @torch.inference_mode()
     def __init__(self, model: ChatLM, input_ids: Tensor, attention_mask: Tensor | None = None, rows_per_source: int = 1,
@@ -555,8 +570,8 @@ class Decoder:
         self.steps_alike = 0
 
     def make_room(self, rows: int, length: int) -> None:
-        """own: (2 * layers, rows, capacity, H * K), keys and values in turn, of which self.rows and self.length are in use."""
-        capacity = 32 << max(0, math.ceil(math.log2(length / 32)))
+        """own: (2 * layers, rows, capacity, H * K), keys and values in turn, of which self.rows and self.length, with static one more, are used."""
+        capacity = 32 << max(0, math.ceil(math.log2(max(1, length) / 32)))
         if self.static:
             capacity = max(320, capacity)  # what is empty costs little, another graph more
         before, self.own = self.own, self.own.new_zeros(len(self.own), rows, capacity, self.own.size(3))
@@ -565,7 +580,7 @@ class Decoder:
         self.bias = self.model.decoder.position_bias(positions[-1:], positions).to(self.own.dtype)
         self.visible = torch.full_like(self.bias, torch.finfo(self.bias.dtype).min)
         self.visible[..., 0] = self.bias[..., -1]
-        self.graph = None
+        self.graph, self.steps_alike = None, 0
 
     @torch.inference_mode()
     def step(self, ids: Tensor) -> tuple[Tensor, Tensor]:
@@ -577,15 +592,16 @@ class Decoder:
         if not self.static:
             return self.layers(ids, place, self.length, self.bias[..., -self.length:])
         self.visible[..., 1:self.length] = self.bias[..., -self.length:-1]
-        logits, hidden = self.replay(ids) if ids.is_cuda and self.steps_alike > 8 else self.layers(ids, 0, self.own.size(2), self.visible)
+        again = ids.is_cuda and self.steps_alike > 8 and Decoder.holder() in (None, self)
+        logits, hidden = self.replay(ids) if again else self.layers(ids, 0, self.own.size(2), self.visible)
         self.own[:, :self.rows, place] = self.own[:, :self.rows, 0]
         self.steps_alike += 1
         return logits, hidden
 
     def replay(self, ids: Tensor) -> tuple[Tensor, Tensor]:
         if self.graph is None:
-            self.ids, self.graph = ids.clone(), torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.graph):
+            self.ids, self.graph, Decoder.holder = ids.clone(), torch.cuda.CUDAGraph(), weakref.ref(self)
+            with torch.cuda.device(ids.device), torch.cuda.graph(self.graph, stream=capture_stream(ids.device)):
                 self.result = self.layers(self.ids, 0, self.own.size(2), self.visible)
         self.ids.copy_(ids)
         self.graph.replay()
@@ -611,7 +627,7 @@ class Decoder:
     @torch.inference_mode()
     def select(self, rows: Tensor, sources: Tensor | None = None) -> None:
         """From now on the rows are those named, in this order, some perhaps several times; and so the sources, where they are named.
-        What stays in its place is not copied."""
+        On a CPU, what stays in its place is not copied."""
         used = self.length + self.static
         if sources is not None:
             self.mask, self.sources = self.mask[sources], [(keys[sources], values[sources]) for keys, values in self.sources]

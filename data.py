@@ -1051,9 +1051,10 @@ class PairStream:
 
     @property
     def epoch(self) -> float:
-        """How many epochs are behind the state, with the fraction of the present one in windows and batches."""
+        """How many epochs are behind the state, with the fraction of the present one in rows."""
         epoch, window, batch = self.locate(**self.state)
-        return epoch + (window + batch / len(self._load(epoch, window)[2])) / len(self.windows(epoch))
+        sizes = [sum(rows for _, _, _, rows, _ in pieces) for pieces in self.windows(epoch)]
+        return epoch + (sum(sizes[:window]) + sizes[window] * batch / len(self._load(epoch, window)[2])) / sum(sizes)
 
     def _batch(self, epoch: int, window: int, batch: int) -> dict:
         import torch
@@ -1104,13 +1105,17 @@ class PairStream:
 @contextlib.contextmanager
 def main_module_hidden() -> Iterator[None]:
     """A process spawned here does not import the program that it belongs to, such as train.py and with it torch: two seconds."""
-    main = sys.modules["__main__"]
-    hidden = {name: getattr(main, name, None) for name in ("__file__", "__spec__")}
-    try:
-        vars(main).update(dict.fromkeys(hidden))
-        yield
-    finally:
-        vars(main).update(hidden)
+    main = vars(sys.modules["__main__"])
+    with HIDING:
+        hidden = {name: main[name] for name in ("__file__", "__spec__") if name in main}
+        try:
+            main.update(dict.fromkeys(hidden))
+            yield
+        finally:
+            main.update(hidden)
+
+
+HIDING = threading.Lock()
 
 
 def serve_from_behind() -> None:

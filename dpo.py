@@ -205,21 +205,21 @@ def tune(argv: list[str]) -> None:
     args.optimizer = args.optimizer or "adamw"
     args.lr = args.lr or (1e-4 if args.lora_rank else 1e-5)
     ranks = train.Ranks.join(args.device)
-    folder = Path(args.out_dir) / "triples"
-    args.data = find_triples(args.data, ranks, folder)
-    args.valid = find_triples([args.valid], ranks, folder)[0] if args.valid else None
-    train.settle(args, ranks, COLUMNS)
-    tokenizer = train.find_tokenizer(args, ranks)
-    model = train.make_model(args, ranks, tokenizer)
-    stream = PairStream(args.data, tokenizer, args.micro_batch_tokens, args.max_len, args.seed, ranks.rank, ranks.world_size,
-                        group=max(1, round(args.batch_tokens / args.micro_batch_tokens)), columns=COLUMNS, workers=args.workers, gather=ranks.gather)
-    objective = preference(args, ranks, model, tokenizer)
-    identity = {**train.run_identity(args, model, tokenizer), "--beta": args.beta, "--loss": args.loss}
     with train.claimed(Path(args.out_dir), ranks):
+        folder = Path(args.out_dir) / "triples"
+        args.data = find_triples(args.data, ranks, folder)
+        args.valid = find_triples([args.valid], ranks, folder)[0] if args.valid else None
+        train.settle(args, ranks, COLUMNS)
+        tokenizer = train.find_tokenizer(args, ranks)
+        model = train.make_model(args, ranks, tokenizer)
+        stream = PairStream(args.data, tokenizer, args.micro_batch_tokens, args.max_len, args.seed, ranks.rank, ranks.world_size,
+                            group=max(1, round(args.batch_tokens / args.micro_batch_tokens)), columns=COLUMNS, workers=args.workers, gather=ranks.gather)
+        objective = preference(args, ranks, model, tokenizer)
+        identity = {**train.run_identity(args, model, tokenizer), "--beta": args.beta, "--loss": args.loss}
         state = train.fit(args, ranks, model, stream, objective, identity)
-    if ranks.first:
-        print(f"finished: {args.out_dir} ({state.step:,} steps, {train.duration(state.elapsed_s)})" + (
-            f"; python dpo.py merge --model {args.init_from} --adapter {args.out_dir} --out {args.out_dir}/merged" if args.lora_rank else ""))
+        if ranks.first:
+            print(f"finished: {args.out_dir} ({state.step:,} steps, {train.duration(state.elapsed_s)})" + (
+                f"; python dpo.py merge --model {args.init_from} --adapter {args.out_dir} --out {args.out_dir}/merged" if args.lora_rank else ""))
     ranks.leave()
 
 

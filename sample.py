@@ -341,6 +341,9 @@ def pick_device(name: str | None) -> torch.device:
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as e:
         raise ValueError(f"--device {name}: {str(e).splitlines()[0]}") from None
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        torch.backends.cuda.enable_cudnn_sdp(False)  # cuDNN's attention has given NaN gradients with a mask, and plans anew for every shape
     return device
 
 
@@ -351,6 +354,8 @@ def load(folder: str, dtype: str | None, device: torch.device) -> ChatLM:
     """
     if device.type == "cuda" and dtype == "int8":
         raise ValueError("--dtype int8 is for CPUs; on a GPU take float16 or bfloat16")
+    if device.type == "cuda":
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:2:16:8")  # 8 MB and not 32 a stream
     wanted: torch.dtype | None = getattr(torch, dtype) if dtype else None
     packed = device.type == "cpu" and dtype in ("float16", "int8")
     model = ChatLM.from_pretrained(folder, torch.float32 if packed else wanted, device).requires_grad_(False)

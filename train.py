@@ -120,8 +120,6 @@ class Ranks:
         if device == "cuda":
             device = f"cuda:{local}"
         chosen = sample.pick_device(device)
-        if chosen.type == "cuda":
-            torch.cuda.set_device(chosen)
         if local_size > 1:
             torch.set_num_threads(max(1, (os.cpu_count() or 1) // local_size))
         if world_size > 1 and not dist.is_initialized():
@@ -532,7 +530,7 @@ def fit(args: argparse.Namespace, ranks: Ranks, model: ChatLM, stream: PairStrea
         p.grad = part.view_as(p)
     batches = iter(stream)
     kernels = [SDPBackend.MATH] if device.type == "cpu" else [  # on a CPU flash attention's backward is the slower one
-        SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.CUDNN_ATTENTION, SDPBackend.MATH]
+        SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
     def progress() -> float:
         if args.max_steps:
@@ -824,20 +822,20 @@ def main() -> None:
     args = parser.parse_args()
     ranks = Ranks.join(args.device)
     settle(args, ranks)
-    tokenizer = find_tokenizer(args, ranks)
-    model = make_model(args, ranks, tokenizer)
-    group = max(1, round(args.batch_tokens / args.micro_batch_tokens))
-    if ranks.first:
-        print(f"{model.num_parameters() / 1e6:.1f} million parameters, {len(tokenizer):,} tokens, {ranks.world_size} x {ranks.device.type}, "
-              f"{pick_dtype(args.dtype, ranks.device)}".replace("torch.", ""), flush=True)
-        if group % ranks.world_size:
-            print(f"note: a step is {group} micro-batches, which {ranks.world_size} processes cannot share evenly", file=sys.stderr)
-    stream = PairStream(args.data, tokenizer, args.micro_batch_tokens, args.max_len, args.seed, ranks.rank, ranks.world_size,
-                        group=group, workers=args.workers, gather=ranks.gather)
     with claimed(Path(args.out_dir), ranks):
+        tokenizer = find_tokenizer(args, ranks)
+        model = make_model(args, ranks, tokenizer)
+        group = max(1, round(args.batch_tokens / args.micro_batch_tokens))
+        if ranks.first:
+            print(f"{model.num_parameters() / 1e6:.1f} million parameters, {len(tokenizer):,} tokens, {ranks.world_size} x {ranks.device.type}, "
+                  f"{pick_dtype(args.dtype, ranks.device)}".replace("torch.", ""), flush=True)
+            if group % ranks.world_size:
+                print(f"note: a step is {group} micro-batches, which {ranks.world_size} processes cannot share evenly", file=sys.stderr)
+        stream = PairStream(args.data, tokenizer, args.micro_batch_tokens, args.max_len, args.seed, ranks.rank, ranks.world_size,
+                            group=group, workers=args.workers, gather=ranks.gather)
         state = fit(args, ranks, model, stream, response_loss(args, ranks, model, tokenizer), run_identity(args, model, tokenizer))
-    if ranks.first:
-        closing(args, model, tokenizer, state)
+        if ranks.first:
+            closing(args, model, tokenizer, state)
     ranks.leave()
 
 

@@ -129,6 +129,15 @@ def test_a_worker_does_not_run_the_program_again(demo, tmp_path, monkeypatch):
     assert ran.stderr == "" and ran.stdout.splitlines() == ["begins __main__", f"{rows} {program}"]
 
 
+def test_the_epoch_is_counted_in_rows(demo, monkeypatch):
+    path, tokenizer = demo
+    monkeypatch.setattr(data, "WINDOW_ROWS", 2000)  # of 3,001: the second window is smaller
+    stream, rows = PairStream(path, tokenizer, 2000, 64), 0
+    for batch in itertools.islice(stream, len(epoch_of(PairStream(path, tokenizer, 2000, 64))) - 1):
+        rows += len(batch["labels"])
+        assert abs(stream.epoch - rows / 3001) < 0.05
+
+
 def test_the_seed_and_the_epoch_change_the_order(demo):
     path, tokenizer = demo
     n = len(epoch_of(PairStream(path, tokenizer, 2000, 64)))

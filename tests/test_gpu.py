@@ -49,10 +49,11 @@ def test_a_gpu_gives_the_tokens_of_a_cpu(options):
 
 
 def test_float16_answers_within_512_mb(pairs):
-    ChatLM(ChatLMConfig.preset("0.2b")).save_pretrained(pairs)
-    reserved, said = run_and_measure("sample.py", "--model", str(pairs), "--prompt", "今天天气怎么样？" * 8, "--dtype", "float16", "--device", GPU,
-                                     "--min_new_tokens", "128", "--max_new_tokens", "128")
-    assert reserved < 512 << 20 and len(said.splitlines()[0]) > 20
+    model = ChatLM(ChatLMConfig.preset("0.2b"))
+    model.save_pretrained(pairs)
+    reserved, _ = run_and_measure("sample.py", "--model", str(pairs), "--prompt", "今天天气怎么样？" * 8, "--dtype", "float16", "--device", GPU,
+                                  "--min_new_tokens", "128", "--max_new_tokens", "128")
+    assert 2 * model.num_parameters() < reserved < 512 << 20
 
 
 def train_losses(pairs: Path, out: Path, *flags: str) -> tuple[list[float], int]:
@@ -66,11 +67,14 @@ def test_a_gpu_trains_as_a_cpu_does(pairs, tmp_path, dtype, close, flags):
     common = ["--preset", "demo", "--max_steps", "30", "--batch_tokens", "2048", "--micro_batch_tokens", "1024", "--max_len", "40", "--seed", "3"]
     expected, _ = train_losses(pairs, tmp_path / "cpu", *common, "--device", "cpu", "--dtype", "float32")
     losses, _ = train_losses(pairs, tmp_path / "gpu", *common, "--device", GPU, "--dtype", dtype, *flags)
-    assert losses == pytest.approx(expected, rel=close) and len(losses) == 30
+    assert len(losses) == 30 and losses[:5] == pytest.approx(expected[:5], rel=close)
+    assert sum(losses[-10:]) == pytest.approx(sum(expected[-10:]), rel=5 * close)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_the_large_model_trains_within_4_gb(pairs, tmp_path, dtype):
-    _, reserved = train_losses(pairs, tmp_path / "large", "--preset", "0.2b", "--micro_batch_tokens", "640", "--batch_tokens", "640", "--max_len", "320",
+    tokenizer = Tokenizer.from_pretrained(pairs)
+    Tokenizer(tokenizer.vocab + [f"<{i}>" for i in range(len(tokenizer), 29298)], tokenizer.merges).save_pretrained(tmp_path)
+    _, reserved = train_losses(pairs, tmp_path / "large", "--preset", "0.2b", "--tokenizer", str(tmp_path), "--micro_batch_tokens", "640", "--batch_tokens", "640", "--max_len", "320",
                                "--max_steps", "4", "--device", GPU, "--dtype", dtype, "--optimizer", "adafactor")
     assert reserved < 4e9

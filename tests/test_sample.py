@@ -119,6 +119,21 @@ def test_steps_that_are_all_alike_are_the_steps(tmp_path, device):
     assert device == "cpu" or alike.graph is not None
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=GPU)])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_a_model_decodes_as_it_computes(tmp_path, device, dtype):
+    make_models(tmp_path, 0)
+    model = ChatLM.from_pretrained(tmp_path, dtype, device)
+    ids, mask = (x.to(device) for x in make_prompts())
+    said = torch.randint(0, 60, (len(ids), 20), device=device)
+    decoder = Decoder(model, ids, mask, static=True)
+    steps = torch.stack([decoder.step(column)[0] for column in said.T], 1)
+    assert decoder.mask.dtype == decoder.visible.dtype == decoder.own.dtype == dtype and decoder.visible.stride(-1) == 1  # or a GPU's kernels refuse them
+    with torch.no_grad():
+        whole = torch.nn.functional.linear(model.decode(said, *model.encode(ids, mask)), model.head_weight()).float()
+    torch.testing.assert_close(steps, whole, rtol=0.05, atol=0.05 * float(whole.abs().max()))
+
+
 @pytest.mark.parametrize("rows", [1, 2, 7, 8, 16, 129])
 @pytest.mark.parametrize("columns", [7, 64, 90, 3 * 257])
 def test_a_sliced_product_is_the_product(rows, columns):

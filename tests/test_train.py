@@ -167,13 +167,16 @@ def test_two_runs_do_not_share_a_folder(base, tmp_path):
     out = tmp_path / "out"
     args = [*base, "--out_dir", str(out), "--max_steps", "100000"]
     first = subprocess.Popen(command(*args), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=ENV)
-    while not (out / "log.jsonl").exists():
-        time.sleep(0.05)
-    second = call(*args)
+    try:
+        while not (out / "log.jsonl").exists():
+            assert first.poll() is None
+            time.sleep(0.05)
+        second = call(*args)
+    finally:
+        first.kill()
+        first.wait()
     assert second.returncode == 2 and second.stderr.splitlines()[-1].endswith(
         f"error: another run is at work in {out}: wait for its end, or choose another --out_dir"), second.stderr
-    first.kill()
-    first.wait()
     third = call(*args[:-1], "3", "--resume", "never")
     assert third.returncode == 0, third.stderr
 
