@@ -29,7 +29,7 @@ ROOT = Path(__file__).parents[1]
 TINY = "--preset demo --batch_tokens 1024 --micro_batch_tokens 512 --max_len 64 --eval_every 10000 --dtype float32 --device cpu --workers 0"
 PROCESSES = "torchrun --standalone --nproc_per_node=2 train.py"
 ELSEWHERE = (  # what other tests try, or what has no place in one
-    "pip install",  # .ci/run, and test_no_data_is_the_demo
+    "pip install", "python -m pytest",  # .ci/run, and test_no_data_is_the_demo
     "python sample.py --prompt",  # test_prompt_and_chat
     "torchrun --standalone --nproc_per_node=2 --max-restarts=3 train.py",  # test_a_killed_rank_is_started_again
     "torchrun --nnodes=2")  # test_two_machines_take_the_same_steps
