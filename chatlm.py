@@ -354,13 +354,14 @@ class ChatLM(nn.Module):
         dtype: torch.float16 or torch.int8, on a CPU in float32: decode with weights of 2 bytes or 1.
         Raises ValueError where this device or processor cannot.
         """
-        if dtype and (self.shared.weight.dtype != torch.float32 or not self.shared.weight.is_cpu):
+        if dtype is None:
+            self.products = Products(self)
+            return
+        if self.shared.weight.dtype != torch.float32 or not self.shared.weight.is_cpu:
             raise ValueError(f"{dtype} weights are for decoding on a CPU, from a model in float32")
         try:
             self.products = Products(self, dtype)
         except (RuntimeError, AttributeError) as e:
-            if not dtype:
-                raise
             raise ValueError(f"this processor, or this torch, has no products with {dtype} weights: {str(e).splitlines()[0]}") from None
 
     def _apply(self, fn, recurse: bool = True):  # what .to() and its like go through

@@ -1102,6 +1102,9 @@ class PairStream:
             self._pool = None
 
 
+HIDING = threading.Lock()
+
+
 @contextlib.contextmanager
 def main_module_hidden() -> Iterator[None]:
     """A process spawned here does not import the program that it belongs to, such as train.py and with it torch: two seconds."""
@@ -1113,9 +1116,6 @@ def main_module_hidden() -> Iterator[None]:
             yield
         finally:
             main.update(hidden)
-
-
-HIDING = threading.Lock()
 
 
 def serve_from_behind() -> None:

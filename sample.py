@@ -352,9 +352,9 @@ def load(folder: str, dtype: str | None, device: torch.device) -> ChatLM:
 
     Raises ValueError for int8 on a GPU.
     """
-    if device.type == "cuda" and dtype == "int8":
-        raise ValueError("--dtype int8 is for CPUs; on a GPU take float16 or bfloat16")
     if device.type == "cuda":
+        if dtype == "int8":
+            raise ValueError("--dtype int8 is for CPUs; on a GPU take float16 or bfloat16")
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:2:16:8")  # 8 MB and not 32 a stream
     wanted: torch.dtype | None = getattr(torch, dtype) if dtype else None
     packed = device.type == "cpu" and dtype in ("float16", "int8")

@@ -21,7 +21,7 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a G
 
 @pytest.fixture(scope="module")
 def pairs(tmp_path_factory) -> Path:
-    """A folder with train.parquet, a tokenizer of it."""
+    """A folder with train.parquet and a tokenizer of it."""
     folder = tmp_path_factory.mktemp("gpu")
     prompts, responses = zip(*make_demo()[0][:4000])
     pq.write_table(pa.table({"prompt": prompts, "response": responses}), folder / "train.parquet")
@@ -29,13 +29,13 @@ def pairs(tmp_path_factory) -> Path:
     return folder
 
 
-def run_and_measure(script: str, *args: str) -> tuple[int, str]:
-    """The most bytes that a script reserved on the GPU, and what it printed."""
+def reserved_by(script: str, *args: str) -> int:
+    """Run a script: the most bytes that it reserved on the GPU."""
     code = ("import runpy, sys, torch\nsys.argv = sys.argv[1:]\nsys.path.insert(0, '.')\ntry:\n    runpy.run_path(sys.argv[0], run_name='__main__')\n"
             "finally:\n    print('reserved', torch.cuda.max_memory_reserved() if torch.cuda.is_available() else 0)")
     ran = subprocess.run([sys.executable, "-c", code, script, *args], capture_output=True, text=True, timeout=300, cwd=ROOT)
     assert ran.returncode == 0, ran.stderr
-    return int(ran.stdout.splitlines()[-1].split()[1]), ran.stdout
+    return int(ran.stdout.splitlines()[-1].split()[1])
 
 
 @pytest.mark.parametrize("options", [{}, {"num_beams": 4}, {"num_beams": 3, "no_repeat_ngram_size": 2}, {"top_k": 4, "penalty_alpha": 0.6}], ids=str)
@@ -51,13 +51,13 @@ def test_a_gpu_gives_the_tokens_of_a_cpu(options):
 def test_float16_answers_within_512_mb(pairs):
     model = ChatLM(ChatLMConfig.preset("0.2b"))
     model.save_pretrained(pairs)
-    reserved, _ = run_and_measure("sample.py", "--model", str(pairs), "--prompt", "今天天气怎么样？" * 8, "--dtype", "float16", "--device", GPU,
-                                  "--min_new_tokens", "128", "--max_new_tokens", "128")
+    reserved = reserved_by("sample.py", "--model", str(pairs), "--prompt", "今天天气怎么样？" * 8, "--dtype", "float16", "--device", GPU,
+                           "--min_new_tokens", "128", "--max_new_tokens", "128")
     assert 2 * model.num_parameters() < reserved < 512 << 20
 
 
 def train_losses(pairs: Path, out: Path, *flags: str) -> tuple[list[float], int]:
-    reserved, _ = run_and_measure("train.py", "--data", str(pairs / "train.parquet"), "--tokenizer", str(pairs), "--out_dir", str(out), "--workers", "0", *flags)
+    reserved = reserved_by("train.py", "--data", str(pairs / "train.parquet"), "--tokenizer", str(pairs), "--out_dir", str(out), "--workers", "0", *flags)
     return [line["loss"] for line in map(json.loads, (out / "log.jsonl").read_text().splitlines()) if "loss" in line], reserved
 
 
