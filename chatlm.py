@@ -314,6 +314,56 @@ class ChatLM(nn.Module):
             else:
                 p.normal_(std=factor * p.size(1) ** -0.5)
 
+    @torch.no_grad()
+    def init_bigrams(self, before: Tensor, after: Tensor) -> None:
+        """Begin where counting ends. after: (N,) int64 on a CPU, tokens of answers; before: the token in front of each.
+
+        What training finds out first is how frequent every token is, and which follows which. That can be counted. How much likelier v is
+        after u than anywhere, log p(u, v) / (p(u) p(v)) where it is above 0, is nearly a product a_u . b_v, by a singular value decomposition
+        in which the pair weighs p(u) p(v). (So Levy and Goldberg 2014 explain word2vec.) Row v of the embedding, which is the head too, is
+
+            [ constant | log p(v) | a_v: what follows v | b_v: what v follows ]
+
+        and the decoder's last layer carries the constant of the token that it reads to where log p stands, and its a to where b stands. So
+        the first logits are about log p(v) + a_u . b_v; the other layers begin with little to say. A token that was not counted keeps
+        random numbers. Raises ValueError for a model whose head is not the embedding, or whose feed-forward layers are gated.
+        """
+        c, V, last = self.config, self.config.vocab_size, self.decoder.block[-1].layer[-1].DenseReluDense
+        if last.gated or not (c.tie_word_embeddings and c.scale_decoder_outputs) or c.d_ff < 2 * c.d_model:
+            raise ValueError("counts can begin a model whose head is its embedding, and with wide feed-forward layers of ReLU")
+        pairs, count = torch.unique(before * V + after, return_counts=True)
+        u, v = pairs // V, pairs % V
+        p_before, p_after = ((torch.bincount(x, minlength=V) + 0.3).double() / (len(x) + 0.3 * V) for x in (before, after))
+        likelier = ((count - 0.5) / len(after) / (p_before[u] * p_after[v])).log().clamp(min=0)
+        width = min(c.d_model // 2 - 1, V)
+        with warnings.catch_warnings():  # that sparse rows are a young feature of torch
+            warnings.simplefilter("ignore")
+            weighted = torch.sparse_coo_tensor(torch.stack([u, v]), likelier * (p_before[u] * p_after[v]).sqrt(), (V, V)).to_sparse_csr()
+            # in float64: where singular values are close, what float32 rounds, and threads round apart, would give quite other vectors
+            left, values, right = torch.svd_lowrank(weighted, width, niter=1)
+        spread = values.square().mean().sqrt()
+        a, b = left / p_before.sqrt()[:, None], right * values / spread / p_after.sqrt()[:, None]  # of mean square 1, by p
+        log_p = (p_after.log() - p_after @ p_after.log())[:, None]
+        constant = torch.full_like(log_p, c.d_model ** 0.5 / 2)
+        rows = F.pad(torch.cat([constant, log_p, a, b], 1), (0, c.d_model - 2 - 2 * width))
+
+        size = rows.square().mean(1).sqrt()  # the layer sees rows / size
+        carry, strength = torch.zeros(c.d_model, c.d_model, dtype=torch.float64), 2.0
+        carry[1, 0] = strength / (spread * constant[0])
+        carry[2 + width:2 + 2 * width, 2:2 + width] = strength * torch.eye(width)
+        carry -= p_before @ size * torch.eye(c.d_model)  # and the row itself leaves, or a token would be followed by its like
+        made = rows + rows / size[:, None] @ carry.T
+        self.decoder.final_layer_norm.weight.fill_(spread / strength / (p_before @ (1 / size / made.norm(dim=1))))
+        for name, p in self.named_parameters():
+            if name.endswith((".o.weight", ".wo.weight")):
+                p.mul_(0.2)
+        eye = torch.eye(c.d_model)
+        last.wi.weight[:2 * c.d_model] = torch.cat([eye, -eye])  # relu(x) - relu(-x) = x
+        last.wo.weight[:, :2 * c.d_model] = torch.cat([carry, -carry], 1)
+        counted = torch.bincount(torch.cat([before, after]), minlength=V)[:, None] > 0
+        others = torch.cat([rows[:, :2], self.shared.weight[:, 2:].double().cpu()], 1)
+        self.shared.weight.copy_(torch.where(counted, rows, others))
+
     def num_parameters(self) -> int:
         return sum(p.numel() for p in self.parameters())
 

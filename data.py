@@ -1088,6 +1088,16 @@ class PairStream:
                     self.state = {"epoch": epoch, "window": window, "batch": batch + self.group}
                 yield made
 
+    def successions(self) -> tuple[np.ndarray, np.ndarray]:
+        """Of all texts of the first window but the prompts: the token in front of each, PAD at a beginning, and the tokens, (N,) int64."""
+        before, after = [], []
+        for ids, offsets in self._load(0, 0)[0][1:]:
+            shifted = np.roll(ids, 1)
+            shifted[offsets[:-1]] = PAD
+            before.append(shifted)
+            after.append(ids)
+        return np.concatenate(before).astype(np.int64), np.concatenate(after).astype(np.int64)
+
     def one_epoch(self) -> Iterator[dict]:
         """The own batches of epoch 0, once; the state stays as it is."""
         for window in range(len(self.windows(0))):

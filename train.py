@@ -154,6 +154,11 @@ class Ranks:
         dist.all_gather(every, mine)
         return [part[:size].cpu().numpy().view(array.dtype) for part, size in zip(every, sizes)]
 
+    def share(self, tensors: Iterable[Tensor]) -> None:
+        """Put the first rank's numbers into every rank's tensors."""
+        for x in tensors if self.world_size > 1 else ():
+            dist.broadcast(x.detach(), 0)
+
     def wait(self) -> None:
         if self.world_size > 1:
             self.sum(torch.zeros(1, device=self.device)).item()
@@ -422,6 +427,7 @@ class Objective:
     export: Callable[[Path], None]  # write a folder that can be used
     extra: tuple[str, ...] = ()  # other means to log
     answers: Callable[[], dict] | None = None  # bleu4 of answers to held-out prompts
+    begin: Callable[[PairStream], None] | None = None  # what a new run does to its weights first
 
 
 class Report:
@@ -521,8 +527,11 @@ def fit(args: argparse.Namespace, ranks: Ranks, model: ChatLM, stream: PairStrea
             if int(path.name.split("-")[1]) > state.step or not checkpoint:
                 path.unlink()
     report = Report(out_dir, ranks.first, state.step)
+    tick_s = time.perf_counter()
     if checkpoint:
         report.say(f"going on from {checkpoint}: step {state.step:,}, {state.tokens:,} tokens")
+    elif objective.begin:
+        objective.begin(stream)
 
     parameters = [p for p in model.parameters() if p.requires_grad]
     gradient = torch.zeros(sum(p.numel() for p in parameters), device=device)  # one vector, of which p.grad are views
@@ -565,7 +574,7 @@ def fit(args: argparse.Namespace, ranks: Ranks, model: ChatLM, stream: PairStrea
 
     names = ["loss", "units", *objective.extra, "source", "target", "seconds", "asked"]  # what is summed over the ranks
     peak_flops = ranks.world_size * next((1e12 * tera for name, tera in BF16_TERAFLOPS.items() if name in device_name(device)), 0)
-    bad_in_a_row, asked, done, tick_s = 0, False, progress(), time.perf_counter()
+    bad_in_a_row, asked, done = 0, False, progress()
     done_before, elapsed_before_s = done, state.elapsed_s
     if done >= 1 and ranks.first:  # killed after the last checkpoint, perhaps before its export
         objective.export(out_dir)
@@ -667,11 +676,18 @@ def response_loss(args: argparse.Namespace, ranks: Ranks, model: ChatLM, tokeniz
         nats, tokens = ranks.sum(sums).tolist()
         return {"val_loss": nats / tokens, "val_ppl": math.exp(min(700.0, nats / tokens)), "val_nats_per_char": nats / float(chars)}
 
+    def begin(stream: PairStream) -> None:
+        before, after = stream.successions()
+        if ranks.first:
+            model.init_bigrams(torch.from_numpy(before), torch.from_numpy(after))
+        ranks.share(model.parameters())
+
     def answers() -> dict:
         rows = held_out(args)
         return {"bleu4": sample.score(model, tokenizer, rows, args.max_len, max_new_tokens=min(128, args.max_len))[0]["bleu4"]}
 
-    return Objective(loss, evaluate, exporter(args, model, tokenizer), answers=answers if args.valid else None)
+    return Objective(loss, evaluate, exporter(args, model, tokenizer), answers=answers if args.valid else None,
+                     begin=None if args.init_from or args.freeze else begin)
 
 
 def held_out(args: argparse.Namespace) -> list[dict]:

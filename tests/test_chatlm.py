@@ -2,6 +2,7 @@
 import itertools
 import json
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -169,3 +170,38 @@ def test_train_flops_are_torchs_without_attention():
         model(ids, labels=labels)[1].backward()
     counted = sum(n for operation, n in counter.get_flop_counts()["Global"].items() if str(operation) in ("aten.mm", "aten.addmm"))
     assert model.train_flops(27, 36) == counted
+
+
+def test_counts_begin_a_model_that_predicts_as_they_do():
+    """Against bigram probabilities by textbook formulas, with numpy's singular value decomposition of the whole table."""
+    rng, V, width = np.random.default_rng(0), 400, 63
+    kinds, kind = rng.dirichlet(np.full(20, 0.1), 20), [0]  # a text that goes from kind to kind, of 20 tokens each
+    for _ in range(40000):
+        kind.append(rng.choice(20, p=kinds[kind[-1]]))
+    text = 20 * np.array(kind) + np.minimum(rng.geometric(0.3, len(kind)), 19)  # number 0 of each kind is never seen
+    before, after = text[:-1], text[1:]
+
+    table = np.zeros((V, V))
+    np.add.at(table, (before, after), 1)
+    p_before, p_after = ((table.sum(axis) + 0.3) / (len(after) + 0.3 * V) for axis in (1, 0))
+    weight = np.sqrt(np.outer(p_before, p_after))
+    with np.errstate(divide="ignore"):
+        likelier = np.maximum(0, np.log(np.maximum(0, table - 0.5) / len(before) / np.outer(p_before, p_after)))
+    left, values, right = np.linalg.svd(likelier * weight)  # (V, V), (V,), (V, V)
+    logits = np.log(p_after) + left[:, :width] * values[:width] @ right[:width] / weight
+    expected = torch.log_softmax(torch.tensor(logits), -1)
+
+    torch.manual_seed(0)
+    model = ChatLM(ChatLMConfig.preset("demo", vocab_size=V)).eval()
+    model.init_bigrams(torch.tensor(before), torch.tensor(after))
+    with torch.no_grad():  # a row for each token, as the only one that the decoder reads
+        made = torch.log_softmax(model(torch.full((V, 3), 7), decoder_input_ids=torch.arange(V)[:, None])[0][:, 0].double(), -1)
+    seen = torch.tensor(table.sum(1))
+
+    def divergence(other: torch.Tensor) -> float:
+        return float(seen @ (expected.exp() * (expected - other)).sum(-1) / seen.sum())
+
+    assert divergence(made) < 0.2 * divergence(torch.tensor(np.log(p_after)))
+    assert len(torch.unique(model.shared.weight[::20], dim=0)) == 20  # what was not counted stays different
+    with pytest.raises(ValueError, match="ReLU"):
+        ChatLM(ChatLMConfig.preset("demo", vocab_size=V, feed_forward_proj="gated-gelu")).init_bigrams(torch.tensor(before), torch.tensor(after))

@@ -94,7 +94,7 @@ def test_out_dir_holds_what_is_promised(straight):
     steps = [r for r in rows if "loss" in r]
     assert [r["step"] for r in steps] == list(range(1, 25))
     assert all(r.keys() == {"step", "loss", "lr", "tokens", "tok_per_s", "elapsed"} for r in steps)
-    assert steps[-1]["loss"] < steps[0]["loss"] - 1
+    assert steps[-1]["loss"] < steps[0]["loss"] - 0.3 and steps[0]["loss"] < 0.7 * math.log(1400)  # it begins with what counts know
     evaluations = [r for r in rows if "val_loss" in r]
     assert [r["step"] for r in evaluations] == [10, 20, 24]
     assert all(r.keys() == {"step", "val_loss", "val_ppl", "val_nats_per_char", "elapsed"} for r in evaluations)
@@ -299,12 +299,11 @@ def test_checkpointed_activations_change_nothing(base, straight, tmp_path):
 def test_float16_trains_to_the_loss_of_float32(base, tmp_path):
     ends = {}
     for dtype in ("float32", "float16"):
-        flags = [*base[:-4], "--dtype", dtype, "--dropout", "0", "--lr", "2e-2", "--max_steps", "30", "--eval_every", "1000", "--out_dir", str(tmp_path / dtype)]
+        flags = [*base[:-4], "--dtype", dtype, "--dropout", "0", "--lr", "2e-2", "--max_steps", "30", "--eval_every", "5", "--out_dir", str(tmp_path / dtype)]
         done = call(*flags)
         assert done.returncode == 0, done.stderr
-        ends[dtype] = [r["val_loss"] for r in log(tmp_path / dtype) if "val_loss" in r][-1]
-        begins = log(tmp_path / dtype)[0]["loss"]
-        assert ends[dtype] < begins - 1.5, (begins, ends)
+        begins, *_, ends[dtype] = [r["val_loss"] for r in log(tmp_path / dtype) if "val_loss" in r]
+        assert ends[dtype] < begins - 0.5, (begins, ends)
     assert math.isclose(ends["float16"], ends["float32"], rel_tol=0.02), ends
 
 
