@@ -326,11 +326,11 @@ class ChatLM(nn.Module):
 
         and the decoder's last layer carries the constant of the token that it reads to where log p stands, and its a to where b stands. So
         the first logits are about log p(v) + a_u . b_v; the other layers begin with little to say. A token that was not counted keeps
-        random numbers. Raises ValueError for a model whose head is not the embedding, or whose feed-forward layers are gated.
+        random numbers. Raises ValueError where the head is not the embedding, or the feed-forward layers are gated or narrow.
         """
         c, V, last = self.config, self.config.vocab_size, self.decoder.block[-1].layer[-1].DenseReluDense
         if last.gated or not (c.tie_word_embeddings and c.scale_decoder_outputs) or c.d_ff < 2 * c.d_model:
-            raise ValueError("counts can begin a model whose head is its embedding, and with wide feed-forward layers of ReLU")
+            raise ValueError("init_bigrams needs a head that is the embedding, feed-forward layers of ReLU, and d_ff of twice d_model or more")
         pairs, count = torch.unique(before * V + after, return_counts=True)
         u, v = pairs // V, pairs % V
         p_before, p_after = ((torch.bincount(x, minlength=V) + 0.3).double() / (len(x) + 0.3 * V) for x in (before, after))
@@ -344,7 +344,7 @@ class ChatLM(nn.Module):
         spread = values.square().mean().sqrt()
         a, b = left / p_before.sqrt()[:, None], right * values / spread / p_after.sqrt()[:, None]  # of mean square 1, by p
         log_p = (p_after.log() - p_after @ p_after.log())[:, None]
-        constant = torch.full_like(log_p, c.d_model ** 0.5 / 2)
+        constant = torch.full_like(log_p, c.d_model ** 0.5 / 4)
         rows = F.pad(torch.cat([constant, log_p, a, b], 1), (0, c.d_model - 2 - 2 * width))
 
         size = rows.square().mean(1).sqrt()  # the layer sees rows / size

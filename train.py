@@ -678,7 +678,8 @@ def response_loss(args: argparse.Namespace, ranks: Ranks, model: ChatLM, tokeniz
 
     def begin(stream: PairStream) -> None:
         before, after = stream.successions()
-        if ranks.first:
+        if ranks.first and len(after):  # a window may hold no text at all
+            print(f"a new model begins with what follows what among {len(after):,} tokens", flush=True)
             model.init_bigrams(torch.from_numpy(before), torch.from_numpy(after))
         ranks.share(model.parameters())
 

@@ -205,3 +205,12 @@ def test_counts_begin_a_model_that_predicts_as_they_do():
     assert len(torch.unique(model.shared.weight[::20], dim=0)) == 20  # what was not counted stays different
     with pytest.raises(ValueError, match="ReLU"):
         ChatLM(ChatLMConfig.preset("demo", vocab_size=V, feed_forward_proj="gated-gelu")).init_bigrams(torch.tensor(before), torch.tensor(after))
+
+
+@pytest.mark.parametrize("text", [[7, 1], [0, 9, 9, 9, 9, 9, 9], [0, 5, 6] * 3000, list(range(300))], ids=["one pair", "one token", "a circle", "each once"])
+def test_little_to_count_does_no_harm(text):
+    model = ChatLM(ChatLMConfig.preset("demo", vocab_size=300)).eval()
+    model.init_bigrams(torch.tensor(text[:-1]), torch.tensor(text[1:]))
+    ids, mask, labels = make_batch()
+    assert all(p.isfinite().all() for p in model.parameters())
+    assert model(ids, mask, labels=labels)[1] < 30
