@@ -201,7 +201,7 @@ def test_counts_begin_a_model_that_predicts_as_they_do():
     def divergence(other: torch.Tensor) -> float:
         return float(seen @ (expected.exp() * (expected - other)).sum(-1) / seen.sum())
 
-    assert divergence(made) < 0.2 * divergence(torch.tensor(np.log(p_after)))
+    assert divergence(made) < 0.3 * divergence(torch.tensor(np.log(p_after)))
     assert len(torch.unique(model.shared.weight[::20], dim=0)) == 20  # what was not counted stays different
     with pytest.raises(ValueError, match="ReLU"):
         ChatLM(ChatLMConfig.preset("demo", vocab_size=V, feed_forward_proj="gated-gelu")).init_bigrams(torch.tensor(before), torch.tensor(after))
