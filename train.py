@@ -512,7 +512,6 @@ class Stop:
 def fit(args: argparse.Namespace, ranks: Ranks, model: ChatLM, stream: PairStream, objective: Objective, identity: dict) -> State:
     """Train until a limit is reached or someone asks for an end. Weights change in place; returns the final state."""
     out_dir, device, stop = Path(args.out_dir), ranks.device, Stop()
-    keep_freed_memory()
     optimizers = make_optimizers(model, args.optimizer, args.lr, args.weight_decay)
     min_lr = args.lr / 100 if args.min_lr is None else args.min_lr
     dtype = pick_dtype(args.dtype, device)
@@ -532,6 +531,7 @@ def fit(args: argparse.Namespace, ranks: Ranks, model: ChatLM, stream: PairStrea
         report.say(f"going on from {checkpoint}: step {state.step:,}, {state.tokens:,} tokens")
     elif objective.begin:
         objective.begin(stream)
+    keep_freed_memory()  # from here on: what beginning took goes back
 
     parameters = [p for p in model.parameters() if p.requires_grad]
     gradient = torch.zeros(sum(p.numel() for p in parameters), device=device)  # one vector, of which p.grad are views
