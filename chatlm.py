@@ -333,7 +333,8 @@ class ChatLM(nn.Module):
             raise ValueError("init_bigrams needs a head that is the embedding, feed-forward layers of ReLU, and d_ff of twice d_model or more")
         pairs, count = torch.unique(before * V + after, return_counts=True)
         u, v = pairs // V, pairs % V
-        p_before, p_after = ((torch.bincount(x, minlength=V) + 0.3).double() / (len(x) + 0.3 * V) for x in (before, after))
+        counts = torch.stack([torch.bincount(x, minlength=V) for x in (before, after)])
+        p_before, p_after = (counts + 0.3).double() / (len(after) + 0.3 * V)
         likelier = ((count - 0.5) / len(after) / (p_before[u] * p_after[v])).log().clamp(min=0)
         width = min(c.d_model // 2 - 1, V)
         with warnings.catch_warnings():  # that sparse rows are a young feature of torch
@@ -360,9 +361,8 @@ class ChatLM(nn.Module):
         eye = torch.eye(c.d_model)
         last.wi.weight[:2 * c.d_model] = torch.cat([eye, -eye])  # relu(x) - relu(-x) = x
         last.wo.weight[:, :2 * c.d_model] = torch.cat([carry, -carry], 1)
-        counted = torch.bincount(torch.cat([before, after]), minlength=V)[:, None] > 0
         others = torch.cat([rows[:, :2], self.shared.weight[:, 2:].double().cpu()], 1)
-        self.shared.weight.copy_(torch.where(counted, rows, others))
+        self.shared.weight.copy_(torch.where(counts.any(0)[:, None], rows, others))
 
     def num_parameters(self) -> int:
         return sum(p.numel() for p in self.parameters())
