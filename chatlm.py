@@ -325,8 +325,10 @@ class ChatLM(nn.Module):
             [ constant | log p(v) | a_v: what follows v | b_v: what v follows ]
 
         and the decoder's last layer carries the constant of the token that it reads to where log p stands, and its a to where b stands. So
-        the first logits are about log p(v) + a_u . b_v; the other layers begin with little to say. A token that was not counted keeps
-        random numbers. Raises ValueError where the head is not the embedding, or the feed-forward layers are gated or narrow.
+        the first logits are about log p(v) + a_u . b_v. What the other layers add is scaled by 1 / sqrt(their number), as in GPT-2: with less
+        they are late to learn, with more they hide the counts. A token that was not counted keeps random numbers.
+
+        Raises ValueError where the head is not the embedding, or the feed-forward layers are gated or narrow.
         """
         c, V, last = self.config, self.config.vocab_size, self.decoder.block[-1].layer[-1].DenseReluDense
         if last.gated or not (c.tie_word_embeddings and c.scale_decoder_outputs) or c.d_ff < 2 * c.d_model:
@@ -357,7 +359,7 @@ class ChatLM(nn.Module):
         self.decoder.final_layer_norm.weight.fill_(spread / strength / (p_before @ (1 / size / made.norm(dim=1))))
         for name, p in self.named_parameters():
             if name.endswith((".o.weight", ".wo.weight")):
-                p.mul_(0.2)
+                p.mul_((3 * c.num_decoder_layers) ** -0.5)
         eye = torch.eye(c.d_model)
         last.wi.weight[:2 * c.d_model] = torch.cat([eye, -eye])  # relu(x) - relu(-x) = x
         last.wo.weight[:, :2 * c.d_model] = torch.cat([carry, -carry], 1)

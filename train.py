@@ -820,10 +820,10 @@ def closing(args: argparse.Namespace, model: ChatLM, tokenizer: Tokenizer, state
             print(f"\n{name}: {len(part):,}, exact match {100 * result['exact_match']:.1f} %, BLEU-4 {result['bleu4']:.1f}")
             for row, answer in list(zip(part, answers))[::max(1, len(part) // 4)][:4]:
                 print(f"  {row['prompt']!r:.120} -> {answer!r:.200}")
-    log = Path(args.out_dir) / "log.jsonl"
-    if said and '"bleu4"' not in log.read_text("utf-8").splitlines()[-1]:  # a finished run that is called again has it
-        with open(log, "a", encoding="utf-8") as f:
-            f.write(json.dumps({"step": state.step, "bleu4": sample.bleu4(*zip(*said))}) + "\n")
+    if said and '"bleu4"' not in (Path(args.out_dir) / "log.jsonl").read_text("utf-8").splitlines()[-1]:  # a finished run that is called again has it
+        report = Report(Path(args.out_dir), True, state.step)
+        report.log({"step": state.step, "bleu4": sample.bleu4(*zip(*said))})
+        report.close()
     seconds = f"{state.step:,} steps, {state.tokens:,} tokens, {duration(state.elapsed_s)}"
     asked = "法国的首都是哪里？" if args.demo else "你好"
     print(f"\nfinished: {args.out_dir} is a model folder ({seconds}). Talk to it:\n"

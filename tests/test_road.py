@@ -194,12 +194,12 @@ def test_triples_are_learnt_better_by_a_model_that_can_chat_and_still_can(road):
     score = words("python sample.py --model out/triples --score")
     told, untold = (json.loads(go(road, [model if w == "out/triples" else w for w in score], "--max_new_tokens 48").splitlines()[-1])
                     for model in ("out/triples", "out/nothing"))
-    assert told["f1"] > 0.05 and told["f1"] > 3 * untold["f1"] and told["loss"] < 0.6 * untold["loss"], (told, untold)
+    assert told["f1"] > 0.1 and told["f1"] > 3 * untold["f1"] and told["loss"] < 0.6 * untold["loss"], (told, untold)
     chat = words("python sample.py --model out/chat --score")
     after, before = (json.loads(go(road, [model if w == "out/chat" else w for w in chat], "--max_new_tokens 24").splitlines()[-1])
                      for model in ("out/triples", "out/pre"))
     print(f"triples, taught: {told}\nfrom nothing: {untold}\nchat, before: {before}\nafter: {after}")
-    assert after["loss"] < 1.2 * before["loss"] and after["exact_match"] > 0.6 * before["exact_match"] > 0.03, (before, after)
+    assert after["loss"] < min(0.95, 1.2 * before["loss"]) and after["exact_match"] > 0.6 * before["exact_match"] > 0.05, (before, after)
 
 
 # --- damage --------------------------------------------------------------------------------------------------------------------------

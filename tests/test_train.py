@@ -94,7 +94,8 @@ def test_out_dir_holds_what_is_promised(straight):
     steps = [r for r in rows if "loss" in r]
     assert [r["step"] for r in steps] == list(range(1, 25))
     assert all(r.keys() == {"step", "loss", "lr", "tokens", "tok_per_s", "elapsed"} for r in steps)
-    assert steps[-1]["loss"] < steps[0]["loss"] - 0.3 and steps[0]["loss"] < 0.7 * math.log(1400)  # it begins with what counts know
+    assert steps[0]["loss"] < 0.7 * math.log(1400)  # it begins with what counts know
+    assert steps[-1]["loss"] < min(0.6 * math.log(1400), steps[0]["loss"] - 0.5)
     evaluations = [r for r in rows if "val_loss" in r]
     assert [r["step"] for r in evaluations] == [10, 20, 24]
     assert all(r.keys() == {"step", "val_loss", "val_ppl", "val_nats_per_char", "elapsed"} for r in evaluations)
@@ -105,7 +106,7 @@ def test_tensorboard_has_what_the_log_has(straight):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
     events = EventAccumulator(str(straight / "tensorboard"))
     events.Reload()
-    for name in ("loss", "val_loss"):
+    for name in ("loss", "val_loss", "bleu4"):
         logged = [(r["step"], r[name]) for r in log(straight) if name in r]
         assert [e.step for e in events.Scalars(name)] == [step for step, _ in logged]
         assert all(math.isclose(e.value, value, rel_tol=1e-6) for e, (_, value) in zip(events.Scalars(name), logged))
@@ -303,7 +304,7 @@ def test_float16_trains_to_the_loss_of_float32(base, tmp_path):
         done = call(*flags)
         assert done.returncode == 0, done.stderr
         begins, *_, ends[dtype] = [r["val_loss"] for r in log(tmp_path / dtype) if "val_loss" in r]
-        assert ends[dtype] < begins - 0.5, (begins, ends)
+        assert ends[dtype] < begins - 1.5, (begins, ends)
     assert math.isclose(ends["float16"], ends["float32"], rel_tol=0.02), ends
 
 
