@@ -733,6 +733,8 @@ def settle(args: argparse.Namespace, ranks: Ranks, columns: tuple[str, ...] = ("
     args.optimizer = args.optimizer or "adafactor"
     args.lr = args.lr or (1e-4 if args.optimizer != "adafactor" and args.init_from else 2e-3 if args.optimizer != "adafactor" or args.init_from
                           else 5e-3 if args.preset == "0.2b" else 2e-2)
+    if args.optimizer == "muon" and pick_dtype("auto", ranks.device) == torch.float32 and ranks.first:
+        print("note: torch's Muon computes in bfloat16, for which this CPU has no instructions: it will be slow", file=sys.stderr)
     args.max_len = args.max_len or 320
     args.batch_tokens = args.batch_tokens or (65536 if on_gpu else 2560)
     args.micro_batch_tokens = args.micro_batch_tokens or max(len(columns) * args.max_len, 16384 if on_gpu else 1280)
