@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pyarrow as pa
@@ -116,17 +117,23 @@ def road(tmp_path_factory) -> Path:
     return folder
 
 
-def launch(start: list[str], more: str, folder: Path) -> tuple[list[str], dict]:
+def launch(start: list[str], more: str, folder: Path, threads: int = 2) -> tuple[list[str], dict]:
     argv = {"python": [sys.executable], "torchrun": [sys.executable, "-m", "torch.distributed.run"]}[start[0]] + start[1:] + more.split()
-    return argv, {"cwd": folder, "text": True, "env": {**os.environ, "OMP_NUM_THREADS": "1" if start[0] == "torchrun" else "2"}}
+    return argv, {"cwd": folder, "text": True, "env": {**os.environ, "OMP_NUM_THREADS": "1" if start[0] == "torchrun" else str(threads)}}
 
 
-def go(folder: Path, start: str | list[str], more: str = "") -> str:
+def go(folder: Path, start: str | list[str], more: str = "", threads: int = 2) -> str:
     """Run the README's command that starts so, with more flags; what it printed."""
-    argv, options = launch(words(start) if isinstance(start, str) else start, more, folder)
+    argv, options = launch(words(start) if isinstance(start, str) else start, more, folder, threads)
     done = subprocess.run(argv, capture_output=True, timeout=100, **options)
     assert done.returncode == 0, (argv, done.stderr)
     return done.stdout
+
+
+def go_each(folder: Path, *commands: tuple[list[str], str]) -> list[str]:
+    """Several at once, each with a thread."""
+    with ThreadPoolExecutor(2) as pool:
+        return list(pool.map(lambda command: go(folder, *command, threads=1), commands))
 
 
 def test_from_raw_files_to_a_tokenizer(road):
@@ -188,16 +195,13 @@ def test_triples_are_learnt_better_by_a_model_that_can_chat_and_still_can(road):
     go(road, "python data.py split triples.parquet")
     write_pairs(road / "chat.parquet", list(read_rows([road / "pairs" / "train.parquet"]))[:4000])
     tune, more = words("python train.py --init_from out/pre --data triples/train.parquet"), f"{TINY.replace('--preset demo', '')} --max_steps 200 --lr 5e-3"
-    go(road, tune, more)
     i, out = tune.index("--init_from"), tune.index("--out_dir")
-    go(road, [*tune[:i], *tune[i + 2:out + 1], "out/nothing"], f"--preset demo --tokenizer tok {more}")
-    score = words("python sample.py --model out/triples --score")
-    told, untold = (json.loads(go(road, [model if w == "out/triples" else w for w in score], "--max_new_tokens 48").splitlines()[-1])
-                    for model in ("out/triples", "out/nothing"))
+    go_each(road, (tune, more), ([*tune[:i], *tune[i + 2:out + 1], "out/nothing"], f"--preset demo --tokenizer tok {more}"))
+    score, chat = words("python sample.py --model out/triples --score"), words("python sample.py --model out/chat --score")
+    told, untold, after, before = (json.loads(said.splitlines()[-1]) for said in go_each(
+        road, *(([model if w == "out/triples" else w for w in score], "--max_new_tokens 48") for model in ("out/triples", "out/nothing")),
+        *(([model if w == "out/chat" else w for w in chat], "--max_new_tokens 24") for model in ("out/triples", "out/pre"))))
     assert told["f1"] > 0.1 and told["f1"] > 3 * untold["f1"] and told["loss"] < 0.6 * untold["loss"], (told, untold)
-    chat = words("python sample.py --model out/chat --score")
-    after, before = (json.loads(go(road, [model if w == "out/chat" else w for w in chat], "--max_new_tokens 24").splitlines()[-1])
-                     for model in ("out/triples", "out/pre"))
     print(f"triples, taught: {told}\nfrom nothing: {untold}\nchat, before: {before}\nafter: {after}")
     assert after["loss"] < min(0.95, 1.2 * before["loss"]) and after["exact_match"] > 0.6 * before["exact_match"] > 0.05, (before, after)
 

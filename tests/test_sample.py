@@ -18,7 +18,7 @@ from transformers.generation import logits_process
 import sample
 from chatlm import ChatLM, ChatLMConfig, Decoder, sliced_product
 from sample import GenerationConfig, bleu4, generate, triples
-from tokenizer import Tokenizer
+from tokenizer import Tokenizer, run
 
 GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 PENALTIES = [{}, {"repetition_penalty": 1.3}, {"no_repeat_ngram_size": 2}, {"min_new_tokens": 7},
@@ -310,11 +310,15 @@ def test_files_are_answered_in_order_and_continued(folder, tmp_path):
 
 @pytest.mark.parametrize("args", [["--prompt", "你好", "--model", "nowhere"], ["--prompt", " "], ["--prompt", "a", "--num_beams", "0"], ["--prompt", "a", "--top_p", "1.5"],
                                   ["--input", "x.jsonl"], ["--prompt", "a", "--score", "b"], ["--prompt", "a", "--device", "tpu"]], ids=str)
-def test_bad_commands_end_with_one_line(folder, args):
-    done = call(*args, *([] if "--model" in args else ["--model", str(folder)]))
-    assert done.returncode == 2
-    assert len(done.stderr.splitlines()) == 1, done.stderr
-    assert done.stdout == ""
+def test_bad_commands_end_with_one_line(folder, monkeypatch, capsys, args):
+    monkeypatch.setattr(sys, "argv", ["sample.py", *args, *([] if "--model" in args else ["--model", str(folder)])])
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as end:
+        run(sample.main)
+    said = capsys.readouterr()
+    assert end.value.code == 2
+    assert len(said.err.splitlines()) == 1, said.err
+    assert said.out == ""
 
 
 def test_settings_come_from_flags_then_from_the_model(folder, tmp_path):

@@ -1,9 +1,8 @@
 """The tokenizer learns textbook BPE, and encodes and decodes as tokenizers does from the same file."""
 import gzip
+import importlib
 import io
 import json
-import os
-import signal
 import subprocess
 import sys
 import time
@@ -435,15 +434,11 @@ def test_wrong_commands_end_with_one_line_and_change_nothing(tmp_path):
     assert "need at least" in call("train", str(corpus), *to, "--vocab_size", "300").stderr
 
 
-def cut_or_die(n: int) -> int:
-    if n == 3:
-        os.kill(os.getpid(), signal.SIGKILL)
-    if n == 4:
-        raise ValueError("four")
-    return n * n
-
-
-def test_jobs_come_back_in_order_and_a_killed_process_is_told():
+def test_jobs_come_back_in_order_and_a_killed_process_is_told(tmp_path, monkeypatch):
+    (tmp_path / "jobs.py").write_text("import os, signal\n\ndef cut_or_die(n):\n    if n == 3:\n        os.kill(os.getpid(), signal.SIGKILL)\n"
+                                      "    if n == 4:\n        raise ValueError('four')\n    return n * n\n")  # processes import it sooner than this file
+    monkeypatch.syspath_prepend(tmp_path)
+    cut_or_die = importlib.import_module("jobs").cut_or_die
     for workers in (1, 2, 3):
         assert list(in_order(cut_or_die, [0, 1, 2, 5, 6, 7], workers)) == [0, 1, 4, 25, 36, 49]
         with pytest.raises(ValueError, match="four"):

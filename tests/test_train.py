@@ -11,6 +11,7 @@ import socket
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pyarrow as pa
@@ -52,6 +53,13 @@ def call(*args: str, ranks: int = 1, **options) -> subprocess.CompletedProcess:
     return subprocess.run(command(*args, ranks=ranks), capture_output=True, text=True, timeout=120, env=ENV, **options)
 
 
+def call_each(*flags: list[str]) -> None:
+    """Several runs that must end well, two at a time: each has one thread."""
+    with ThreadPoolExecutor(2) as pool:
+        for done in pool.map(lambda args: call(*args), flags):
+            assert done.returncode == 0, done.stderr
+
+
 @pytest.fixture
 def refused(monkeypatch, capsys):
     """Run train.py in this process and give the one line with which it ends, status 2."""
@@ -64,6 +72,24 @@ def refused(monkeypatch, capsys):
         assert e.value.code == 2 and len(lines) == 1, lines
         return lines[0]
     return refuse
+
+
+@pytest.fixture
+def call_here(monkeypatch, capsys):
+    """What call does, but in this process, which has loaded everything already."""
+    def call_here(*args: str) -> subprocess.CompletedProcess:
+        monkeypatch.setattr(sys, "argv", ["train.py", *args])
+        capsys.readouterr()
+        code = 0
+        try:
+            run(train.main)
+        except SystemExit as end:
+            code = end.code
+        said = capsys.readouterr()
+        return subprocess.CompletedProcess(sys.argv, code, said.out, said.err)
+    yield call_here
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def log(out: Path) -> list[dict]:
@@ -266,15 +292,20 @@ def test_gradient_does_not_depend_on_the_split(base, tmp_path):
     script = tmp_path / "plain.py"
     script.write_text(f"import sys; sys.path.insert(0, {str(ROOT)!r})\nimport torch, train\n"
                       "train.make_optimizers = lambda model, *_: [torch.optim.SGD(model.parameters(), lr=1.0)]\ntrain.main()\n")
-    moved = {}
-    cells = 8 * (8 + 6)
-    for ranks, micro in ((1, 1), (2, 1), (1, 4)):
-        out = tmp_path / f"{ranks}x{micro}"
+    moved, cases, cells = {}, ((1, 1), (1, 4), (2, 1)), 8 * (8 + 6)
+
+    def descend(case: tuple[int, int]) -> subprocess.CompletedProcess:
+        ranks, micro = case
         launch = [str(script) if part == str(ROOT / "train.py") else part for part in command("--data", str(tmp_path / "rows.parquet"), ranks=ranks)]
         flags = ["--tokenizer", base[5], "--preset", "demo", "--max_len", "20", "--device", "cpu", "--dtype", "float32", "--workers", "0", "--max_steps", "1", "--lr", "1",
                  "--schedule", "constant", "--warmup_steps", "0", "--grad_clip", "1e9", "--micro_batch_tokens", str(cells * micro), "--batch_tokens", str(4 * cells)]
-        done = subprocess.run([*launch, *flags, "--out_dir", str(out)], capture_output=True, text=True, timeout=100, env=ENV)
-        assert done.returncode == 0, done.stderr
+        return subprocess.run([*launch, *flags, "--out_dir", str(tmp_path / f"{ranks}x{micro}")], capture_output=True, text=True, timeout=100, env=ENV)
+
+    with ThreadPoolExecutor(2) as pool:
+        for done in pool.map(descend, cases):
+            assert done.returncode == 0, done.stderr
+    for ranks, micro in cases:
+        out = tmp_path / f"{ranks}x{micro}"
         moved[ranks, micro] = load_file(out / "model.safetensors")
         (line,) = [r for r in log(out) if "loss" in r]
         assert line["tokens"] == sum(len(tokenizer.encode(t)) for row in rows for t in row)
@@ -289,37 +320,35 @@ def test_gradient_does_not_depend_on_the_split(base, tmp_path):
 
 def test_checkpointed_activations_change_nothing(base, straight, tmp_path):
     """With dropout and without, which attend by different kernels."""
-    for name, flags in (("dropout", ["--max_steps", "24", "--eval_every", "10", "--checkpoint_activations"]), ("kept", ["--max_steps", "4", "--dropout", "0"]),
-                        ("again", ["--max_steps", "4", "--dropout", "0", "--checkpoint_activations"])):
-        done = call(*base, "--out_dir", str(tmp_path / name), *flags)
-        assert done.returncode == 0, done.stderr
+    call_each(*([*base, "--out_dir", str(tmp_path / name), *flags] for name, flags in (
+        ("dropout", ["--max_steps", "24", "--eval_every", "10", "--checkpoint_activations"]), ("kept", ["--max_steps", "4", "--dropout", "0"]),
+        ("again", ["--max_steps", "4", "--dropout", "0", "--checkpoint_activations"]))))
     assert curve(tmp_path / "dropout") == curve(straight)
     assert curve(tmp_path / "again") == curve(tmp_path / "kept")
 
 
 def test_float16_trains_to_the_loss_of_float32(base, tmp_path):
+    call_each(*([*base[:-4], "--dtype", dtype, "--dropout", "0", "--lr", "2e-2", "--max_steps", "30", "--eval_every", "5", "--out_dir", str(tmp_path / dtype)]
+                for dtype in ("float32", "float16")))
     ends = {}
     for dtype in ("float32", "float16"):
-        flags = [*base[:-4], "--dtype", dtype, "--dropout", "0", "--lr", "2e-2", "--max_steps", "30", "--eval_every", "5", "--out_dir", str(tmp_path / dtype)]
-        done = call(*flags)
-        assert done.returncode == 0, done.stderr
         begins, *_, ends[dtype] = [r["val_loss"] for r in log(tmp_path / dtype) if "val_loss" in r]
         assert ends[dtype] < begins - 1.5, (begins, ends)
     assert math.isclose(ends["float16"], ends["float32"], rel_tol=0.02), ends
 
 
-def test_overlap_with_validation_is_counted(base, tmp_path):
+def test_overlap_with_validation_is_counted(base, call_here, tmp_path):
     pq.write_table(pa.table({"prompt": ["你好", "你好", "再见", "没有"], "response": ["一", "二", "三", "四"]}), tmp_path / "v.parquet")
     pq.write_table(pa.table({"prompt": pa.array(["你好", "再见", "再见", None], pa.large_string()), "response": ["五", "六", "七", "八"]}), tmp_path / "t.parquet")
     assert train.overlap([str(tmp_path / "t.parquet"), base[1]], str(tmp_path / "v.parquet")) == 2
     assert train.overlap([base[1]], base[3]) == 0
-    done = call(*base[:2], "--valid", base[1], *base[4:], "--out_dir", str(tmp_path / "out"), "--max_steps", "1")
+    done = call_here(*base[:2], "--valid", base[1], *base[4:], "--out_dir", str(tmp_path / "out"), "--max_steps", "1")
     prompts = set(pq.read_table(base[1])["prompt"].to_pylist())
     assert f"warning: {len(prompts):,} prompts of --valid are in --data too" in done.stderr
 
 
-def test_answers_are_scored_when_asked(base, tmp_path):
-    done = call(*base, "--out_dir", str(tmp_path / "out"), "--max_steps", "4", "--bleu_every", "2")
+def test_answers_are_scored_when_asked(base, call_here, tmp_path):
+    done = call_here(*base, "--out_dir", str(tmp_path / "out"), "--max_steps", "4", "--bleu_every", "2")
     assert done.returncode == 0, done.stderr
     assert [r["step"] for r in log(tmp_path / "out") if "bleu4" in r] == [2, 4]
 
@@ -346,10 +375,10 @@ def test_damaged_checkpoint_is_passed_over(base, straight, tmp_path):
     assert done.returncode == 2 and "every checkpoint" in done.stderr
 
 
-def test_beginning_anew_leaves_nothing_of_the_old_run(base, straight, tmp_path):
+def test_beginning_anew_leaves_nothing_of_the_old_run(base, call_here, straight, tmp_path):
     out = tmp_path / "out"
     shutil.copytree(straight, out)
-    done = call(*base, "--out_dir", str(out), "--max_steps", "3", "--resume", "never")
+    done = call_here(*base, "--out_dir", str(out), "--max_steps", "3", "--resume", "never")
     assert done.returncode == 0, done.stderr
     assert [r["step"] for r in log(out) if "loss" in r] == [1, 2, 3]
     assert [int(p.name.split("-")[1]) for p in list_checkpoints(out / "checkpoint")] == [3]
@@ -396,32 +425,32 @@ def test_bad_input_ends_with_one_line(base, straight, refused, tmp_path):
     assert not (tmp_path / "new" / "log.jsonl").exists()
 
 
-def test_fine_tuning_leaves_frozen_parts_alone(base, straight, tmp_path):
+def test_fine_tuning_leaves_frozen_parts_alone(base, call_here, straight, tmp_path):
     out = tmp_path / "sft"
     i = base.index("--preset")
     args = base[:i] + base[i + 2:]
-    done = call(*args, "--init_from", str(straight), "--freeze", "shared,encoder", "--max_steps", "3", "--out_dir", str(out), "--lr", "1e-3", "--optimizer", "adafactor")
+    done = call_here(*args, "--init_from", str(straight), "--freeze", "shared,encoder", "--max_steps", "3", "--out_dir", str(out), "--lr", "1e-3", "--optimizer", "adafactor")
     assert done.returncode == 0, done.stderr
     before, after = ChatLM.from_pretrained(straight).state_dict(), ChatLM.from_pretrained(out).state_dict()
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     assert changed and all(name.startswith("decoder.") for name in changed)
 
 
-def test_infinite_gradients_change_nothing_and_end_the_run(base, straight, tmp_path):
+def test_infinite_gradients_change_nothing_and_end_the_run(base, call_here, straight, tmp_path):
     model = tmp_path / "model"
     shutil.copytree(straight / "best", model)
     weights = load_file(model / "model.safetensors")
     weights["decoder.final_layer_norm.weight"][0] = math.nan
     save_file(weights, model / "model.safetensors", {"format": "pt"})
     i = base.index("--preset")
-    done = call(*base[:i], *base[i + 2:], "--init_from", str(model), "--max_steps", "30", "--out_dir", str(tmp_path / "out"))
+    done = call_here(*base[:i], *base[i + 2:], "--init_from", str(model), "--max_steps", "30", "--out_dir", str(tmp_path / "out"))
     assert done.returncode == 2 and "no finite loss in 10 steps" in done.stderr.splitlines()[-1], done.stderr
     assert [r["loss"] for r in log(tmp_path / "out")] == [None] * 10
 
 
-@pytest.mark.parametrize("flags", [["--optimizer", "muon", "--schedule", "onecycle", "--epochs", "0.1"], ["--dtype", "bfloat16", "--time_limit", "2"]], ids=str)
-def test_other_ways_to_train_work(base, tmp_path, flags):
-    done = call(*base, "--lr", "5e-3", "--out_dir", str(tmp_path / "out"), *flags)
+@pytest.mark.parametrize("flags", [["--optimizer", "muon", "--schedule", "onecycle", "--epochs", "0.05"], ["--dtype", "bfloat16", "--time_limit", "2"]], ids=str)
+def test_other_ways_to_train_work(base, call_here, tmp_path, flags):
+    done = call_here(*base, "--lr", "5e-3", "--out_dir", str(tmp_path / "out"), *flags)
     assert done.returncode == 0, done.stderr
     losses = [r["loss"] for r in log(tmp_path / "out") if "loss" in r]
     assert len(losses) >= 2 and min(losses[1:]) < losses[0]
