@@ -190,7 +190,7 @@ def test_resume_is_exact_after_kills(base, straight, tmp_path):
         assert (out / name).read_bytes() == (straight / name).read_bytes()
 
 
-def test_two_runs_do_not_share_a_folder(base, tmp_path):
+def test_two_runs_do_not_share_a_folder(base, call_here, tmp_path):
     out = tmp_path / "out"
     args = [*base, "--out_dir", str(out), "--max_steps", "100000"]
     first = subprocess.Popen(command(*args), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=ENV)
@@ -198,13 +198,13 @@ def test_two_runs_do_not_share_a_folder(base, tmp_path):
         while not (out / "log.jsonl").exists():
             assert first.poll() is None
             time.sleep(0.05)
-        second = call(*args)
+        second = call_here(*args)
     finally:
         first.kill()
         first.wait()
     assert second.returncode == 2 and second.stderr.splitlines()[-1].endswith(
         f"error: another run is at work in {out}: wait for its end, or choose another --out_dir"), second.stderr
-    third = call(*args[:-1], "3", "--resume", "never")
+    third = call_here(*args[:-1], "3", "--resume", "never")
     assert third.returncode == 0, third.stderr
 
 
@@ -353,9 +353,9 @@ def test_answers_are_scored_when_asked(base, call_here, tmp_path):
     assert [r["step"] for r in log(tmp_path / "out") if "bleu4" in r] == [2, 4]
 
 
-def test_finished_run_says_so_and_can_be_prolonged(base, straight):
+def test_finished_run_says_so_and_can_be_prolonged(base, call_here, straight):
     before = (straight / "log.jsonl").read_bytes()
-    done = call(*base, "--out_dir", str(straight), "--max_steps", "24", "--eval_every", "10", "--save_every", "4")
+    done = call_here(*base, "--out_dir", str(straight), "--max_steps", "24", "--eval_every", "10", "--save_every", "4")
     assert done.returncode == 0 and "finished: " in done.stdout and "sample.py" in done.stdout
     assert (straight / "log.jsonl").read_bytes() == before
 
