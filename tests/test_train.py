@@ -61,20 +61,6 @@ def call_each(*flags: list[str]) -> None:
 
 
 @pytest.fixture
-def refused(monkeypatch, capsys):
-    """Run train.py in this process and give the one line with which it ends, status 2."""
-    def refuse(*args: str) -> str:
-        monkeypatch.setattr(sys, "argv", ["train.py", *args])
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as e:
-            run(train.main)
-        lines = capsys.readouterr().err.splitlines()
-        assert e.value.code == 2 and len(lines) == 1, lines
-        return lines[0]
-    return refuse
-
-
-@pytest.fixture
 def call_here(monkeypatch, capsys):
     """What call does, but in this process, which has loaded everything already."""
     def call_here(*args: str) -> subprocess.CompletedProcess:
@@ -90,6 +76,16 @@ def call_here(monkeypatch, capsys):
     yield call_here
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+@pytest.fixture
+def refused(call_here):
+    """Run train.py in this process and give the one line with which it ends, status 2."""
+    def refuse(*args: str) -> str:
+        done = call_here(*args)
+        assert done.returncode == 2 and len(done.stderr.splitlines()) == 1, done.stderr
+        return done.stderr.splitlines()[0]
+    return refuse
 
 
 def log(out: Path) -> list[dict]:
