@@ -325,8 +325,9 @@ class ChatLM(nn.Module):
             [ constant | log p(v) | a_v: what follows v | b_v: what v follows ]
 
         and the decoder's last layer carries the constant of the token that it reads to where log p stands, and its a to where b stands. So
-        the first logits are about log p(v) + a_u . b_v. What the other layers add is scaled by 1 / sqrt(their number), as in GPT-2: with less
-        they are late to learn, with more they hide the counts. A token that was not counted keeps random numbers.
+        the first logits are about log p(v) + a_u . b_v. What the other layers add, also the encoder's, is scaled by 1 / sqrt(the number of the
+        decoder's), as in GPT-2: with less they are late to learn, with more they hide the counts. A token that was not counted keeps random
+        numbers.
 
         Raises ValueError where the head is not the embedding, or the feed-forward layers are gated or narrow.
         """
