@@ -16,6 +16,7 @@ import functools
 import json
 import math
 import os
+import re
 import warnings
 import weakref
 from collections.abc import Callable
@@ -453,7 +454,10 @@ class ChatLM(nn.Module):
         """What training uses: forward's loss summed over the labels, the logits never in memory all at once."""
         hidden = self.decode(self.shift_right(labels), *self.encode(input_ids, attention_mask))
         counted = labels != -100
-        return LinearCrossEntropy.apply(hidden[counted], self.head_weight(), labels[counted])
+        weight = self.head_weight()
+        if not torch.is_grad_enabled():  # or its gradient would be computed: inside an autograd.Function that cannot be told
+            weight = weight.detach()
+        return LinearCrossEntropy.apply(hidden[counted], weight, labels[counted])
 
     @classmethod
     def from_pretrained(cls, folder, dtype: torch.dtype | None = None, device=None) -> "ChatLM":
@@ -494,18 +498,24 @@ class ChatLM(nn.Module):
         generation = {**self.generation, "decoder_start_token_id": c.decoder_start_token_id, "eos_token_id": c.eos_token_id,
                       "pad_token_id": c.pad_token_id}
         weights = {name: p.detach().contiguous() for name, p in self.named_parameters()}
-        for name, write in (("model.safetensors", lambda path: save_file(weights, path, {"format": "pt"})),
-                            ("generation_config.json", lambda path: path.write_text(json.dumps(generation, indent=2) + "\n")),
-                            ("config.json", lambda path: path.write_text(c.to_json()))):
-            beside = folder / (name + ".tmp")
-            try:
-                write(beside)
-            except SafetensorError as e:  # the disk is full, or fails
-                beside.unlink(missing_ok=True)
-                raise OSError(errno.EIO, f"{folder / name} could not be written: {e}") from None
-            with open(beside, "rb+") as f:
-                os.fsync(f.fileno())
-            os.replace(beside, folder / name)
+        replace_file(folder / "model.safetensors", lambda path: save_file(weights, path, {"format": "pt"}))
+        replace_file(folder / "generation_config.json", lambda path: path.write_text(json.dumps(generation, indent=2) + "\n"))
+        replace_file(folder / "config.json", lambda path: path.write_text(c.to_json()))
+
+
+def replace_file(path: Path, write: Callable[[Path], object]) -> None:
+    """Call write(temporary path), sync that file to disk and rename it to path. Raises OSError, with path as it was before."""
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        write(temporary)
+        with open(temporary, "rb+") as f:
+            os.fsync(f.fileno())
+        os.replace(temporary, path)
+    except (OSError, SafetensorError) as e:  # the disk is full, or fails
+        temporary.unlink(missing_ok=True)
+        code = re.search(r"os error (\d+)", str(e))  # as safetensors prints it
+        number = getattr(e, "errno", None) or (int(code[1]) if code else errno.EIO)
+        raise OSError(number, f"could not be written: {os.strerror(number)}", str(path)) from None
 
 
 # --- a token at a time -----------------------------------------------------------------------------------------------------------
@@ -655,7 +665,7 @@ class Decoder:
     def replay(self, ids: Tensor) -> tuple[Tensor, Tensor]:
         if self.graph is None:
             self.ids, self.graph, Decoder.holder = ids.clone(), torch.cuda.CUDAGraph(), weakref.ref(self)
-            with torch.cuda.device(ids.device), torch.cuda.graph(self.graph, stream=capture_stream(ids.device)):
+            with torch.cuda.device(ids.device), torch.cuda.graph(self.graph, stream=capture_stream(ids.device), capture_error_mode="thread_local"):
                 self.result = self.layers(self.ids, 0, self.own.size(2), self.visible)
         self.ids.copy_(ids)
         self.graph.replay()

@@ -13,6 +13,7 @@ that clean and tokenise stay small.
 import contextlib
 import copy
 import csv
+import hashlib
 import html
 import json
 import math
@@ -27,6 +28,7 @@ import unicodedata
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from itertools import chain, compress
 from pathlib import Path
 
@@ -36,8 +38,8 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import xxhash
 
-from tokenizer import (EOS, PAD, ArgumentParser, Problems, Tokenizer, batches, check_folder, in_order, input_files, joined_ranges, kind_of, number, open_text,
-                       read_rows, run, to_codepoints, whole_rows)
+from tokenizer import (EOS, PAD, ArgumentParser, Problems, Tokenizer, atomic_write, batches, check_folder, in_order, input_files, joined_ranges, kind_of, number,
+                       open_text, read_rows, run, to_codepoints, whole_rows, write_errors)
 
 ROW_GROUP = 8192  # rows of a Parquet row group that we write
 WINDOW_ROWS, WINDOW_BYTES = 1 << 16, 1 << 25  # PairStream shuffles and sorts within windows of at most so much text
@@ -178,11 +180,10 @@ def make_demo(seed: int = 0) -> tuple[list[tuple[str, str]], list[tuple[str, str
 # --- writing ----------------------------------------------------------------------------------------------------------------
 
 class Writer:
-    """Writes rows' string columns as Parquet beside `path`; at the end that is renamed, unless there was an error."""
+    """Writes rows' string columns as Parquet by atomic_write: path is replaced at the end, unless there was an error."""
 
     def __init__(self, path, columns: tuple[str, ...]):
-        self.path, self.beside, self.columns = Path(path), Path(f"{path}.{os.getpid()}.tmp"), columns
-        self.total, self.batch = 0, []
+        self.path, self.columns, self.total, self.batch = Path(path), columns, 0, []
         if self.path.suffix != ".parquet" or self.path.exists() and not self.path.is_file():
             raise ValueError(f"{path}: what is written is a file whose name ends with .parquet")
         check_folder(self.path.parent)
@@ -190,7 +191,11 @@ class Writer:
     def __enter__(self) -> "Writer":
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self.schema = pa.schema([(c, pa.string()) for c in self.columns])
-        self.parquet = pq.ParquetWriter(self.beside, self.schema, compression="zstd")
+        self.exit = contextlib.ExitStack()
+        temporary = self.exit.enter_context(atomic_write(self.path))
+        with write_errors(self.path, pa.ArrowException):
+            self.parquet = pq.ParquetWriter(temporary, self.schema, compression="zstd")
+        self.exit.callback(self.close)
         return self
 
     def write(self, row: dict) -> None:
@@ -204,26 +209,28 @@ class Writer:
             table = pa.table(values, self.schema)
         except UnicodeEncodeError:  # a lone surrogate, as JSON may hold, is no character
             table = pa.table({c: [v.encode("utf-8", "replace").decode() for v in column] for c, column in values.items()}, self.schema)
-        self.parquet.write_table(table)
+        with write_errors(self.path, pa.ArrowException):
+            self.parquet.write_table(table)
         self.total += len(self.batch)
         self.batch = []
 
     def finish(self) -> None:
-        """All is written and on the disk, and not yet in its place."""
+        """Write all that is left; the file is not yet in its place."""
         if self.batch:
             self.flush()
-        self.parquet.close()
-        with open(self.beside, "rb+") as f:
-            os.fsync(f.fileno())
-
-    def __exit__(self, error, *_) -> None:
-        try:
-            if error is None:
-                self.finish()
-                os.replace(self.beside, self.path)
+        with write_errors(self.path, pa.ArrowException):
             self.parquet.close()
-        finally:
-            self.beside.unlink(missing_ok=True)
+
+    def close(self) -> None:
+        """Close the temporary file, also after an error."""
+        with contextlib.suppress(OSError, pa.ArrowException):
+            self.parquet.close()
+
+    def __exit__(self, kind, error, trace) -> None:
+        with self.exit:
+            if error is not None:
+                raise error
+            self.finish()
 
 
 def write_pairs(path, rows: Iterable[dict], columns: tuple[str, ...] = PAIR) -> int:
@@ -812,14 +819,28 @@ def stats(inputs: list[str], tokenizer: Tokenizer | None) -> None:
 # --- PairStream: what training reads --------------------------------------------------------------------------------------------------------
 
 def footprint(files: Iterable[str | Path]) -> str:
-    """A hash that changes when a Parquet file does: of its size and its footer."""
+    """A hash of the files' contents, in their order."""
     digest = xxhash.xxh3_64()
     for path in files:
         with open(path, "rb") as f:
-            size = f.seek(0, os.SEEK_END)
-            f.seek(max(0, size - (1 << 16)))
-            digest.update(size.to_bytes(8, "little") + f.read())
+            digest.update(hashlib.file_digest(f, xxhash.xxh3_64).digest())
     return digest.hexdigest()
+
+
+def is_text(kind: pa.DataType) -> bool:
+    """Whether a column of this type holds text: a string type of any width, or a dictionary of one."""
+    if pa.types.is_dictionary(kind):
+        kind = kind.value_type
+    return pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
+
+
+def text_column(column: pa.Array | pa.ChunkedArray) -> pa.Array | pa.ChunkedArray:
+    """A text column of any type (see is_text) as large_string, the one type that every function of pyarrow takes."""
+    if isinstance(column, pa.ChunkedArray):
+        return pa.chunked_array([text_column(chunk) for chunk in column.chunks], pa.large_string())
+    if pa.types.is_dictionary(column.type):
+        return column.dictionary.cast(pa.large_string()).take(column.indices)
+    return column.cast(pa.large_string())
 
 
 def open_parquet(path, columns: tuple[str, ...]) -> pq.ParquetFile:
@@ -835,9 +856,7 @@ def open_parquet(path, columns: tuple[str, ...]) -> pq.ParquetFile:
         if index < 0:
             raise ValueError(f"{path} has no column {column!r}; it has {', '.join(file.schema_arrow.names)}")
         kind = file.schema_arrow.field(index).type
-        if pa.types.is_dictionary(kind):
-            kind = kind.value_type
-        if not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
+        if not is_text(kind):
             raise ValueError(f"{path}: column {column!r} holds {kind}, not text")
     return file
 
@@ -857,15 +876,16 @@ def read_rows_of(path: str, group: int, begin: int, end: int, columns: tuple[str
         at += len(part)
     readers.clear()  # one is enough: a worker goes through a row group from front to end
     readers[path, group] = at, parts
-    return pa.Table.from_batches(taken).slice(0, end - begin).select(list(columns)).cast(pa.schema([(c, pa.large_string()) for c in columns]))
+    table = pa.Table.from_batches(taken).slice(0, end - begin)
+    return pa.table({column: text_column(table[column]) for column in columns})
 
 
-def read_window(slices: list[tuple[str, int, int, int, int]], columns: tuple[str, ...], tokenizer: Tokenizer, max_len: int,
-                part: int = 0, parts: int = 1) -> tuple[list[tuple[np.ndarray, np.ndarray]], np.ndarray, str, int]:
-    """Rows of slices (file, row group, first row in it, rows, first row in all), tokenised.
+def read_window(slices: list[tuple[str, int, int, int, int]], columns: tuple[str, ...], tokenizer: Tokenizer,
+                max_len: int) -> tuple[list[tuple[np.ndarray, np.ndarray]], np.ndarray, str, int]:
+    """Rows of slices (file, row group, first row in it, rows, first row in all), tokenized.
 
-    -> for each column the ids of the usable rows, one after the other, and how many each has, of the part-th of `parts`
-    equal shares of the rows; the numbers of all usable rows (N,); where the first unusable one is; how many there are.
+    -> for each column the ids of the usable rows, one after the other, and how many each has; the numbers of the usable
+    rows (N,); where the first unusable one is; how many there are.
     """
     tables, numbers, unusable, first = [], [], 0, ""
     for path, group, begin, rows, before in slices:
@@ -883,14 +903,13 @@ def read_window(slices: list[tuple[str, int, int, int, int]], columns: tuple[str
         tables.append(table.filter(pa.array(usable)))
         numbers.append(before + np.flatnonzero(usable))
     table, numbers = pa.concat_tables(tables), np.concatenate(numbers)
-    begin, end = len(numbers) * part // parts, len(numbers) * (part + 1) // parts
     dtype = np.uint16 if len(tokenizer) <= 1 << 16 else np.int32
     out = []
     for column in columns:
         ids, lengths = [np.empty(0, dtype)], [np.empty(0, np.int64)]
-        for at in range(begin, end, SLICE_ROWS):
+        for at in range(0, len(numbers), SLICE_ROWS):
             # a text is cut before it is tokenised where more of it could hardly count, and after it at max_len tokens
-            texts = pc.utf8_slice_codeunits(table[column].slice(at, min(SLICE_ROWS, end - at)), 0, MOST_CHARS_PER_TOKEN * max_len)
+            texts = pc.utf8_slice_codeunits(table[column].slice(at, SLICE_ROWS), 0, MOST_CHARS_PER_TOKEN * max_len)
             flat, sizes = tokenizer.encode_arrays(texts.to_pylist())
             cut = np.minimum(sizes, max_len)
             flat = flat[joined_ranges(np.cumsum(sizes) - sizes, cut)]
@@ -945,19 +964,19 @@ class PairStream:
     The sequence of batches is a function of (files, seed, epoch) alone. Row groups are shuffled and gathered in windows
     (a very large row group is several); a window's rows are shuffled, sorted into batches of similar lengths, and the
     batches shuffled. Rank r of W takes the batches r, r + W, ...; with `group` G it takes from every G batches those, so
-    that a training step is a group.
+    that a training step is a group. A rank whose number is G or more has no batches; next_group() moves it on.
 
         row groups  3 0 2 | 5 1 4     windows     | b b b b b | b b b b      batches     rank 0 of 2:  b . b . b . b . b
 
-    gather(array) -> every rank's array: given it, a rank tokenises its share of a window only, and they exchange the ids.
-    All ranks must then read in step. state is where the next group begins: {"epoch", "window", "batch"}, and
-    PairStream(..., state=state) goes on from there. Rows that are null or empty in a column are passed over, and said
-    once on stderr. Raises FileNotFoundError or ValueError (see open_parquet).
+    Every rank tokenizes every window itself: ranks never wait for each other here. state is where the next group begins:
+    {"epoch", "window", "batch"}, and PairStream(..., state=state) goes on from there. Rows that are null or empty in a
+    column are skipped and reported once on stderr. Raises FileNotFoundError or ValueError (see open_parquet), and
+    ChildProcessError when a background process was killed.
     """
 
     def __init__(self, files, tokenizer: Tokenizer, micro_batch_tokens: int = 8192, max_len: int = 320, seed: int = 0,
                  rank: int = 0, world_size: int = 1, state: dict | None = None, group: int | None = None,
-                 columns: tuple[str, ...] = PAIR, workers: int = 0, round_to: int = 1, gather: Callable | None = None):
+                 columns: tuple[str, ...] = PAIR, workers: int = 0, round_to: int = 1):
         files = [str(f) for f in ([files] if isinstance(files, (str, Path)) else files)]
         if micro_batch_tokens < len(columns) * -(-max_len // round_to) * round_to:
             raise ValueError(f"micro_batch_tokens {micro_batch_tokens} cannot hold one row of {len(columns)} x max_len {max_len} tokens")
@@ -968,9 +987,8 @@ class PairStream:
             tokenizer.append_eos = True
         self.tokenizer, self.columns, self.max_len, self.seed = tokenizer, columns, max_len, seed
         self.micro_batch_tokens, self.workers, self.round_to = micro_batch_tokens, workers, round_to
-        self.rank, self.world_size, self.gather = rank, world_size, gather
         self.group = group or world_size
-        self.own = range(rank, self.group, world_size)
+        self.own = range(rank, self.group, world_size)  # this rank's batches of a group
         self.state = dict(state or {"epoch": 0, "window": 0, "batch": 0})
         self.row_groups, self.rows = [], 0  # each a list of slices, with the share of a window that it takes
         for path in files:
@@ -1010,11 +1028,17 @@ class PairStream:
 
     def _load(self, epoch: int, window: int) -> tuple[list, np.ndarray, list]:
         """A window's columns (ids, offsets (N + 1,)), row numbers and batches; the next windows are begun in the background."""
+        try:
+            return self._load_and_prefetch(epoch, window)
+        except BrokenProcessPool:
+            raise ChildProcessError("a process that reads the training data was killed (is there enough memory? --workers 0 needs "
+                                    "the least)") from None
+
+    def _load_and_prefetch(self, epoch: int, window: int) -> tuple[list, np.ndarray, list]:
         want = ahead = (epoch, window)
-        share = (self.rank, self.world_size) if self.gather else (0, 1)
         for _ in range(1 + self.workers):
             if ahead not in self._windows:
-                job = read_window, self.windows(ahead[0])[ahead[1]], self.columns, self.tokenizer, self.max_len, *share
+                job = read_window, self.windows(ahead[0])[ahead[1]], self.columns, self.tokenizer, self.max_len
                 if not self.workers or ahead == want:  # the very first: a worker would come later
                     self._windows[ahead] = job[0](*job[1:])
                 else:
@@ -1029,10 +1053,8 @@ class PairStream:
         if len(loaded) == 4:
             columns, numbers, first, unusable = loaded
             if unusable and not self._warned:
-                print(f"warning: rows without text in {' or '.join(self.columns)} are passed over (first: {first})", file=sys.stderr)
+                print(f"warning: rows without text in {' or '.join(self.columns)} are skipped (first: {first})", file=sys.stderr)
                 self._warned = True
-            if self.gather:
-                columns = [tuple(np.concatenate(self.gather(array)) for array in column) for column in columns]
             lengths = np.stack([column[1] for column in columns], axis=1)
             rounded = -(-lengths // self.round_to) * self.round_to
             batches = plan_batches(rounded, self.micro_batch_tokens, np.random.default_rng([self.seed, epoch, window]))
@@ -1074,19 +1096,26 @@ class PairStream:
             return {**made, "labels": padded[1]}
         return {**made, **{f"{c}_labels": p for c, p in zip(self.columns[1:], padded[1:])}, "rows": torch.from_numpy(numbers[rows])}
 
+    def next_group(self) -> Iterator[dict]:
+        """This rank's batches of the next group: none where the group is smaller than the rank's number. The state moves
+        behind the group before the last of them is yielded, so that a checkpoint taken then does not repeat it."""
+        epoch, window, batch = self.locate(**self.state)
+        for old in [w for w in self._windows if w < (epoch, window)]:
+            del self._windows[old]
+        behind = {"epoch": epoch, "window": window, "batch": batch + self.group}
+        places = [self.locate(epoch, window, batch + j) for j in self.own]
+        for place in places[:-1]:
+            yield self._batch(*place)
+        last = self._batch(*places[-1]) if places else None
+        self.state = behind
+        if last is not None:
+            yield last
+
     def __iter__(self) -> Iterator[dict]:
         if not self.own:
             raise ValueError("this rank has no batches: the group is smaller than the number of ranks")
         while True:
-            epoch, window, batch = self.locate(**self.state)
-            for old in [w for w in self._windows if w < (epoch, window)]:
-                del self._windows[old]
-            places = [self.locate(epoch, window, batch + j) for j in range(self.group)]  # all ranks load the same windows
-            for j in self.own:
-                made = self._batch(*places[j])
-                if j == self.own[-1]:
-                    self.state = {"epoch": epoch, "window": window, "batch": batch + self.group}
-                yield made
+            yield from self.next_group()
 
     def successions(self) -> tuple[np.ndarray, np.ndarray]:
         """Of all texts of the first window but the prompts: the token in front of each, PAD at a beginning, and the tokens, (N,) int64."""

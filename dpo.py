@@ -10,10 +10,9 @@ promises. The reference is the model that training starts from, so its log-proba
 model before the first step and kept beside the checkpoint: no second copy is ever in memory.
 """
 import argparse
-import math
 import os
+import shlex
 import sys
-import time
 from pathlib import Path
 
 import pyarrow.compute as pc
@@ -30,10 +29,9 @@ import sample
 import train
 from chatlm import LOSS_CHUNK_BYTES, ChatLM
 from data import PairStream
-from tokenizer import ArgumentParser, Tokenizer, number, run
+from tokenizer import ArgumentParser, Tokenizer, memory_hint, number, run
 
 COLUMNS = data.PREFERENCE
-KEEP_EVERY_S = 60  # what has been computed of the reference's log-probabilities is kept so often
 
 
 def dpo_loss(policy_chosen: Tensor, policy_rejected: Tensor, ref_chosen: Tensor, ref_rejected: Tensor, beta: float,
@@ -81,22 +79,24 @@ def pair_logps(model: ChatLM, batch: dict) -> tuple[Tensor, Tensor]:
 
 
 def find_triples(paths: list[str], ranks: train.Ranks, folder: Path) -> list[str]:
-    """Parquet files with the triples of files of any kind; what is not Parquet is written anew, into folder.
+    """Parquet files with the triples of files and folders of any kind; what is not Parquet is written anew, into folder.
 
     Raises ValueError, naming file and row, for a missing column, an empty prompt, or a chosen answer that is the rejected one.
     """
     found = []
     for i, path in enumerate(paths):
         target = path
-        if Path(path).suffix != ".parquet":
+        if Path(path).suffix.lower() != ".parquet" or Path(path).is_dir():
             target = str(folder / f"triples-{i}-{data.footprint(data.input_files([path]))}.parquet")
             if ranks.first and not Path(target).is_file():
                 data.write_pairs(target, data.whole_rows([path], COLUMNS), COLUMNS)
             ranks.wait()
+            ranks.check(None if Path(target).is_file() else
+                        f"{target} is not on this machine: --out_dir must be on a file system that all machines share")
         row = 0
         for batch in data.open_parquet(target, COLUMNS).iter_batches(8192, columns=list(COLUMNS)):
-            for wrong, where in (("prompt is empty", pc.equal(batch["prompt"], "")),
-                                 ("chosen and rejected are the same", pc.equal(batch["chosen"], batch["rejected"]))):
+            prompt, chosen, rejected = (data.text_column(batch[column]) for column in COLUMNS)
+            for wrong, where in (("prompt is empty", pc.equal(prompt, "")), ("chosen and rejected are the same", pc.equal(chosen, rejected))):
                 if (at := pc.index(where, True).as_py()) >= 0:
                     raise ValueError(f"{path}, row {row + at + 1:,}: {wrong} (data.py clean --source preference drops such rows)")
             row += len(batch)
@@ -105,70 +105,58 @@ def find_triples(paths: list[str], ranks: train.Ranks, folder: Path) -> list[str
 
 
 def reference_logps(args: argparse.Namespace, ranks: train.Ranks, model: ChatLM, tokenizer: Tokenizer, files: list[str], name: str) -> Tensor:
-    """(rows, 2) log-probabilities of chosen and rejected under the starting model, computed once.
-
-    They are kept beside the checkpoints, with hashes of what they depend on; each rank keeps its share as it comes, so
-    that a run that is killed meanwhile goes on.
-    """
+    """(rows, 2) log-probabilities of chosen and rejected under the starting model, computed once and kept beside the
+    checkpoints, with hashes of all that they depend on."""
     path = Path(args.out_dir) / "checkpoint" / f"reference_{name}.safetensors"
-    share = path.with_suffix(f".{ranks.rank}of{ranks.world_size}.safetensors")
-    weights = xxhash.xxh3_64()
-    for n, p in model.named_parameters():
-        if ".lora_" not in n:
-            weights.update(p.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
-    dtype = train.pick_dtype(args.dtype, ranks.device)
-    identity = {"data": data.footprint(files), "weights": weights.hexdigest(), "max_len": str(args.max_len), "dtype": str(dtype),
+    identity = {"data": data.footprint(files), "weights": args.init_hash, "max_len": str(args.max_len), "dtype": args.dtype,
                 "tokenizer": xxhash.xxh3_64_hexdigest(tokenizer.to_json().encode())}
-
-    def kept(path: Path) -> Tensor | None:
-        try:
-            with safe_open(path, "pt") as f:
-                if f.metadata() == identity:
-                    return f.get_tensor("logps").to(ranks.device)
-        except FileNotFoundError:
-            return None
-        except SafetensorError:
-            pass
-        print(f"{path} is of other data, weights or settings, or damaged: it is computed anew", file=sys.stderr)
-        return None
-
-    def keep(path: Path, logps: Tensor) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        save_file({"logps": logps.cpu()}, f"{path}.tmp", identity)
-        os.replace(f"{path}.tmp", path)
-
-    if (logps := kept(path)) is not None:
+    stream = PairStream(files, tokenizer, args.micro_batch_tokens, args.max_len, 0, ranks.rank, ranks.world_size, columns=COLUMNS)
+    logps = torch.zeros(stream.rows, 2, device=ranks.device)
+    kept = read_reference(path, identity) if ranks.first else None
+    if ranks.all_gather(kept is not None)[0]:
+        if ranks.first:
+            logps.copy_(kept)
+        ranks.share([logps])
         return logps
-    stream = PairStream(files, tokenizer, args.micro_batch_tokens, args.max_len, 0, ranks.rank, ranks.world_size, columns=COLUMNS, gather=ranks.gather)
-    logps = kept(share)
-    if logps is None or len(logps) != stream.rows:
-        logps = torch.full((stream.rows, 2), math.nan, device=ranks.device)
+    if ranks.first:
+        print(f"computing the reference's log-probabilities of {stream.rows:,} triples", flush=True)
     model.eval()
-    kept_s = time.monotonic()
+    dtype = getattr(torch, args.dtype)
     with torch.no_grad(), torch.autocast(ranks.device.type, dtype, enabled=dtype != torch.float32):
         for batch in stream.one_epoch():
             batch = {k: v.to(ranks.device) for k, v in batch.items()}
-            if logps[batch["rows"]].isnan().any():
-                logps[batch["rows"]] = torch.stack(pair_logps(model, batch), 1)
-            if time.monotonic() - kept_s > KEEP_EVERY_S:
-                keep(share, logps)
-                kept_s = time.monotonic()
-    ranks.sum(logps.nan_to_num_())
+            logps[batch["rows"]] = torch.stack(pair_logps(model, batch), 1)
+    ranks.sum(logps)  # every row is one rank's, and zero on the others
     if ranks.first:
-        keep(path, logps)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with train.atomic_write(path) as temporary, train.write_errors(path, SafetensorError):
+            save_file({"logps": logps.cpu()}, temporary, identity)
     ranks.wait()
-    share.unlink(missing_ok=True)
     return logps
+
+
+def read_reference(path: Path, identity: dict[str, str]) -> Tensor | None:
+    """The log-probabilities in a file; None where there is none, or where it is damaged or of another identity, which is reported."""
+    if not path.is_file():
+        return None
+    try:
+        with safe_open(path, "pt") as f:
+            if f.metadata() == identity:
+                return f.get_tensor("logps")
+    except SafetensorError:
+        pass
+    print(f"{path} is of other data, weights or settings, or damaged: it is computed anew", file=sys.stderr)
+    return None
 
 
 def preference(args: argparse.Namespace, ranks: train.Ranks, model: ChatLM, tokenizer: Tokenizer) -> train.Objective:
     names = ("margin", "accuracy", "chosen_logp", "rejected_logp", "kl")
-    references = {"data": reference_logps(args, ranks, model, tokenizer, args.data, "data")}
+    references = {"data": reference_logps(args, ranks, model, tokenizer, args.data_files, "data")}
     batches: list[dict] = []
     if args.valid:
-        references["valid"] = reference_logps(args, ranks, model, tokenizer, [args.valid], "valid")
-        batches = list(PairStream(args.valid, tokenizer, args.micro_batch_tokens, args.max_len, 0, ranks.rank, ranks.world_size,
-                                  columns=COLUMNS, gather=ranks.gather).one_epoch())
+        references["valid"] = reference_logps(args, ranks, model, tokenizer, args.valid_files, "valid")
+        batches = list(PairStream(args.valid_files, tokenizer, args.micro_batch_tokens, args.max_len, 0, ranks.rank, ranks.world_size,
+                                  columns=COLUMNS).one_epoch())
 
     def loss(batch: dict, source: str = "data") -> tuple[Tensor, ...]:
         chosen, rejected = pair_logps(model, batch)
@@ -179,7 +167,7 @@ def preference(args: argparse.Namespace, ranks: train.Ranks, model: ChatLM, toke
         margins = chosen_rewards - rejected_rewards
         # chosen and rejected stand in for samples of the policy: the mean of their log-ratios estimates its KL to the reference
         kl = (chosen_rewards + rejected_rewards) / (2 * args.beta)
-        return (mean * len(chosen), torch.tensor(len(chosen), device=chosen.device), margins.sum(), (margins > 0).sum(),
+        return (mean * len(chosen), chosen.new_full((), len(chosen)), margins.sum(), (margins > 0).sum(),
                 chosen.sum(), rejected.sum(), kl.sum())
 
     def evaluate() -> dict:
@@ -192,35 +180,50 @@ def preference(args: argparse.Namespace, ranks: train.Ranks, model: ChatLM, toke
     return train.Objective(loss, evaluate, train.exporter(args, model, tokenizer), names)
 
 
+DEFAULTS = {"optimizer": "adamw", "beta": 0.1, "loss": "sigmoid", "label_smoothing": 0.0, "sft_alpha": 0.0}
+
+
 def tune(argv: list[str]) -> None:
-    parser = train.parser_for("DPO on prompt, chosen, rejected. Also: dpo.py reject --help, dpo.py merge --help.")
-    parser.add_argument("--beta", type=number(float, 0, above=True), default=0.1, help="how dear it is to leave the reference")
-    parser.add_argument("--loss", choices=["sigmoid", "ipo"], default="sigmoid", help="sigmoid: the paper's")
-    parser.add_argument("--label_smoothing", type=number(float, 0, 0.5), default=0.0, help="share of pairs taken as mislabelled")
-    parser.add_argument("--sft_alpha", type=number(float, 0), default=0.0, help="weight of the chosen answers' mean nats a token")
+    parser = train.parser_for("DPO on prompt, chosen, rejected. Also: dpo.py reject --help, dpo.py merge --help.", DEFAULTS)
+    parser.add_argument("--beta", type=number(float, 0, above=True), help="higher stays closer to the starting model (default: 0.1)")
+    parser.add_argument("--loss", choices=["sigmoid", "ipo"], help="sigmoid: the paper's (default: sigmoid)")
+    parser.add_argument("--label_smoothing", type=number(float, 0, 0.5), help="share of pairs taken as mislabeled (default: 0)")
+    parser.add_argument("--sft_alpha", type=number(float, 0), help="weight of an extra SFT loss on chosen answers (default: 0)")
     args = parser.parse_args(argv)
-    if not args.data or not args.init_from:
-        parser.error("--init_from and --data are needed")
     args.preset = args.vocab_size = args.bleu_every = None
-    args.optimizer = args.optimizer or "adamw"
-    args.lr = args.lr or (1e-4 if args.lora_rank else 1e-5)
     ranks = train.Ranks.join(args.device)
-    with train.claimed(Path(args.out_dir), ranks):
-        folder = Path(args.out_dir) / "triples"
-        args.data = find_triples(args.data, ranks, folder)
-        args.valid = find_triples([args.valid], ranks, folder)[0] if args.valid else None
-        train.settle(args, ranks, COLUMNS)
+    with memory_hint("--micro_batch_tokens"), train.claimed(Path(args.out_dir), ranks):
+        saved = train.find_checkpoint(args.out_dir, args.resume, ranks)
+        if not saved and not (args.data and args.init_from):
+            parser.error("--init_from and --data are needed")
+        resolve_tune(args, ranks, saved)
         tokenizer = train.find_tokenizer(args, ranks)
         model = train.make_model(args, ranks, tokenizer)
-        stream = PairStream(args.data, tokenizer, args.micro_batch_tokens, args.max_len, args.seed, ranks.rank, ranks.world_size,
-                            group=max(1, round(args.batch_tokens / args.micro_batch_tokens)), columns=COLUMNS, workers=args.workers, gather=ranks.gather)
-        objective = preference(args, ranks, model, tokenizer)
-        identity = {**train.run_identity(args, model, tokenizer), "--beta": args.beta, "--loss": args.loss}
-        state = train.fit(args, ranks, model, stream, objective, identity)
+        identity = train.run_identity(args, model, tokenizer, "beta", "loss", "label_smoothing", "sft_alpha")
+        train.check_identity(identity, saved, args.out_dir, ranks)
+        group = max(1, round(args.batch_tokens / args.micro_batch_tokens))
+        train.report_shares(args, ranks, group)
+        stream = PairStream(args.data_files, tokenizer, args.micro_batch_tokens, args.max_len, args.seed, ranks.rank, ranks.world_size,
+                            group=group, columns=COLUMNS, workers=args.workers)
+        state = train.fit(args, ranks, model, stream, preference(args, ranks, model, tokenizer), identity, saved)
+        ranks.leave()
         if ranks.first:
             print(f"finished: {args.out_dir} ({state.step:,} steps, {train.duration(state.elapsed_s)})" + (
-                f"; python dpo.py merge --model {args.init_from} --adapter {args.out_dir} --out {args.out_dir}/merged" if args.lora_rank else ""))
-    ranks.leave()
+                f"; python dpo.py merge --model {shlex.quote(args.init_from)} --adapter {shlex.quote(args.out_dir)} --out "
+                f"{shlex.quote(args.out_dir + '/merged')}" if args.lora_rank else ""))
+
+
+def resolve_tune(args: argparse.Namespace, ranks: train.Ranks, saved: dict | None) -> None:
+    """train.resolve_args with the defaults of preference tuning, and what it rejects besides."""
+    settings = saved["settings"] if saved else {}
+    if args.label_smoothing and (args.loss or settings.get("loss")) == "ipo":
+        raise ValueError("--label_smoothing has no effect with --loss ipo")
+    lora = args.lora_rank or settings.get("lora_rank")
+
+    def find_files(paths: list[str], columns: tuple[str, ...]) -> list[str]:
+        return find_triples(paths, ranks, Path(args.out_dir) / "triples")
+
+    train.resolve_args(args, ranks, saved, COLUMNS, {**DEFAULTS, "lr": 1e-4 if lora else 1e-5}, find_files)
 
 
 def reject(argv: list[str]) -> None:

@@ -335,12 +335,20 @@ def score(model: ChatLM, tokenizer: Tokenizer, rows: list[dict], max_len: int = 
 # --- the command ---------------------------------------------------------------------------------------------------------------
 
 def pick_device(name: str | None) -> torch.device:
-    """Raises ValueError for a device that is not there."""
+    """A device by name: "cpu", "cuda" or "cuda:N"; None: a GPU if there is one. A GPU becomes the current one, set up for
+    batches of many shapes. Raises ValueError for a device that is not there."""
+    # With segments that can grow, blocks of many sizes share memory; the allocator reads this when it first allocates.
+    if sys.platform == "linux" and "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:
+        os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     try:
         device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+        if device.type == "cuda" and device.index is None:
+            device = torch.device("cuda", 0)
+        if device.type == "cuda" and device.index >= torch.cuda.device_count():
+            raise RuntimeError(f"this machine has {torch.cuda.device_count()} GPUs that torch can use")
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as e:
-        raise ValueError(f"--device {name}: {str(e).splitlines()[0]}") from None
+        raise ValueError(f"--device {name or 'cuda'}: {str(e).splitlines()[0]}") from None
     if device.type == "cuda":
         torch.cuda.set_device(device)
         torch.backends.cuda.enable_cudnn_sdp(False)  # cuDNN's attention has given NaN gradients with a mask, and plans anew for every shape

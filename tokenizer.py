@@ -922,19 +922,50 @@ def batches(texts: Iterable, chars: int, length: Callable = len) -> Iterator[lis
         yield batch
 
 
-def write_file(path, text: str) -> None:
-    """Write beside, sync, rename: the file is either the old one or the new one, whole."""
-    beside = Path(f"{path}.{os.getpid()}.tmp")
+@contextlib.contextmanager
+def atomic_write(path) -> Iterator[Path]:
+    """Yield a temporary path beside `path` to write to. At the end it is synced to disk and renamed, so that `path` is
+    either the old file or the new one, whole; after an error it is deleted."""
+    temporary = Path(f"{path}.{os.getpid()}.tmp")
     try:
-        with open(beside, "w", encoding="utf-8") as f:
-            f.write(text)
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(beside, path)
-    except OSError as e:
-        raise OSError(e.errno, e.strerror, str(path)) from None
+        yield temporary
+        with write_errors(path):
+            with open(temporary, "rb+") as f:
+                os.fsync(f.fileno())
+            os.replace(temporary, path)
     finally:
-        beside.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def write_errors(path, *kinds: type[Exception]) -> Iterator[None]:
+    """Turn OSError, and what else a library raises when it cannot write, into an OSError that names path and the cause."""
+    try:
+        yield
+    except (OSError, *kinds) as e:
+        code = re.search(r"\b(?:os error|errno) (\d+)", str(e), re.I)  # as safetensors and pyarrow print it
+        number = getattr(e, "errno", None) or (int(code[1]) if code else errno.EIO)
+        cause = os.strerror(number) if number != errno.EIO else f"{e} (is the disk full?)"
+        raise OSError(number, f"could not be written: {cause}", str(path)) from None
+
+
+def write_file(path, text: str) -> None:
+    """Write a text file by atomic_write."""
+    with atomic_write(path) as temporary, write_errors(path):
+        temporary.write_text(text, "utf-8")
+
+
+@contextlib.contextmanager
+def memory_hint(flag: str) -> Iterator[None]:
+    """Turn every kind of out-of-memory error, of Python, numpy, torch or CUDA, into a MemoryError that names the flag to lower."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as e:
+        text = str(e)
+        if not isinstance(e, MemoryError) and not re.search("out of memory|ALLOC_FAILED|allocate memory|not enough memory", text, re.I):
+            raise
+        kind = "GPU memory" if re.search("cuda|cublas|gpu", text, re.I) else "memory"
+        raise MemoryError(f"out of {kind}: lower {flag}") from None
 
 
 def check_folder(path) -> None:
@@ -982,17 +1013,29 @@ codecs.register_error("replace_and_count", replace_and_count)
 csv.field_size_limit(1 << 30)
 
 
+BYTE_ORDER_MARKS = {codecs.BOM_UTF32_LE: "utf-32", codecs.BOM_UTF32_BE: "utf-32", codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16"}
+
+
+def encoding_of(path: Path, head: bytes) -> str:
+    """The encoding of a text file, by its first bytes: what a byte-order mark says, else UTF-8, or GB18030 for a .csv or .txt
+    file whose beginning fits that better. (JSON is UTF-8.)"""
+    for mark, encoding in BYTE_ORDER_MARKS.items():
+        if head.startswith(mark):
+            return encoding
+    if kind_of(path) in (".csv", ".txt"):
+        return min(("utf-8-sig", "gb18030"), key=lambda codec: undecodable_in(head, codec))
+    return "utf-8-sig"
+
+
 @contextlib.contextmanager
 def open_text(path: Path, problems: Problems) -> Iterator[io.TextIOBase]:
-    """A text file, also .gz, in UTF-8, or .csv and .txt in GB18030 where their beginning fits that better. Other bytes become
-    U+FFFD and are noted. Raises ValueError, naming the file, where it, or what is made of it meanwhile, is damaged."""
+    """A text file, also .gz, decoded by encoding_of. Bytes that are not of the encoding become U+FFFD and are noted. Raises
+    ValueError, naming the file, where it, or what is made of it meanwhile, is damaged."""
     bad, encoding = undecodable[0], "utf-8-sig"
     open_bytes = gzip.open if path.suffix.lower() == ".gz" else open
     try:
         with open_bytes(path, "rb") as f:
-            head = f.read(1 << 16)
-        if kind_of(path) in (".csv", ".txt"):  # JSON is UTF-8
-            encoding = min((encoding, "gb18030"), key=lambda codec: undecodable_in(head, codec))
+            encoding = encoding_of(path, f.read(1 << 16))
         with open_bytes(path, "rt", encoding=encoding, errors="replace_and_count", newline="") as f:
             yield f
     except (EOFError, gzip.BadGzipFile, zlib.error, csv.Error, ValueError, RecursionError) as e:
@@ -1002,49 +1045,99 @@ def open_text(path: Path, problems: Problems) -> Iterator[io.TextIOBase]:
             problems.note(f"byte that is not {encoding.removesuffix('-sig')}, read as U+FFFD", str(path), undecodable[0] - bad)
 
 
-def read_rows(paths: Iterable[str | Path], problems: Problems | None = None) -> Iterator[dict]:
+def read_rows(paths: Iterable[str | Path], problems: Problems | None = None, outputs: Iterable = ()) -> Iterator[dict]:
     """The rows of files and folders as dicts: .parquet, .jsonl, .json (lines or one list), .csv, .txt, each also .gz.
 
-    A line of text is {"text": line}. Lines that are not JSON objects are passed over and noted in problems, and so are
-    bytes that are not of the encoding. Raises FileNotFoundError or ValueError, naming the file, where one is missing,
-    damaged or of another kind, and for a line that is not JSON if there is nowhere to note it.
+    A line of text is {"text": line}. Lines that are not JSON objects, and CSV records that do not fit the header, are skipped
+    and noted in problems, and so are bytes that are not of the encoding. outputs: see input_files. Raises FileNotFoundError or
+    ValueError, naming the file, where one is missing, damaged or of another kind, and for a bad line if there is nowhere to
+    note it.
     """
-    problems, strict = (Problems(), True) if problems is None else (problems, False)
-    for path in input_files(paths):
-        kind = kind_of(path)
-        if kind == ".parquet":
+    for path in input_files(paths, outputs):
+        if kind_of(path) == ".parquet":
             try:
                 yield from read_parquet(path)
             except (EOFError, gzip.BadGzipFile, zlib.error, ValueError) as e:
                 raise ValueError(f"{path} cannot be read: {' '.join(str(e).split())}") from None
+        else:
+            yield from read_text_rows(path, problems)
+
+
+def read_text_rows(path: Path, problems: Problems | None) -> Iterator[dict]:
+    """read_rows of one file that is not Parquet."""
+    def bad(reason: str, line: int, detail: str) -> None:
+        if problems is None:
+            raise ValueError(f"line {line:,}: {detail}")
+        problems.note(reason, f"{path}, line {line:,}")
+
+    with open_text(path, Problems() if problems is None else problems) as f:
+        kind = kind_of(path)
+        if kind == ".csv":
+            yield from read_csv(f, bad)
+        elif kind == ".txt":
+            for number, line in enumerate(iter(lambda: f.readline(1 << 22), ""), 1):  # a longer line is several
+                if WIKI_TAG.fullmatch(line.strip()):
+                    if problems is not None:
+                        bad("tag line of WikiExtractor, skipped", number, "")
+                    continue
+                yield {"text": line.rstrip("\r\n")}
+        elif begins_list(f):
+            yield from read_json_list(f)
+        else:
+            for number, line in enumerate(f, 1):
+                line = line.strip(" \t\r\n")
+                try:
+                    if line and not isinstance(row := json.loads(line), dict):
+                        raise ValueError("not an object")
+                except (ValueError, RecursionError) as e:
+                    bad("line is not JSON", number, str(e))
+                    continue
+                if line:
+                    yield row
+
+
+WIKI_TAG = re.compile("<doc( [^>]*)?>|</doc>")  # what WikiExtractor writes around an entry
+
+
+def read_csv(f, bad: Callable[[str, int, str], None]) -> Iterator[dict]:
+    """The records of a CSV file with a header. bad(reason, line, detail) is told of records with more fields than the header,
+    which are skipped, and of lines with a bad quote: reading goes on with the line after the one where that record began."""
+    again: list[str] = []  # lines that were read as a part of a bad record
+
+    def lines() -> Iterator[str]:
+        while line := again.pop(0) if again else f.readline():
+            taken.append(line)
+            yield line
+
+    taken: list[str] = []
+    number, header, source = 1, None, lines()
+    reader = csv.reader(source, strict=True)
+    while True:
+        taken.clear()
+        try:
+            fields = next(reader)
+        except StopIteration:
+            return
+        except csv.Error as e:
+            bad("bad quote in a CSV file, line skipped", number, str(e))
+            again[:0] = taken[1:]
+            number += 1
+            source = lines()
+            reader = csv.reader(source, strict=True)
             continue
-        with open_text(path, problems) as f:
-            if kind == ".csv":
-                yield from csv.DictReader(f, strict=True)
-            elif kind == ".txt":
-                for line in iter(lambda: f.readline(1 << 22), ""):  # a longer line is several
-                    yield {"text": line.rstrip("\r\n")}
-            elif kind == ".json" and begins_list(f):
-                yield from read_json_list(f)
-            else:
-                for number, line in enumerate(f, 1):
-                    line = line.strip(" \t\r\n")
-                    try:
-                        if line and not isinstance(row := json.loads(line), dict):
-                            raise ValueError("not an object")
-                    except (ValueError, RecursionError) as e:
-                        if strict:
-                            raise ValueError(f"line {number}: {e}") from None
-                        problems.note("line is not JSON", f"{path}, line {number:,}")
-                        continue
-                    if line:
-                        yield row
+        begins, number = number, number + len(taken)
+        if header is None:
+            header = fields
+        elif len(fields) > len(header):
+            bad("record with more fields than the header, skipped", begins, f"{len(fields)} fields, and the header has {len(header)}")
+        elif fields:
+            yield dict(zip(header, fields)) | dict.fromkeys(header[len(fields):])
 
 
-def whole_rows(paths: Iterable[str | Path], columns: tuple[str, ...], problems: Problems | None = None) -> Iterator[dict]:
-    """The rows of files that have text in each of the columns. Those that have not are passed over and noted in problems,
+def whole_rows(paths: Iterable[str | Path], columns: tuple[str, ...], problems: Problems | None = None, outputs: Iterable = ()) -> Iterator[dict]:
+    """The rows of files that have text in each of the columns. Those that have not are skipped and noted in problems,
     or raise ValueError if there is nowhere to note them, naming file and row; and so does a file without the column."""
-    for path in input_files(paths):
+    for path in input_files(paths, outputs):
         for i, row in enumerate(read_rows([path], problems), 1):
             lacking = next((c for c in columns if not isinstance(row.get(c), str)), None)
             if lacking is None:
@@ -1052,7 +1145,7 @@ def whole_rows(paths: Iterable[str | Path], columns: tuple[str, ...], problems: 
             elif problems is None or i == 1 and lacking not in row:
                 raise ValueError(f"{path}, row {i:,} has no text in {lacking!r}; its columns are {', '.join(map(str, row))}")
             else:
-                problems.note(f"row without text in {lacking!r}, passed over", f"{path}, row {i:,}")
+                problems.note(f"row without text in {lacking!r}, skipped", f"{path}, row {i:,}")
 
 
 def read_parquet(path: Path) -> Iterator[dict]:
@@ -1084,34 +1177,13 @@ def begins_list(f) -> bool:
     return first == "["
 
 
-def read_json_list(f) -> Iterator[dict]:
-    """The objects of a JSON list, one after the other, without holding all of them."""
-    decoder, white, text, at = json.JSONDecoder(), re.compile(r"\s*"), f.read(1 << 16), 0
-    at, before = white.match(text).end() + 1, ""  # behind the [; what the last object was followed by
-    while True:
-        at = white.match(text, at).end()
-        if text[at:at + 1] == "]" and before != ",":
-            if text[at + 1:].strip() or f.read(1024).strip():
-                raise ValueError("there is more behind the end of its list")
-            return
-        try:
-            row, end = decoder.raw_decode(text, at)
-            after = white.match(text, end).end()
-            if after == len(text):
-                raise ValueError("its list does not end")
-        except ValueError:
-            if not (block := f.read(max(1 << 16, len(text) - at))):
-                raise
-            text, at = text[at:] + block, 0
-            continue
+def read_json_list(f) -> list[dict]:
+    """The objects of a JSON list. All of it is in memory at once: some five times the size of the file."""
+    rows = json.load(f)
+    for i, row in enumerate(rows, 1):
         if not isinstance(row, dict):
-            raise ValueError(f"its list holds {json.dumps(row, ensure_ascii=False)[:40]}, not objects")
-        yield row
-        before, at = text[after], after
-        if before == ",":
-            at += 1
-        elif before != "]":
-            raise ValueError("a comma is missing between two objects of its list")
+            raise ValueError(f"item {i:,} of its list is {json.dumps(row, ensure_ascii=False)[:40]}, not an object")
+    return rows
 
 
 KINDS = (".parquet", ".jsonl", ".json", ".csv", ".txt")
@@ -1124,26 +1196,67 @@ def kind_of(path: Path) -> str:
     return next((kind for kind in KINDS if name.endswith(kind)), ".txt" if re.fullmatch(r"wiki_\d+", name) else "")
 
 
-def input_files(paths: Iterable[str | Path]) -> list[Path]:
-    """The files meant by names of files and folders, in a fixed order."""
-    def refuse(error: OSError) -> None:
-        raise error
+NOT_DATA = {*MODEL_FILES, "dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"}  # of models and datasets
+reported_skips: set[str] = set()
 
-    files = []
+
+def input_files(paths: Iterable[str | Path], outputs: Iterable[str | Path] = ()) -> list[Path]:
+    """The files meant by names of files and folders, in a fixed order. In folders, links are followed, and what is hidden, of an
+    unknown type, or one of outputs, which the command writes itself, is skipped and reported once. Raises FileNotFoundError, or
+    ValueError for an unknown type or an input that is an output."""
+    written, files = {os.path.realpath(output) for output in outputs}, []
     for path in map(Path, paths):
         if not path.exists():
             raise FileNotFoundError(f"no such file or folder: {path}")
         if path.is_dir():
-            found = sorted(Path(folder, name) for folder, _, names in os.walk(path, onerror=refuse) for name in names)
-            found = [file for file in found if kind_of(file) and file.is_file() and file.name not in MODEL_FILES]
-            if not found:
-                raise ValueError(f"{path} has no files that can be read ({' '.join(KINDS)}, also .gz)")
-            files += found
+            files += folder_files(path, written)
         elif not path.is_file() or not kind_of(path):
             raise ValueError(f"{path}: unknown kind of file; known are {' '.join(KINDS)}, also .gz")
+        elif os.path.realpath(path) in written:
+            raise ValueError(f"{path} is both input and output: write to another file")
         else:
             files.append(path)
     return files
+
+
+def folder_files(folder: Path, written: set[str]) -> list[Path]:
+    """input_files of one folder."""
+    def refuse(error: OSError) -> None:
+        raise error
+
+    def hidden(name: str) -> bool:
+        return name.startswith(".") or name == "__MACOSX"
+
+    found, skipped, seen = [], Counter(), set()
+    for place, folders, names in os.walk(folder, onerror=refuse, followlinks=True):
+        if (real := os.path.realpath(place)) in seen:  # a link to a folder above it
+            folders.clear()
+            continue
+        seen.add(real)
+        skipped["hidden"] += sum(map(hidden, folders + names))
+        folders[:] = sorted(name for name in folders if not hidden(name))
+        for name in names:
+            file = Path(place, name)
+            if hidden(name):
+                continue
+            if name in NOT_DATA:
+                skipped["of a model or data set description"] += 1
+            elif not file.is_file():
+                skipped["broken links"] += 1
+            elif not kind_of(file):
+                skipped[f"of unknown type (such as {name})" if not any("unknown" in reason for reason in skipped) else
+                        next(reason for reason in skipped if "unknown" in reason)] += 1
+            elif os.path.realpath(file) in written:
+                skipped["that this command writes"] += 1
+            else:
+                found.append(file)
+    note = f"skipped in {folder}: " + ", ".join(f"{n:,} {reason}" for reason, n in skipped.items() if n)
+    if not found:
+        raise ValueError(f"{folder} has no files that can be read ({' '.join(KINDS)}, also .gz)" + (f"; {note}" if skipped.total() else ""))
+    if skipped.total() and note not in reported_skips:
+        reported_skips.add(note)
+        print(f"{Path(sys.argv[0]).name}: note: {note}", file=sys.stderr)
+    return sorted(found)
 
 
 def read_texts(paths: Iterable[str | Path], problems: Problems | None = None) -> Iterator[str]:
@@ -1206,21 +1319,34 @@ def memory_size(text: str) -> int:
     return size
 
 
+class AgreedError(ValueError):
+    """An error that every process of a distributed run raises: the first process of each machine prints it."""
+
+
 def run(main) -> None:
-    """Call main() and end as a command should: an error is one line on stderr, status 2, or 1 for a failing disk."""
+    """Call main() and end as a command should: an error is one line on stderr, status 2, or 1 where disk or memory is full."""
     clear = "\r\x1b[K" if sys.stderr.isatty() else ""  # of a progress line
+
+    def end(error, status: int) -> None:
+        if not isinstance(error, AgreedError) or os.environ.get("LOCAL_RANK", "0") == "0":
+            print(f"{clear}{Path(sys.argv[0]).name}: error: {' '.join(map(str.strip, str(error).splitlines()))}", file=sys.stderr)
+        sys.exit(status)
+
     try:
         main()
     except KeyboardInterrupt:
         print(f"{clear}{Path(sys.argv[0]).name}: interrupted", file=sys.stderr)
         sys.exit(130)
+    except MemoryError as e:
+        end(str(e) or "out of memory", 1)
     except (ValueError, OSError) as e:
         if isinstance(e, BrokenPipeError):  # the reader of our output has left
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             sys.exit(1)
-        text = f"{e.strerror}: {e.filename}" if isinstance(e, OSError) and e.filename else e.strerror if isinstance(e, OSError) and e.strerror else e
-        print(f"{clear}{Path(sys.argv[0]).name}: error: {' '.join(map(str.strip, str(text).splitlines()))}", file=sys.stderr)
-        sys.exit(1 if isinstance(e, OSError) and e.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO) else 2)
+        if isinstance(e, AgreedError):
+            end(e, 2)
+        text = f"{e.filename}: {e.strerror}" if isinstance(e, OSError) and e.filename else e.strerror if isinstance(e, OSError) and e.strerror else e
+        end(text, 1 if isinstance(e, OSError) and e.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO) else 2)
 
 
 def main() -> None:

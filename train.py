@@ -14,12 +14,14 @@ import argparse
 import contextlib
 import ctypes
 import dataclasses
-import errno
+import datetime
 import gc
 import importlib
+import itertools
 import json
 import math
 import os
+import shlex
 import signal
 import sys
 import threading
@@ -28,7 +30,6 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import torch
@@ -44,61 +45,81 @@ import data
 import sample
 from chatlm import PRESETS, ChatLM, ChatLMConfig
 from data import PairStream
-from tokenizer import ArgumentParser, Corpus, Tokenizer, number, run, write_file
+from tokenizer import (AgreedError, ArgumentParser, Corpus, Tokenizer, atomic_write, memory_hint, number, run, write_errors,
+                       write_file)
 
 try:
     import fcntl
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
+# What a new run takes where no flag says otherwise; resolve_args chooses the other defaults, which depend on model and machine.
+DEFAULTS = {"freeze": "", "max_len": 320, "schedule": "cosine", "warmup_steps": 100, "optimizer": "adafactor", "weight_decay": 0.01,
+            "grad_clip": 1.0, "dropout": 0.0, "dtype": "auto", "compile": False, "checkpoint_activations": False, "eval_every": 500,
+            "save_every": 500, "keep": 2, "seed": 0, "workers": 1, "lora_alpha": 16.0, "lora_dropout": 0.0, "lora_targets": "q,v"}
 DEMO = {"preset": "demo", "max_steps": 1000, "batch_tokens": 1024, "micro_batch_tokens": 512, "max_len": 64, "vocab_size": 2048,
         "lr": 2e-2}
+LIMITS = ("max_steps", "epochs", "time_limit")
+PATHS = ("data", "valid", "tokenizer", "init_from")
+TIMEOUT = datetime.timedelta(days=2)  # for which ranks wait while the first trains a tokenizer or scores answers; a rank that dies ends all at once
 MAX_BAD_STEPS = 10  # in a row, then training stops
-BF16_TERAFLOPS = {"H200": 989, "H100 PCIe": 756, "H100": 989, "A100": 312, "L40S": 362, "L40": 181, "L4": 121, "A10": 125, "4090": 165, "3090": 71}  # dense, by NVIDIA's data sheets
+BF16_TERAFLOPS = {"H200": 989, "H100 PCIe": 756, "H100": 989, "A100": 312, "L40S": 362, "L40": 181, "L4": 121, "A10": 125,
+                  "A5000": 111, "4090": 165, "3090": 71, "4060 Ti": 44}  # dense, by NVIDIA's data sheets
 os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")  # its kernels for a thousand shapes take gigabytes on a CPU
 
 
-def parser_for(description: str) -> ArgumentParser:
-    """The flags that train.py and dpo.py share."""
+def parser_for(description: str, defaults: dict | None = None) -> ArgumentParser:
+    """The flags that train.py and dpo.py share. They are None where they are not given: see resolve_args."""
     p = ArgumentParser(description=description)
-    add = p.add_argument
-    add("--data", nargs="+", metavar="A.parquet", help="what to train on; none: the demo")
-    add("--valid", metavar="V.parquet", help="what to measure on; none: no measuring")
-    add("--tokenizer", metavar="DIR", help="folder with tokenizer.json; none: that of --init_from or of --out_dir, else trained on --data")
-    add("--init_from", metavar="MODEL_DIR", help="a model folder to start from")
-    add("--out_dir", default="out", help="where the model, best/, checkpoint/ and log.jsonl go")
-    add("--freeze", default="", metavar="shared,encoder", help="parts that are not trained: shared, encoder, decoder")
+    defaults = {**DEFAULTS, **(defaults or {})}
+
+    def add(flag: str, help: str, **options) -> None:
+        default = defaults.get(flag[2:])
+        p.add_argument(flag, help=help + (f" (default: {default})" if default not in (None, False, "") else ""), **options)
+
+    add("--data", nargs="+", metavar="A.parquet", help="training pairs: Parquet files, or folders of Parquet shards (default: the demo)")
+    add("--valid", metavar="V.parquet", help="held-out pairs to validate on (default: no validation)")
+    add("--tokenizer", metavar="DIR", help="folder with tokenizer.json (default: that of --init_from, else one is trained on --data)")
+    add("--init_from", metavar="MODEL_DIR", help="model folder to start from")
+    p.add_argument("--out_dir", default="out", help="folder for the model, best/, checkpoint/ and log.jsonl")
+    add("--freeze", metavar="shared,encoder", help="parts that are not trained: shared, encoder, decoder")
     limit = p.add_mutually_exclusive_group()
-    limit.add_argument("--max_steps", type=number(int, 1), help="steps in all")
-    limit.add_argument("--epochs", type=number(float, 0, above=True), help="passes over the data in all; the default is 1")
-    limit.add_argument("--time_limit", type=number(float, 0, above=True), metavar="SECONDS", help="of training in all")
-    add("--batch_tokens", type=number(int, 1), help="tokens of a step, both sides, over all ranks; none: 65536 on a GPU, 2560 on a CPU")
-    add("--micro_batch_tokens", type=number(int, 1), help="bound on B * (S + T) of one forward pass on one device; none: 16384 on a GPU, 1280 on a CPU")
-    add("--max_len", type=number(int, 2), help="tokens a side, longer ones are cut; none: 320")
-    add("--lr", type=number(float, 0, above=True),
-        help="highest learning rate; none: 0.02 (0.2b 0.005, from a model 0.002), with other optimizers than adafactor 0.002 (1e-4)")
-    add("--min_lr", type=number(float, 0), help="where the schedule ends (and one-cycle begins); none: a hundredth of --lr")
-    add("--schedule", choices=["cosine", "onecycle", "wsd", "constant"], default="cosine", help="how the learning rate moves")
-    add("--warmup_steps", type=number(int, 0), default=100, help="steps in which it rises from 0; a tenth of the training at most")
-    add("--optimizer", choices=["adamw", "adafactor", "muon"], help="none: adafactor; muon is for the hidden matrices, with AdamW for the rest")
-    add("--weight_decay", type=number(float, 0), default=0.01, help="of matrices, not of norms and embeddings")
-    add("--grad_clip", type=number(float, 0, above=True), default=1.0, help="largest norm of the gradient")
-    add("--dropout", type=number(float, 0, 1), default=0.0, help="rate, wherever T5 has it")
-    add("--dtype", choices=["auto", "float32", "bfloat16", "float16"], default="auto", help="of the matrix products; auto: what the device is fast at")
-    add("--compile", action="store_true", help="torch.compile the model")
-    add("--checkpoint_activations", action="store_true", help="keep little for backward and compute it again: less memory, a quarter slower")
-    add("--eval_every", type=number(int, 1), default=500, help="steps")
-    add("--save_every", type=number(int, 1), default=500, help="steps")
-    add("--keep", type=number(int, 1), default=2, help="checkpoints that are kept")
-    add("--resume", default="auto", metavar="auto|never|CHECKPOINT",
-        help="auto: go on from the newest checkpoint of --out_dir, if there is one; never: begin anew and drop them")
-    add("--seed", type=int, default=0, help="of the weights, the order of the data and dropout")
-    add("--device", help="cpu, cuda or cuda:N; none: a GPU if there is one")
-    add("--workers", type=number(int, 0), default=1, help="background processes a rank that tokenise")
+    limit.add_argument("--max_steps", type=number(int, 1), help="stop after N steps, counting those of earlier runs")
+    limit.add_argument("--epochs", type=number(float, 0, above=True), help="stop after N passes over the data (default: 1)")
+    limit.add_argument("--time_limit", type=number(float, 0, above=True), metavar="SECONDS",
+                       help="stop after N seconds of training, counting earlier runs")
+    add("--batch_tokens", type=number(int, 1), help="prompt and response tokens per step, over all processes (default: 65536 on a GPU, "
+        "2560 on a CPU, more where that leaves a process without work)")
+    add("--micro_batch_tokens", type=number(int, 1), help="padded tokens per forward pass, B * (S + T); lower it if memory runs out "
+        "(default: up to 16384, as the GPU's free memory allows; 1280 on a CPU)")
+    add("--max_len", type=number(int, 2), help="tokens per side, longer ones are cut")
+    add("--lr", type=number(float, 0, above=True), help="peak learning rate; Adafactor caps it at 1/sqrt(step) "
+        + ("(default: 1e-5, with LoRA 1e-4)" if "beta" in defaults else
+           "(default: 0.02, for 0.2b 0.005, with --init_from 0.002; other optimizers 0.002, with --init_from 1e-4)"))
+    add("--min_lr", type=number(float, 0), help="learning rate at the end, and at the beginning of onecycle (default: --lr / 100)")
+    add("--schedule", choices=["cosine", "onecycle", "wsd", "constant"], help="how the learning rate changes")
+    add("--warmup_steps", type=number(int, 0), help="ramp the learning rate up over N steps, at most a tenth of the training")
+    add("--optimizer", choices=["adamw", "adafactor", "muon"], help="muon is for the hidden matrices, with AdamW for the rest")
+    add("--weight_decay", type=number(float, 0), help="weight decay of matrices, not of norms and embeddings")
+    add("--grad_clip", type=number(float, 0, above=True), help="largest norm of the gradient")
+    add("--dropout", type=number(float, 0, 1), help="dropout rate, wherever T5 has it")
+    add("--dtype", choices=["auto", "float32", "bfloat16", "float16"], help="dtype of the matrix products; auto: what the device is fast at")
+    add("--compile", action=argparse.BooleanOptionalAction, help="torch.compile the model")
+    add("--checkpoint_activations", action=argparse.BooleanOptionalAction,
+        help="recompute activations in backward: less memory, a quarter slower")
+    add("--eval_every", type=number(int, 1), help="validate every N steps")
+    add("--save_every", type=number(int, 1), help="save a checkpoint every N steps")
+    add("--keep", type=number(int, 1), help="checkpoints to keep")
+    p.add_argument("--resume", default="auto", metavar="auto|never|CHECKPOINT",
+                   help="auto: resume from the newest checkpoint of --out_dir, if there is one, with its settings; never: start anew and "
+                   "delete them")
+    add("--seed", type=int, help="seed of the weights, the order of the data and dropout")
+    add("--device", help="cpu, cuda or cuda:N (default: a GPU if there is one)")
+    add("--workers", type=number(int, 0), help="tokenizing processes per training process")
     add("--lora_rank", type=number(int, 1), help="train low-rank additions to --lora_targets, and nothing else")
-    add("--lora_alpha", type=number(float, 0, above=True), default=16.0, help="the additions are scaled by alpha / rank")
-    add("--lora_dropout", type=number(float, 0, 1), default=0.0, help="rate, of what the additions see")
-    add("--lora_targets", default="q,v", metavar="q,k,v,o,wi,wo", help="the linear layers that have them, or all")
+    add("--lora_alpha", type=number(float, 0, above=True), help="the additions are scaled by alpha / rank")
+    add("--lora_dropout", type=number(float, 0, 1), help="dropout on LoRA inputs")
+    add("--lora_targets", metavar="q,k,v,o,wi,wo", help="linear layers that get LoRA, or all")
     return p
 
 
@@ -117,18 +138,25 @@ class Ranks:
         local, local_size = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
         if device is None:
             device = "cuda" if torch.cuda.is_available() else "cpu"
-        if device == "cuda":
+        if device.startswith("cuda") and local_size > 1:
+            if device != "cuda":
+                raise ValueError(f"--device {device} is one GPU for {local_size} processes: leave it out, and each process takes a GPU")
+            if torch.cuda.is_available() and local_size > torch.cuda.device_count():
+                raise ValueError(f"{local_size} processes need as many GPUs, and this machine has {torch.cuda.device_count()}: "
+                                 f"--nproc_per_node={torch.cuda.device_count()} at most")
             device = f"cuda:{local}"
         chosen = sample.pick_device(device)
         if local_size > 1:
             torch.set_num_threads(max(1, (os.cpu_count() or 1) // local_size))
         if world_size > 1 and not dist.is_initialized():
-            end_with_launcher()
-            importlib.import_module("torch.distributed.nn")  # imported after the group is made, it would hold it for ever, as a default
+            if dist.is_torchelastic_launched():
+                end_with_launcher()
+            importlib.import_module("torch.distributed.nn")  # before init_process_group, or its default arguments capture the group
             store, rank, _ = next(dist.rendezvous("env://"))
             if local_size == world_size:  # after a restart gloo would find the addresses of the processes that died
                 store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
-            dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo", store=store, rank=rank, world_size=world_size)
+            dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo", store=store, rank=rank, world_size=world_size,
+                                    timeout=TIMEOUT, device_id=chosen if chosen.type == "cuda" else None)
         return cls(int(os.environ.get("RANK", 0)), world_size, chosen)
 
     @property
@@ -141,18 +169,18 @@ class Ranks:
             dist.all_reduce(x)
         return x
 
-    def gather(self, array: np.ndarray) -> list[np.ndarray]:
-        """Every rank's array, (N,) each with N of its own."""
+    def all_gather(self, value) -> list:
+        """Every rank's value (of plain Python types), in the order of ranks."""
         if self.world_size == 1:
-            return [array]
-        sizes = torch.zeros(self.world_size, dtype=torch.int64, device=self.device)
-        sizes[self.rank] = array.nbytes
-        sizes = self.sum(sizes).tolist()
-        mine = torch.zeros(max(1, *sizes), dtype=torch.uint8, device=self.device)
-        mine[:array.nbytes] = torch.from_numpy(array.view(np.uint8))
-        every = [torch.empty_like(mine) for _ in sizes]
-        dist.all_gather(every, mine)
-        return [part[:size].cpu().numpy().view(array.dtype) for part, size in zip(every, sizes)]
+            return [value]
+        values = [None] * self.world_size
+        dist.all_gather_object(values, value)
+        return values
+
+    def check(self, error: str | None) -> None:
+        """Raise on every rank when one has an error: its own, else the first rank's that has one."""
+        if found := [e for e in self.all_gather(error) if e]:
+            raise AgreedError(error or found[0])
 
     def share(self, tensors: Iterable[Tensor]) -> None:
         """Put the first rank's numbers into every rank's tensors."""
@@ -170,10 +198,8 @@ class Ranks:
 
 
 def end_with_launcher() -> None:
-    """In a rank: end when torchrun has gone, even by kill -9, or two runs would soon write to one folder."""
+    """In a rank: exit when torchrun, its parent, has gone, even by kill -9, or two runs would soon write to one folder."""
     launcher = os.getppid()
-    if launcher == 1 and Path("/proc/1/cmdline").is_file() and b"torch" not in Path("/proc/1/cmdline").read_bytes():
-        os._exit(1)  # it had gone before we came here
 
     def watch() -> None:
         while os.getppid() == launcher:
@@ -238,8 +264,9 @@ def save_adapter(model: ChatLM, folder: Path, base: str, rank: int, alpha: float
     """adapter_config.json and adapter_model.safetensors, as PEFT writes them."""
     folder.mkdir(parents=True, exist_ok=True)
     weights = {f"base_model.model.{n}": p.detach().contiguous() for n, p in model.named_parameters() if ".lora_" in n}
-    save_file(weights, folder / "adapter_model.safetensors.tmp", {"format": "pt"})
-    os.replace(folder / "adapter_model.safetensors.tmp", folder / "adapter_model.safetensors")
+    path = folder / "adapter_model.safetensors"
+    with atomic_write(path) as temporary, write_errors(path, SafetensorError):
+        save_file(weights, temporary, {"format": "pt"})
     if "all" in targets:
         targets = sorted({n.split(".")[-3] for n in weights})
     write_file(folder / "adapter_config.json", json.dumps({
@@ -296,6 +323,15 @@ def make_optimizers(model: nn.Module, name: str, lr: float, weight_decay: float)
     return [torch.optim.Adafactor(groups, lr=lr) if name == "adafactor" else torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.98), fused=True)]
 
 
+def clip_gradient(gradient: Tensor, divisor: Tensor | float, max_norm: float) -> Tensor:
+    """Divide the flat gradient (P,) in place, then scale it down to max_norm if its norm is larger. Returns the norm before,
+    (), on the gradient's device: nothing here waits for a GPU."""
+    gradient.div_(divisor)
+    norm = torch.stack([part.dot(part) for part in gradient.split(1 << 22)]).sum().sqrt()  # in parts: float32 adds up rounding
+    gradient.mul_((max_norm / norm).clamp(max=1))
+    return norm
+
+
 def learning_rate(schedule: str, progress: float, step: int, lr: float, min_lr: float, warmup_steps: int) -> float:
     """progress: 0 to 1, the share of the training that is behind; step: counted from 0. It rises from 0 for warmup_steps,
     or for a tenth of a training that is shorter than ten times that."""
@@ -328,35 +364,47 @@ class State:
     stream: dict = field(default_factory=lambda: {"epoch": 0, "window": 0, "batch": 0})
 
 
-def save_checkpoint(folder: Path, keep: int, model: nn.Module, optimizers: list, state: State, identity: dict) -> None:
-    """checkpoint/step-N-HASH.pt, the hash being that of its bytes; of the older ones keep - 1 stay."""
+def save_checkpoint(folder: Path, keep: int, model: nn.Module, optimizers: list, state: State, identity: dict, settings: dict) -> None:
+    """checkpoint/step-N-HASH.pt, the hash being that of its bytes; of the older ones keep - 1 stay. identity: what may not
+    change when the run is resumed; settings: the flags that a resumed run takes from here."""
     folder.mkdir(parents=True, exist_ok=True)
-    beside = folder / "writing.tmp"
     trained = {n: p.detach() for n, p in model.named_parameters() if p.requires_grad}
+    saved = {"model": trained, "optimizers": [o.state_dict() for o in optimizers], "state": dataclasses.asdict(state),
+             "identity": identity, "settings": settings}
+    temporary = folder / "writing.tmp"
     try:
-        torch.save({"model": trained, "optimizers": [o.state_dict() for o in optimizers], "state": dataclasses.asdict(state),
-                    "identity": identity}, beside)
-    except RuntimeError as e:  # the disk is full, or fails
-        beside.unlink(missing_ok=True)
-        raise OSError(errno.EIO, f"a checkpoint could not be written to {folder}: {e}; those before it are whole") from None
-    with open(beside, "rb+") as f:
-        os.fsync(f.fileno())
-    os.replace(beside, folder / f"step-{state.step:08d}-{hash_file(beside)}.pt")
+        with write_errors(folder / "checkpoint", RuntimeError):  # torch.save raises RuntimeError on a full disk
+            torch.save(saved, temporary)
+            with open(temporary, "rb+") as f:
+                os.fsync(f.fileno())
+            os.replace(temporary, folder / f"step-{state.step:08d}-{hash_file(temporary)}.pt")
+    finally:
+        temporary.unlink(missing_ok=True)
     for old in list_checkpoints(folder)[keep:]:
         old.unlink()
 
 
-def load_checkpoint(path: Path, model: nn.Module, optimizers: list, identity: dict) -> State:
-    """The twin of save_checkpoint. Raises ValueError if the run that it belongs to had another identity."""
-    saved = torch.load(path, map_location="cpu", weights_only=True)
-    for flag, value in identity.items():
-        if saved["identity"].get(flag) != value:
-            raise ValueError(f"{flag} is not what it was in the run that {path.parent} continues (then {saved['identity'].get(flag)}, now "
-                             f"{value}): give the old value, another --out_dir, or --resume never to begin anew")
+def load_checkpoint(saved: dict, model: nn.Module, optimizers: list) -> State:
+    """The twin of save_checkpoint: put what it saved into model and optimizers."""
     model.load_state_dict(saved["model"], strict=False)
     for optimizer, s in zip(optimizers, saved["optimizers"]):
         optimizer.load_state_dict(s)
     return State(**saved["state"])
+
+
+def check_identity(identity: dict, saved: dict | None, out_dir: str, ranks: Ranks) -> None:
+    """Raises ValueError, naming the flag, where processes differ in what must be one, or a run in what it was before."""
+    first = ranks.all_gather(identity)[0]
+    differs = [flag for flag in identity if identity[flag] != first[flag]]
+    ranks.check(f"{differs[0]}: this process has other files or values than the first (machines must share {out_dir} and the data, "
+                "or have equal copies)" if differs else None)
+    for flag, value in identity.items() if saved else ():
+        if (before := saved["identity"].get(flag)) != value:
+            shown = f"then {before}, now {value}"
+            if isinstance(value, dict) and isinstance(before, dict):
+                shown = ", ".join(f"{k} was {before.get(k)}, is {value.get(k)}" for k in value if before.get(k) != value.get(k))
+            raise AgreedError(f"{flag} is not what it was in the run that {out_dir} continues ({shown}): give the old value, "
+                              "another --out_dir, or --resume never to start anew")
 
 
 @contextlib.contextmanager
@@ -397,8 +445,8 @@ def list_checkpoints(folder: Path) -> list[Path]:
     return sorted(folder.glob("step-*.pt"), reverse=True)
 
 
-def find_checkpoint(folder: Path, resume: str, say: Callable) -> Path | None:
-    """The newest checkpoint whose bytes are what its name says; damaged ones are reported and passed over."""
+def newest_checkpoint(out_dir: Path, resume: str) -> Path | None:
+    """The newest checkpoint whose bytes are what its name says; damaged ones are reported and skipped."""
     if resume == "never":
         return None
     if resume != "auto":
@@ -406,14 +454,34 @@ def find_checkpoint(folder: Path, resume: str, say: Callable) -> Path | None:
         if not candidates:
             raise FileNotFoundError(f"--resume {resume}: no checkpoint there")
     else:
-        candidates = list_checkpoints(folder)
+        candidates = list_checkpoints(out_dir / "checkpoint")
     for path in candidates:
         if hash_file(path) == path.stem.rpartition("-")[2]:
             return path
-        say(f"warning: {path} is damaged and passed over")
+        print(f"warning: {path} is damaged and skipped", file=sys.stderr)
     if candidates:
-        raise ValueError(f"every checkpoint in {candidates[0].parent} is damaged; --resume never begins anew")
+        raise ValueError(f"every checkpoint in {candidates[0].parent} is damaged; --resume never starts anew")
     return None
+
+
+def find_checkpoint(out_dir: str, resume: str, ranks: Ranks) -> dict | None:
+    """The content of the checkpoint to resume from, and its path, on every rank that which the first rank finds; None: a new run."""
+    path = newest_checkpoint(Path(out_dir), resume) if ranks.first else None
+    name = ranks.all_gather(path.name if path else None)[0]
+    if name is None:
+        return None
+    if path is None:
+        given = Path(resume)
+        folder = Path(out_dir) / "checkpoint" if resume == "auto" else given if given.is_dir() else given.parent
+        path = folder / name
+    same = path.is_file() and (ranks.first or hash_file(path) == path.stem.rpartition("-")[2])
+    ranks.check(None if same else f"{path.parent} has no {name}, from which the first process resumes: --out_dir must be on a file "
+                                  "system that all machines share")
+    saved = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    if "settings" not in saved:
+        raise AgreedError(f"{path} was written by an earlier version, whose runs cannot be resumed: start anew from the model with "
+                          f"--init_from {out_dir} and another --out_dir")
+    return saved | {"path": str(path)}
 
 
 # --- the loop ------------------------------------------------------------------------------------------------------------------------
@@ -509,35 +577,36 @@ class Stop:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
-def fit(args: argparse.Namespace, ranks: Ranks, model: ChatLM, stream: PairStream, objective: Objective, identity: dict) -> State:
-    """Train until a limit is reached or someone asks for an end. Weights change in place; returns the final state."""
+def fit(args: argparse.Namespace, ranks: Ranks, model: ChatLM, stream: PairStream, objective: Objective, identity: dict,
+        saved: dict | None) -> State:
+    """Train until a limit is reached or someone asks for an end. Weights change in place; returns the final state.
+    saved: the content of the checkpoint to resume from."""
     out_dir, device, stop = Path(args.out_dir), ranks.device, Stop()
     optimizers = make_optimizers(model, args.optimizer, args.lr, args.weight_decay)
     min_lr = args.lr / 100 if args.min_lr is None else args.min_lr
-    dtype = pick_dtype(args.dtype, device)
+    dtype = getattr(torch, args.dtype)
     state = State(stream=dict(stream.state))
-    checkpoint = find_checkpoint(out_dir / "checkpoint", args.resume, lambda text: print(text, file=sys.stderr) if ranks.first else None)
-    if checkpoint:
-        state = load_checkpoint(checkpoint, model, optimizers, identity)
+    if saved:
+        state = load_checkpoint(saved, model, optimizers)
         stream.state = dict(state.stream)
+    settings = {name: value for name, value in vars(args).items() if name in args.stored}
     ranks.wait()
-    if ranks.first:  # what came after the checkpoint that we go on from would be taken for newer
+    if ranks.first:  # checkpoints newer than the one to resume from would be taken for the newest later
         for path in list_checkpoints(out_dir / "checkpoint"):
-            if int(path.name.split("-")[1]) > state.step or not checkpoint:
+            if int(path.name.split("-")[1]) > state.step or not saved:
                 path.unlink()
     report = Report(out_dir, ranks.first, state.step)
-    tick_s = time.perf_counter()
-    if checkpoint:
-        report.say(f"going on from {checkpoint}: step {state.step:,}, {state.tokens:,} tokens")
+    if saved:
+        report.say(f"resuming from {saved['path']}: step {state.step:,}, {state.tokens:,} tokens")
+        saved.clear()
     elif objective.begin:
         objective.begin(stream)
-    keep_freed_memory()  # from here on: what beginning took goes back
+    keep_freed_memory()  # only now, so that the memory of initialization is returned to the system first
 
     parameters = [p for p in model.parameters() if p.requires_grad]
     gradient = torch.zeros(sum(p.numel() for p in parameters), device=device)  # one vector, of which p.grad are views
     for p, part in zip(parameters, gradient.split([p.numel() for p in parameters])):
         p.grad = part.view_as(p)
-    batches = iter(stream)
     kernels = [SDPBackend.MATH] if device.type == "cpu" else [  # on a CPU flash attention's backward is the slower one
         SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
@@ -548,7 +617,7 @@ def fit(args: argparse.Namespace, ranks: Ranks, model: ChatLM, stream: PairStrea
 
     def save() -> None:
         if ranks.first:
-            save_checkpoint(out_dir / "checkpoint", args.keep, model, optimizers, state, identity)
+            save_checkpoint(out_dir / "checkpoint", args.keep, model, optimizers, state, identity, settings)
             objective.export(out_dir)  # after it: killed between the two, a model without a checkpoint could not go on
         ranks.wait()
 
@@ -578,6 +647,7 @@ def fit(args: argparse.Namespace, ranks: Ranks, model: ChatLM, stream: PairStrea
     done_before, elapsed_before_s = done, state.elapsed_s
     if done >= 1 and ranks.first:  # killed after the last checkpoint, perhaps before its export
         objective.export(out_dir)
+    tick_s = time.perf_counter()
     while done < 1 and not asked:
         model.train()
         step_s = time.perf_counter()
@@ -587,8 +657,8 @@ def fit(args: argparse.Namespace, ranks: Ranks, model: ChatLM, stream: PairStrea
         scale = (state.loss_scale if dtype == torch.float16 else 1.0) / args.batch_tokens
         sums = torch.zeros(len(names), dtype=torch.float64, device=device)
         gradient.zero_()
-        for j in stream.own:
-            batch = {k: v.to(device, non_blocking=True) for k, v in next(batches).items()}
+        for j, batch in zip(itertools.count(ranks.rank, ranks.world_size), stream.next_group()):
+            batch = {k: v.to(device, non_blocking=True) for k, v in batch.items()}
             torch.manual_seed(xxhash.xxh3_64_intdigest(f"{args.seed} {state.step} {j}".encode()) >> 1)
             with sdpa_kernel(kernels):  # for backward too, which may compute activations again
                 with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
@@ -603,12 +673,9 @@ def fit(args: argparse.Namespace, ranks: Ranks, model: ChatLM, stream: PairStrea
         ranks.sum(gradient)
         total = dict(zip(names, ranks.sum(sums).tolist()))
         units = max(1.0, total["units"])
-        gradient.mul_(1 / (units * scale))
-        norm = float(gradient.dot(gradient).sqrt())
+        norm = float(clip_gradient(gradient, units * scale, args.grad_clip))
         finite, overflow = math.isfinite(total["loss"]), not math.isfinite(norm)
         if finite and not overflow:
-            if norm > args.grad_clip:
-                gradient.mul_(args.grad_clip / norm)
             for optimizer in optimizers:
                 optimizer.step()
         if dtype == torch.float16 and finite:  # an overflow halves the scale; 1,000 steps without one double it
@@ -660,11 +727,10 @@ def response_loss(args: argparse.Namespace, ranks: Ranks, model: ChatLM, tokeniz
     batches: list[dict] = []
     chars = torch.zeros(1, dtype=torch.float64, device=ranks.device)
     if args.valid:
-        batches = list(PairStream(args.valid, tokenizer, args.micro_batch_tokens, args.max_len, 0, ranks.rank, ranks.world_size,
-                                  gather=ranks.gather).one_epoch())
+        batches = list(PairStream(args.valid_files, tokenizer, args.micro_batch_tokens, args.max_len, 0, ranks.rank, ranks.world_size).one_epoch())
         chars += sum(len(tokenizer.decode(row[row >= 0])) for batch in batches for row in batch["labels"].numpy())
         if not float(ranks.sum(chars)):
-            raise ValueError(f"{args.valid} has no row with a prompt and a response")
+            raise AgreedError(f"{args.valid} has no row with a prompt and a response")
 
     def loss(batch: dict) -> tuple[Tensor, Tensor]:
         return model.loss_sum(**batch), (batch["labels"] != data.IGNORED).sum()
@@ -676,11 +742,27 @@ def response_loss(args: argparse.Namespace, ranks: Ranks, model: ChatLM, tokeniz
         nats, tokens = ranks.sum(sums).tolist()
         return {"val_loss": nats / tokens, "val_ppl": math.exp(min(700.0, nats / tokens)), "val_nats_per_char": nats / float(chars)}
 
+    def first_loss(stream: PairStream) -> float:
+        """Mean nats per target token of the first micro-batch, without dropout."""
+        batch = {k: v.to(ranks.device) for k, v in next(stream.one_epoch()).items()}
+        model.eval()
+        with torch.no_grad():
+            nats, tokens = loss(batch)
+        return float(nats / tokens)
+
     def begin(stream: PairStream) -> None:
         before, after = stream.successions()
         if ranks.first and len(after):  # a window may hold no text at all
-            print(f"a new model begins with what follows what among {len(after):,} tokens", flush=True)
+            random, random_loss = [p.detach().cpu().clone() for p in model.parameters()], first_loss(stream)
             model.init_bigrams(torch.from_numpy(before), torch.from_numpy(after))
+            counts_loss = first_loss(stream)
+            if counts_loss < random_loss:
+                print(f"initialized from counts of {len(after):,} token pairs", flush=True)
+            else:  # so few tokens that their counts mislead
+                with torch.no_grad():
+                    for p, r in zip(model.parameters(), random):
+                        p.copy_(r)
+                print(f"initialized at random: {len(after):,} tokens are too few to count (loss {counts_loss:.1f}, at random {random_loss:.1f})", flush=True)
         ranks.share(model.parameters())
 
     def answers() -> dict:
@@ -693,7 +775,7 @@ def response_loss(args: argparse.Namespace, ranks: Ranks, model: ChatLM, tokeniz
 
 def held_out(args: argparse.Namespace) -> list[dict]:
     """The pairs of --valid on which answers are scored: all of the demo's, else some 200 spread over the file."""
-    rows = [r for r in data.read_rows([args.valid]) if r.get("prompt") and r.get("response")] if args.valid else []
+    rows = [r for r in data.read_rows(args.valid_files) if r.get("prompt") and r.get("response")]
     return rows if args.demo else rows[::-(-len(rows) // 200) or 1]
 
 
@@ -709,56 +791,157 @@ def exporter(args: argparse.Namespace, model: ChatLM, tokenizer: Tokenizer) -> C
     return export
 
 
-def settle(args: argparse.Namespace, ranks: Ranks, columns: tuple[str, ...] = ("prompt", "response")) -> None:
-    """Fill in what was left to us, and refuse what cannot work before anything is written."""
-    args.demo = args.data is None
+def resolve_args(args: argparse.Namespace, ranks: Ranks, saved: dict | None, columns: tuple[str, ...] = ("prompt", "response"),
+                 defaults: dict | None = None, find_files: Callable | None = None) -> None:
+    """Decide every setting once, when a run starts: by its flag, else by the checkpoint that it resumes, else by default.
+
+    Fills args in place, the same on every rank; args.stored names the settings that checkpoints keep. Raises ValueError for
+    what cannot work, before anything is written.
+    """
+    args.given = {name for name, value in vars(args).items() if value is not None} - {"resume", "out_dir"}
+    args.stored = {*vars(args), "demo"} - {"given", "stored", "resume", "out_dir", "device"}
+    check_given(args)
+    for name, value in (saved["settings"] if saved else {}).items():
+        if getattr(args, name, None) is None and not (name in LIMITS and args.given & set(LIMITS)):
+            setattr(args, name, value)
+    args.demo = args.data is None or bool(getattr(args, "demo", False)) and "data" not in args.given
     if args.demo:
-        if args.init_from or args.valid:
+        if args.init_from or args.valid and "valid" in args.given:
             raise ValueError("--init_from and --valid need --data")
-        for name, value in DEMO.items():
-            if getattr(args, name) is None and not (name == "max_steps" and (args.epochs or args.time_limit)):
-                setattr(args, name, value)
-        folder = Path(args.out_dir) / "demo"
-        args.data, args.valid = [str(folder / "train.parquet")], str(folder / "valid.parquet")
-        if ranks.first and not (Path(args.valid).is_file() and Path(args.data[0]).is_file()):
-            print("making demo data: questions about capitals, opposites, units, sums, ...", flush=True)
-            data.write_demo(folder)
-        ranks.wait()
+        make_demo_data(args, ranks)
+        defaults = {**DEMO, **(defaults or {})}
+        if args.epochs or args.time_limit:
+            del defaults["max_steps"]
     if args.lora_rank and not args.init_from:
         raise ValueError("--lora_rank adds to a model: name it with --init_from")
     if args.init_from and args.preset:
         raise ValueError("--preset is for a new model; --init_from brings its own shape")
-    args.preset, args.vocab_size = args.preset or "small", args.vocab_size or 29298
-    on_gpu = ranks.device.type == "cuda"
-    args.optimizer = args.optimizer or "adafactor"
-    args.lr = args.lr or (1e-4 if args.optimizer != "adafactor" and args.init_from else 2e-3 if args.optimizer != "adafactor" or args.init_from
-                          else 5e-3 if args.preset == "0.2b" else 2e-2)
-    if args.optimizer == "muon" and pick_dtype("auto", ranks.device) == torch.float32 and ranks.first:
-        print("note: torch's Muon computes in bfloat16, for which this CPU has no instructions: it will be slow", file=sys.stderr)
-    args.max_len = args.max_len or 320
-    args.batch_tokens = args.batch_tokens or (65536 if on_gpu else 2560)
-    args.micro_batch_tokens = args.micro_batch_tokens or max(len(columns) * args.max_len, 16384 if on_gpu else 1280)
+    defaults = {**DEFAULTS, "preset": "small", "vocab_size": 29298, **(defaults or {})}
+    batch_tokens = defaults.pop("batch_tokens", 65536 if ranks.device.type == "cuda" else 2560)
+    for name, value in defaults.items():
+        if getattr(args, name, None) is None and not (name == "preset" and args.init_from):
+            setattr(args, name, value)
     if not (args.max_steps or args.epochs or args.time_limit):
         args.epochs = 1.0
+    args.lr = args.lr or default_lr(args)
+    if args.dtype == "auto":
+        args.dtype = str(pick_dtype("auto", ranks.device)).removeprefix("torch.")
+    if args.optimizer == "muon" and pick_dtype("auto", ranks.device) == torch.float32 and ranks.first:
+        print("note: torch's Muon computes in bfloat16, for which this CPU has no instructions: it will be slow", file=sys.stderr)
+    if args.micro_batch_tokens is None:
+        args.micro_batch_tokens = min(ranks.all_gather(default_micro_batch(args, ranks.device, len(columns))))
+    if args.batch_tokens is None:
+        group = max(1, round(batch_tokens / args.micro_batch_tokens))
+        args.batch_tokens = -(-group // ranks.world_size) * ranks.world_size * args.micro_batch_tokens  # equal shares
+    for name, value in ranks.all_gather({name: getattr(args, name) for name in args.stored - set(PATHS)})[0].items():
+        setattr(args, name, value)  # machines may differ in what they are fast at: the first decides
     for part in filter(None, args.freeze.split(",")):
         if part not in ("shared", "encoder", "decoder"):
             raise ValueError(f"--freeze {part!r}: only shared, encoder and decoder can be frozen")
-    for path in [*args.data, *filter(None, [args.valid])]:
-        data.open_parquet(path, columns)
-    if args.valid and ranks.first and (found := overlap(args.data, args.valid)):
-        print(f"warning: {found:,} prompts of --valid are in --data too, and measure memory (data.py split keeps them apart)", file=sys.stderr)
+    find_files = find_files or training_files
+    args.data_files, args.valid_files = find_files(args.data, columns), find_files([args.valid] if args.valid else [], columns)
     out = Path(args.out_dir)
-    if args.resume == "auto" and (out / "config.json").exists() and not list_checkpoints(out / "checkpoint"):
-        raise ValueError(f"{out} holds a model and no checkpoint to go on from: choose another --out_dir, or --resume never to replace it")
+    if args.resume == "auto" and not saved and (out / "config.json").exists():
+        raise ValueError(f"{out} holds a model and no checkpoint to resume from: choose another --out_dir, or --resume never to replace it")
+    if args.valid and ranks.first and (found := overlap(args.data_files, args.valid_files)):
+        print(f"warning: {found:,} prompts of --valid are in --data too, and measure memory (data.py split keeps them apart)", file=sys.stderr)
 
 
-def overlap(files: list[str], valid: str) -> int:
-    """How many different prompts of valid are prompts in files too."""
+def check_given(args: argparse.Namespace) -> None:
+    """Raises ValueError for a flag that has no effect next to the others."""
+    def reject(names: tuple[str, ...], needs: str, there: bool) -> None:
+        if not there and (without := [name for name in names if name in args.given]):
+            raise ValueError(f"--{without[0]} has no effect without {needs}")
+
+    resumes = args.resume != "never" and (Path(args.out_dir) / "checkpoint").is_dir() or args.resume not in ("auto", "never")
+    reject(("lora_alpha", "lora_dropout", "lora_targets"), "--lora_rank", "lora_rank" in args.given or resumes)
+    reject(("eval_every", "bleu_every"), "--valid", bool(args.valid) or not args.data or resumes)
+    if "vocab_size" in args.given and (args.tokenizer or args.init_from):
+        raise ValueError(f"--vocab_size is for a tokenizer that is trained here; --{'tokenizer' if args.tokenizer else 'init_from'} brings its own")
+
+
+def default_lr(args: argparse.Namespace) -> float:
+    if args.optimizer != "adafactor":
+        return 1e-4 if args.init_from else 2e-3
+    if args.init_from:
+        return 2e-3
+    return 5e-3 if args.preset == "0.2b" else 2e-2
+
+
+def default_micro_batch(args: argparse.Namespace, device: torch.device, columns: int) -> int:
+    """B * (S + T) for one forward pass: a power of two that fits the GPU's free memory, 16,384 at most; 1,280 on a CPU; never
+    less than one row of max_len tokens in every column. Raises ValueError if the model leaves no room for that."""
+    one_row = columns * args.max_len
+    if device.type != "cuda":
+        return max(one_row, 1280)
+    config = ChatLMConfig.from_pretrained(args.init_from) if args.init_from else ChatLMConfig.preset(args.preset, vocab_size=args.vocab_size)
+    free_bytes = torch.cuda.mem_get_info(device)[0]
+    room_bytes = 0.85 * free_bytes - state_bytes(config, args)
+    fits = int(room_bytes / activation_bytes(config, args))
+    if fits < one_row:
+        raise ValueError(f"{free_bytes / 1e9:.1f} GB of GPU memory are free, too little for this model and rows of {columns} x {args.max_len} "
+                         "tokens: lower --max_len, add --checkpoint_activations, or choose a smaller --preset")
+    return max(one_row, min(16384, 1 << fits.bit_length() - 1))
+
+
+def state_bytes(config: ChatLMConfig, args: argparse.Namespace) -> int:
+    """Bytes on the device besides activations: weights and gradients in float32, their copies in the autocast dtype, the
+    optimizer's state, and half a gigabyte for the loss and libraries."""
+    with torch.device("meta"):
+        parameters = ChatLM(config).num_parameters()
+    trained = parameters // 50 if args.lora_rank else parameters
+    optimizer = {"adafactor": 0, "muon": 4, "adamw": 8}[args.optimizer]
+    return parameters * (4 + 2) + trained * (4 + optimizer) + (1 << 29)
+
+
+def activation_bytes(config: ChatLMConfig, args: argparse.Namespace) -> int:
+    """Bytes that backward needs for each padded token, counted from what autograd saves in bfloat16 (see tests/test_train.py)."""
+    inner, halves = config.num_heads * config.d_kv, 2 if args.dtype == "float32" else 1
+    gated = 3 if config.feed_forward_proj == "gated-gelu" else 1
+    layer = halves * (22 * config.d_model + 18 * inner + 2 * (1 + gated) * config.d_ff + 2 * config.num_heads * args.max_len)
+    layers = max(config.num_layers, config.num_decoder_layers or 0)
+    return layers * 4 * config.d_model + layer if args.checkpoint_activations else layers * layer
+
+
+def training_files(paths: list[str], columns: tuple[str, ...]) -> list[str]:
+    """Parquet files, and those in folders, in a fixed order. Raises ValueError, naming the command that converts it, for any other file,
+    and where a column is missing."""
+    files = []
+    for path in paths:
+        if Path(path).is_file() and Path(path).suffix.lower() != ".parquet":
+            source = "preference" if "chosen" in columns else "pairs"
+            raise ValueError(f"{path} is not Parquet: convert it with  python data.py clean --source {source} {shlex.quote(path)} --out "
+                             f"{shlex.quote(Path(path).name.partition('.')[0] + '.parquet')}")
+        found = data.input_files([path]) if Path(path).is_dir() else [Path(path)]
+        shards = [str(file) for file in found if file.suffix.lower() == ".parquet" or not Path(path).is_dir()]
+        if not shards:
+            raise ValueError(f"{path} has no Parquet files: convert what it has with  python data.py clean --source pairs "
+                             f"{shlex.quote(path)} --out data.parquet")
+        if len(shards) < len(found):
+            print(f"note: {len(found) - len(shards):,} files in {path} are not Parquet and are skipped", file=sys.stderr)
+        files += shards
+    for file in files:
+        data.open_parquet(file, columns)
+    return files
+
+
+def make_demo_data(args: argparse.Namespace, ranks: Ranks) -> None:
+    """Point args at the demo's files in the out_dir; the first rank writes them if they are not there."""
+    folder = Path(args.out_dir) / "demo"
+    args.data, args.valid = [str(folder / "train.parquet")], str(folder / "valid.parquet")
+    if ranks.first and not (Path(args.valid).is_file() and Path(args.data[0]).is_file()):
+        print("making demo data: questions about capitals, opposites, units, sums, ...", flush=True)
+        data.write_demo(folder)
+    ranks.wait()
+
+
+def overlap(files: list[str], valid_files: list[str]) -> int:
+    """How many different prompts of the held-out files are prompts in files too."""
     def prompts(path: str) -> Iterator[pa.Array]:
         for batch in data.open_parquet(path, ("prompt",)).iter_batches(65536, columns=["prompt"]):
-            yield batch["prompt"].cast(pa.large_string())
+            yield data.text_column(batch["prompt"])
 
-    held, found = pa.chunked_array(prompts(valid), pa.large_string()), set()
+    held, found = pa.chunked_array((part for path in valid_files for part in prompts(path)), pa.large_string()), set()
     for path in files:
         for part in prompts(path):
             found.update(part.filter(pc.is_in(part, held)).to_pylist())
@@ -766,16 +949,52 @@ def overlap(files: list[str], valid: str) -> int:
 
 
 def find_tokenizer(args: argparse.Namespace, ranks: Ranks) -> Tokenizer:
-    """The one named, or the starting model's, or the one in the out_dir; else one is trained on the data and put there."""
-    named = args.tokenizer or args.init_from
-    if named:
-        return Tokenizer.from_pretrained(named, append_eos=True)
+    """The one named, or the starting model's, or the one that this run, or a user, has put into the out_dir; else one is trained on the
+    data and put there. checkpoint/tokenizer.json tells what it was trained from."""
+    if args.tokenizer or args.init_from:
+        tokenizer = Tokenizer.from_pretrained(args.tokenizer or args.init_from, append_eos=True)
+        if args.tokenizer and args.init_from and ranks.first and (Path(args.init_from) / "tokenizer.json").is_file():
+            own = Tokenizer.from_pretrained(args.init_from, append_eos=True)
+            if (own.vocab, own.merges) != (tokenizer.vocab, tokenizer.merges):
+                print(f"warning: {args.tokenizer} has other tokens than {args.init_from} was trained with: that model must learn them anew",
+                      file=sys.stderr)
+        return tokenizer
     out = Path(args.out_dir)
-    if ranks.first and not (out / "tokenizer.json").exists():
-        print(f"training a tokenizer of up to {args.vocab_size:,} tokens on {', '.join(args.data)}", flush=True)
-        Tokenizer.train(Corpus(args.data), args.vocab_size, memory_bytes=4 * 10 ** 9, progress=sys.stderr.isatty()).save_pretrained(out)
+    if ranks.first:
+        train_tokenizer(args, out)
     ranks.wait()
+    if not (out / "tokenizer.json").is_file():
+        raise ValueError(f"{out} has no tokenizer.json, which the first process wrote: --out_dir must be on a file system that all machines share")
     return Tokenizer.from_pretrained(out)
+
+
+def train_tokenizer(args: argparse.Namespace, out: Path) -> None:
+    """Train a tokenizer into out, unless it has one of the same data and size, or one that a user has put there."""
+    source, record = {"data": data.footprint(args.data_files), "vocab_size": args.vocab_size}, out / "checkpoint" / "tokenizer.json"
+    if (out / "tokenizer.json").is_file():
+        if not record.is_file():
+            if "vocab_size" in args.given:
+                raise ValueError(f"--vocab_size has no effect: {out} has a tokenizer already; delete its tokenizer.json, or choose another --out_dir")
+            print(f"using the tokenizer in {out}", flush=True)
+            return
+        if json.loads(record.read_text("utf-8")) == source:
+            return
+        print(f"the tokenizer in {out} was trained on other data or for another --vocab_size", flush=True)
+    print(f"training a tokenizer of up to {args.vocab_size:,} tokens on {', '.join(args.data)}", flush=True)
+    tokenizer = Tokenizer.train(Corpus(args.data_files), args.vocab_size, memory_bytes=4 * 10 ** 9, progress=sys.stderr.isatty())
+    record.parent.mkdir(parents=True, exist_ok=True)
+    record.unlink(missing_ok=True)
+    tokenizer.save_pretrained(out)
+    write_file(record, json.dumps(source))
+
+
+def hash_weights(model: ChatLM) -> str:
+    """A hash of all parameters."""
+    digest = xxhash.xxh3_64()
+    for name, p in model.named_parameters():
+        digest.update(name.encode())
+        digest.update(p.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def make_model(args: argparse.Namespace, ranks: Ranks, tokenizer: Tokenizer) -> ChatLM:
@@ -784,8 +1003,10 @@ def make_model(args: argparse.Namespace, ranks: Ranks, tokenizer: Tokenizer) -> 
         model = ChatLM.from_pretrained(args.init_from, torch.float32, ranks.device)
         if len(tokenizer) > model.config.vocab_size:
             raise ValueError(f"the tokenizer has {len(tokenizer):,} tokens and the model in {args.init_from} only {model.config.vocab_size:,}")
+        args.init_hash = hash_weights(model)
     else:
         model = ChatLM(ChatLMConfig.preset(args.preset, vocab_size=len(tokenizer))).to(ranks.device)
+        args.init_hash = None
     model.config.dropout_rate = args.dropout
     model.encoder.checkpoint_activations = model.decoder.checkpoint_activations = args.checkpoint_activations
     for part in filter(None, args.freeze.split(",")):
@@ -799,15 +1020,14 @@ def make_model(args: argparse.Namespace, ranks: Ranks, tokenizer: Tokenizer) -> 
     return model
 
 
-def run_identity(args: argparse.Namespace, model: ChatLM, tokenizer: Tokenizer) -> dict:
-    """What may not change when a run goes on, by flag."""
+def run_identity(args: argparse.Namespace, model: ChatLM, tokenizer: Tokenizer, *names: str) -> dict:
+    """What may not change when a run is resumed, by flag; names: more settings of that kind."""
     shape = dataclasses.asdict(model.config)
     del shape["dropout_rate"]
-    return {"--preset or --init_from (the model's shape)": shape,
-            "--tokenizer": xxhash.xxh3_64_hexdigest(tokenizer.to_json().encode()), "--data": data.footprint(args.data),
-            "--micro_batch_tokens": args.micro_batch_tokens, "--max_len": args.max_len, "--seed": args.seed,
-            "--optimizer": args.optimizer, "--freeze": args.freeze, "--lora_rank": args.lora_rank, "--lora_alpha": args.lora_alpha,
-            "--lora_targets": args.lora_targets, "--lora_dropout": args.lora_dropout}
+    fixed = ("micro_batch_tokens", "max_len", "seed", "optimizer", "freeze", "lora_rank", "lora_alpha", "lora_targets", "lora_dropout", *names)
+    return {"--preset or --init_from (the model's shape)": shape, "--init_from (the model's weights)": args.init_hash,
+            "--tokenizer": xxhash.xxh3_64_hexdigest(tokenizer.to_json().encode()), "--data": data.footprint(args.data_files),
+            **{f"--{name}": getattr(args, name) for name in fixed}}
 
 
 def closing(args: argparse.Namespace, model: ChatLM, tokenizer: Tokenizer, state: State) -> None:
@@ -828,34 +1048,51 @@ def closing(args: argparse.Namespace, model: ChatLM, tokenizer: Tokenizer, state
         report.close()
     seconds = f"{state.step:,} steps, {state.tokens:,} tokens, {duration(state.elapsed_s)}"
     asked = "法国的首都是哪里？" if args.demo else "你好"
-    print(f"\nfinished: {args.out_dir} is a model folder ({seconds}). Talk to it:\n"
-          f"  python sample.py{'' if args.out_dir == 'out' else ' --model ' + args.out_dir} --prompt \"{asked}\"\n"
-          f"  python sample.py{'' if args.out_dir == 'out' else ' --model ' + args.out_dir}")
+    command = "python sample.py" + ("" if args.out_dir == "out" else f" --model {shlex.quote(args.out_dir)}")
+    print(f"\nfinished: {args.out_dir} is a model folder ({seconds}). Talk to it:\n  {command} --prompt \"{asked}\"\n  {command}")
+
+
+def report_shares(args: argparse.Namespace, ranks: Ranks, group: int) -> None:
+    """One line where processes have unequal shares of a step, or none."""
+    if not ranks.first or group % ranks.world_size == 0:
+        return
+    even = -(-group // ranks.world_size) * ranks.world_size * args.micro_batch_tokens
+    idle = max(0, ranks.world_size - group)
+    print(f"note: a step has {group} micro-batches for {ranks.world_size} processes"
+          + (f", of which {idle} have none: they wait" if idle else ", which cannot share them evenly")
+          + f"; --batch_tokens {even} or a smaller --micro_batch_tokens gives all of them work", file=sys.stderr)
 
 
 def main() -> None:
     parser = parser_for(__doc__.split("\n")[0])
-    parser.add_argument("--preset", choices=list(PRESETS), help="shape of a new model; none: small, for the demo demo")
-    parser.add_argument("--vocab_size", type=number(int, 264), help="of a tokenizer that is trained here; none: 29298, for the demo 2048")
-    parser.add_argument("--bleu_every", type=number(int, 1), metavar="STEPS", help="score answers on --valid so often; none: at the end")
+    parser.add_argument("--preset", choices=list(PRESETS), help="size of a new model (default: small; demo without --data)")
+    parser.add_argument("--vocab_size", type=number(int, 264), help="size of a tokenizer that is trained here (default: 29298; 2048 for the demo)")
+    parser.add_argument("--bleu_every", type=number(int, 1), metavar="STEPS", help="score answers on --valid every N steps (default: at the end)")
     args = parser.parse_args()
+    with memory_hint("--micro_batch_tokens"):
+        train(args)
+
+
+def train(args: argparse.Namespace) -> None:
     ranks = Ranks.join(args.device)
-    settle(args, ranks)
     with claimed(Path(args.out_dir), ranks):
+        saved = find_checkpoint(args.out_dir, args.resume, ranks)
+        resolve_args(args, ranks, saved)
         tokenizer = find_tokenizer(args, ranks)
         model = make_model(args, ranks, tokenizer)
         group = max(1, round(args.batch_tokens / args.micro_batch_tokens))
         if ranks.first:
             print(f"{model.num_parameters() / 1e6:.1f} million parameters, {len(tokenizer):,} tokens, {ranks.world_size} x {ranks.device.type}, "
-                  f"{pick_dtype(args.dtype, ranks.device)}".replace("torch.", ""), flush=True)
-            if group % ranks.world_size:
-                print(f"note: a step is {group} micro-batches, which {ranks.world_size} processes cannot share evenly", file=sys.stderr)
-        stream = PairStream(args.data, tokenizer, args.micro_batch_tokens, args.max_len, args.seed, ranks.rank, ranks.world_size,
-                            group=group, workers=args.workers, gather=ranks.gather)
-        state = fit(args, ranks, model, stream, response_loss(args, ranks, model, tokenizer), run_identity(args, model, tokenizer))
+                  f"{args.dtype}", flush=True)
+        report_shares(args, ranks, group)
+        identity = run_identity(args, model, tokenizer)
+        check_identity(identity, saved, args.out_dir, ranks)
+        stream = PairStream(args.data_files, tokenizer, args.micro_batch_tokens, args.max_len, args.seed, ranks.rank, ranks.world_size,
+                            group=group, workers=args.workers)
+        state = fit(args, ranks, model, stream, response_loss(args, ranks, model, tokenizer), identity, saved)
+        ranks.leave()  # the others need not wait while the first scores answers
         if ranks.first:
             closing(args, model, tokenizer, state)
-    ranks.leave()
 
 
 if __name__ == "__main__":

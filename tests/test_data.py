@@ -6,9 +6,7 @@ import os
 import random
 import subprocess
 import sys
-import threading
 import unicodedata
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -146,43 +144,27 @@ def test_the_seed_and_the_epoch_change_the_order(demo):
     assert not same(first[:n], take(PairStream(path, tokenizer, 2000, 64, seed=1), n))
 
 
-class Counting:
-    """A tokenizer that counts the texts it was given."""
-
-    def __init__(self, tokenizer: Tokenizer):
-        self.tokenizer, self.texts = tokenizer, 0
-
-    def __len__(self) -> int:
-        return len(self.tokenizer)
-
-    def encode_arrays(self, texts):
-        self.texts += len(texts)
-        return self.tokenizer.encode_arrays(texts)
-
-
-@pytest.mark.parametrize("world_size", [2, 3])
-def test_a_rank_tokenises_its_own_share_only(demo, monkeypatch, world_size):
+def test_a_rank_without_batches_moves_on_with_the_others(demo, monkeypatch):
     path, tokenizer = demo
     monkeypatch.setattr(data, "WINDOW_ROWS", 1000)
-    alone = Counting(tokenizer)
-    whole = take(PairStream(path, alone, 2000, 64), 30 * world_size)
-    barrier, table = threading.Barrier(world_size, timeout=30), [None] * world_size
+    first, idle = (PairStream(path, tokenizer, 2000, 64, rank=rank, world_size=3, group=2) for rank in (0, 2))
+    for _ in range(60):  # over the ends of windows and of an epoch
+        assert len(list(first.next_group())) == 1 and list(idle.next_group()) == []
+        assert idle.state == first.state and idle.epoch == first.epoch
+    assert first.state["epoch"] == 1
+    with pytest.raises(ValueError, match="no batches"):
+        next(iter(idle))
 
-    def read(rank: int):
-        def gather(array):
-            table[rank] = array
-            barrier.wait()
-            every = list(table)
-            barrier.wait()
-            return every
-        own = Counting(tokenizer)
-        return take(PairStream(path, own, 2000, 64, rank=rank, world_size=world_size, gather=gather), 30), own.texts
 
-    with ThreadPoolExecutor(world_size) as pool:
-        shares = list(pool.map(read, range(world_size)))
-    assert sum(texts for _, texts in shares) == alone.texts and max(texts for _, texts in shares) <= alone.texts / world_size + 10
-    for rank, (batches, _) in enumerate(shares):
-        assert same(batches, whole[rank::world_size])
+def test_a_killed_worker_is_one_line(demo, monkeypatch):
+    path, tokenizer = demo
+    monkeypatch.setattr(data, "WINDOW_ROWS", 500)
+    stream = PairStream(path, tokenizer, 2000, 64, workers=1)
+    next(iter(stream))
+    for process in stream._pool._processes.values():
+        process.kill()
+    with pytest.raises(ChildProcessError, match="was killed .*--workers 0"):
+        take(stream, 100)
 
 
 def test_a_very_large_row_group_is_several_windows(demo, monkeypatch, tmp_path):

@@ -1,27 +1,356 @@
-"""What only a GPU can show; skipped without one: python -m pytest tests/test_gpu.py tests/test_sample.py"""
+"""The code on a GPU: any machine checks it on a fake device, a machine with a GPU also runs it.
+
+    python -m pytest tests/test_gpu.py
+
+The fake device is torch's FakeTensorMode: tensors on "cuda" have a shape, a dtype and a device, but
+no data. What a GPU refuses raises an error, such as mixed devices, mixed dtypes in a matrix product
+or a wrong attention mask. A device sync, where the CPU waits for the GPU, raises DeviceSync.
+
+Shapes: B batch, S source length, T target length, D d_model, V vocabulary.
+"""
+import ctypes
 import json
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch._subclasses.fake_tensor import (DataDependentOutputException,
+                                           DynamicOutputShapeException, FakeTensorMode)
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
-from chatlm import ChatLM, ChatLMConfig
+import dpo
+import sample
+import train
+from chatlm import ChatLM, ChatLMConfig, LinearCrossEntropy
 from data import make_demo
-from sample import generate
+from sample import Decoder, GenerationConfig, generate
 from tokenizer import Tokenizer
 
 ROOT = Path(__file__).parents[1]
 GPU = "cuda"
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+B, S, T, D, V = 4, 9, 7, 128, 300
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+
+
+# --- the fake device ------------------------------------------------------------------------------
+
+
+class DeviceSync(RuntimeError):
+    """The CPU would wait for the GPU. source: the tensor that is read or copied."""
+
+    def __init__(self, operation, source: Tensor):
+        super().__init__(f"{operation} of {tuple(source.shape)} {source.dtype} is a device sync")
+        self.source = source
+
+
+class CheckedOperations(TorchDispatchMode):
+    """Raise DeviceSync for a device sync, TypeError for mixed dtypes that a GPU refuses."""
+
+    one_dtype = set("linear matmul mm bmm addmm addmm_ baddbmm index_put index_put_".split())
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        leaves = tree_leaves((args, kwargs))
+        tensors = [x for x in leaves if isinstance(x, Tensor)]
+        name = func.overloadpacket.__name__
+        dtypes = {x.dtype for x in tensors if x.is_floating_point()}
+        if name in self.one_dtype and len(dtypes) > 1:
+            raise TypeError(f"{func} of {dtypes}")
+        if name in ("to", "_to_copy", "copy", "copy_", "lift_fresh"):
+            devices = {x.device.type for x in tensors}
+            devices |= {x.type for x in leaves if isinstance(x, torch.device)}
+            # torch.tensor(data, device="cuda") may copy the data before lift_fresh
+            syncs = len(devices) > 1 or name == "lift_fresh" and tensors[0].is_cuda
+        else:  # a CPU scalar goes to the GPU with the kernel's arguments
+            syncs = len({x.device.type for x in tensors if x.dim()}) > 1
+        if syncs:
+            raise DeviceSync(func, tensors[0])
+        try:
+            return func(*args, **(kwargs or {}))
+        except (DataDependentOutputException, DynamicOutputShapeException):
+            raise DeviceSync(func, tensors[0]) from None
+
+
+class CheckedAttention(TorchFunctionMode):
+    """Run attention as the memory-efficient kernel. Raise for a mask that it cannot read."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is Tensor.tolist:
+            raise DeviceSync(func, args[0])
+        if func is F.scaled_dot_product_attention:
+            func = self.attention
+        return func(*args, **(kwargs or {}))
+
+    def attention(self, q, k, v, attn_mask, scale, dropout_p=0.0) -> Tensor:
+        """q (B, H, T, K), k and v (B, H, S, K), mask (B or 1, H or 1, T or 1, S) -> like q."""
+        for x in (q, k, v, attn_mask):
+            if x.dtype != q.dtype:
+                raise TypeError(f"attention of {q.dtype} queries with {x.dtype}")
+            if x.stride(-1) != 1:
+                raise ValueError(f"last dimension is not contiguous: {x.shape}, {x.stride()}")
+        mask = attn_mask.expand(*q.shape[:3], k.size(2))
+        return torch.ops.aten._scaled_dot_product_efficient_attention(
+            q, k, v, mask, torch.is_grad_enabled(), dropout_p, scale=scale)[0]
+
+
+@pytest.fixture
+def fake_gpu(monkeypatch) -> Iterator[None]:
+    """A fake CUDA device with all checks. torch is restored at the end."""
+    cuda, meta, guards = 1, 14, [None] * 15  # indices are values of c10::DeviceType
+    if not torch.backends.cuda.is_built():  # a build with CUDA has its own device guard
+        try:
+            guards = (ctypes.c_void_p * 15).in_dll(
+                ctypes.CDLL(torch._C.__file__), "_ZN3c104impl26device_guard_impl_registryE")
+        except (OSError, ValueError):
+            pytest.skip("cannot find the device guards of this torch")
+    monkeypatch.setattr(torch.cuda.amp.common, "amp_definitely_not_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *args, **kwargs: True)
+    before, guards[cuda] = guards[cuda], guards[meta]  # the guard of "meta" does nothing
+    try:
+        with FakeTensorMode(), CheckedOperations(), CheckedAttention():
+            yield
+    finally:
+        guards[cuda] = before
+
+
+def make_model(dtype: torch.dtype = torch.float32) -> ChatLM:
+    with torch.device(GPU):
+        model = ChatLM(ChatLMConfig.preset("demo", vocab_size=V)).eval()
+    for module in model.modules():  # Module.to cannot replace fake parameters
+        for name, p in list(module.named_parameters(recurse=False)):
+            setattr(module, name, torch.nn.Parameter(p.detach().to(dtype)))
+    return model
+
+
+def ones(*shape: int, dtype: torch.dtype = torch.int64) -> Tensor:
+    return torch.ones(shape, dtype=dtype, device=GPU)
+
+
+@torch.no_grad()
+def run_backward(loss: Tensor) -> None:
+    """Compute gradients as loss.backward() does, without torch's engine: it needs a CUDA driver.
+
+    The latest operation runs first. Each gradient is reduced to the shape and cast to the dtype of
+    its tensor, and gradients of the same tensor are summed.
+    """
+    grads = {loss.grad_fn: [torch.ones_like(loss)]}  # node -> gradient of each output, or None
+    while grads:
+        node = max(grads, key=lambda node: node._sequence_nr())
+        results = getattr(node, "apply", node)(*grads.pop(node))
+        results = results if isinstance(results, tuple) else (results,)
+        for (parent, i), grad in zip(node.next_functions, results):
+            if parent is None or grad is None:
+                continue
+            leaf = getattr(parent, "variable", None)
+            like = parent._input_metadata[i] if leaf is None else leaf
+            assert grad.device == like.device
+            grad = grad.sum_to_size(tuple(like.shape)).to(like.dtype)
+            if leaf is not None:
+                leaf.grad = grad if leaf.grad is None else leaf.grad + grad
+                continue
+            sums = grads.setdefault(parent, [None] * len(parent._input_metadata))
+            sums[i] = grad if sums[i] is None else sums[i] + grad
+
+
+# --- the checks can fail --------------------------------------------------------------------------
+
+
+def attend(mask: Tensor) -> Tensor:
+    q = ones(B, 2, 8, 16, dtype=torch.float16)
+    return F.scaled_dot_product_attention(q, q, q, attn_mask=mask, scale=1.0)
+
+
+SYNCS = {
+    "item": lambda x: x.sum().item(), "if": lambda x: 1 if x.all() else 0, "tolist": Tensor.tolist,
+    "nonzero": Tensor.nonzero, "mask": lambda x: x[x > 0], "scalar index": lambda x: x[x.argmax()],
+    "list index": lambda x: x[[0, 2]], "repeat": lambda x: x.repeat_interleave(x),
+    "cpu": Tensor.cpu, "to": lambda x: torch.arange(3).to(GPU),
+    "copy": lambda x: torch.arange(3).copy_(x), "new_tensor": lambda x: x.new_tensor(1),
+    "tensor": lambda x: torch.tensor([1], device=GPU),
+    "assignment": lambda x: x.__setitem__(0, 1),  # to one element; to more of them it is a kernel
+}
+REFUSED = {
+    "devices": (RuntimeError, lambda x: x + torch.arange(3)),
+    "ids on the CPU": (RuntimeError, lambda x: make_model().shared(torch.arange(3))),
+    "matrix product": (TypeError, lambda x: x[None].float() @ x[:, None].half()),
+    "float32 mask": (TypeError, lambda x: attend(ones(8, 8, dtype=torch.float32))),
+    "boolean mask": (TypeError, lambda x: attend(ones(8, 8, dtype=torch.bool))),
+    "transposed mask": (ValueError, lambda x: attend(ones(8, 8, dtype=torch.float16).T)),
+}
+
+
+@pytest.mark.parametrize("inference", [False, True])
+@pytest.mark.parametrize("case", [*SYNCS, *REFUSED])
+def test_the_fake_device_raises(fake_gpu, case, inference):
+    error, call = REFUSED.get(case) or (DeviceSync, SYNCS[case])
+    with torch.inference_mode(inference), pytest.raises(error):
+        call(ones(3))
+
+
+def test_a_sync_inside_the_decoder_raises(fake_gpu):
+    model = make_model()
+    decoder = Decoder(model, ones(B, S))
+    model.decoder.final_layer_norm.register_forward_hook(lambda module, args, x: x[0, 0].item())
+    with pytest.raises(DeviceSync):
+        decoder.step(ones(B))
+    with pytest.raises(DeviceSync):
+        decoder.select(ones(B) > 0)
+
+
+# --- on the fake device ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("dtype", "autocast"), [*((dtype, False) for dtype in DTYPES),
+                                                 (torch.float32, True)], ids=str)
+def test_encode_and_decode(fake_gpu, dtype, autocast):
+    model = make_model(dtype)
+    for mask in (ones(B, S), None):
+        with torch.autocast(GPU, torch.bfloat16, enabled=autocast), torch.inference_mode():
+            encoded, mask = model.encode(ones(B, S), mask)
+            hidden = model.decode(model.shift_right(ones(B, T)), encoded, mask)
+        assert encoded.shape == (B, S, D) and mask.shape == (B, 1, 1, S)
+        assert hidden.shape == (B, T, D) and hidden.is_cuda
+        assert autocast or encoded.dtype == mask.dtype == hidden.dtype == dtype
+
+
+@pytest.mark.parametrize("autocast", [None, torch.bfloat16, torch.float16], ids=str)
+def test_loss_and_its_backward(fake_gpu, autocast):
+    model = make_model().train()
+    with torch.autocast(GPU, autocast, enabled=autocast is not None):
+        hidden = model.decode(model.shift_right(ones(B, T)), *model.encode(ones(B, S)))
+        # not loss_sum, which selects labels with a boolean mask: a device sync
+        loss = LinearCrossEntropy.apply(hidden.flatten(0, 1), model.head_weight(), ones(B * T))
+    run_backward(loss * 0.5)
+    assert loss.shape == () and loss.dtype == torch.float32 and loss.is_cuda
+    for p in model.parameters():
+        assert p.grad.shape == p.shape and p.grad.dtype == p.dtype and p.grad.is_cuda
+
+
+@pytest.mark.parametrize("kind", ["sigmoid", "ipo"])
+def test_dpo_loss_and_its_backward(fake_gpu, kind):
+    logps = [ones(B, dtype=torch.float32).requires_grad_() for _ in range(4)]
+    loss, *rewards = dpo.dpo_loss(*logps, beta=0.1, label_smoothing=0.1, loss=kind)
+    run_backward(loss)
+    assert loss.shape == () and [x.shape for x in rewards] == [(B,), (B,)]
+    assert all(x.grad.is_cuda for x in logps)
+
+
+def test_clip_gradient_does_not_sync(fake_gpu):
+    gradient = ones(50, dtype=torch.float32)
+    for divisor in (2.0, ones(dtype=torch.float32), ones(dtype=torch.float64)):
+        norm = train.clip_gradient(gradient, divisor, 1.0)
+        assert norm.shape == () and norm.is_cuda
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("rows_per_source", [1, 3])
+def test_decoder_does_not_sync(fake_gpu, dtype, rows_per_source):
+    decoder = Decoder(make_model(dtype), ones(B, S), ones(B, S), rows_per_source)
+    decoder.step(ones(B * rows_per_source))
+    # keep all rows, then two sources, then repeat rows; a ninth equal step captures a CUDA graph
+    for rows, sources in ((B, None), (B, None), (2, ones(2)), (10, None)):
+        decoder.select(ones(rows * rows_per_source), sources)
+        logits, hidden = decoder.step(ones(rows * rows_per_source))
+        assert logits.shape == (rows * rows_per_source, V) and logits.dtype == torch.float32
+        assert hidden.shape == (rows * rows_per_source, D) and hidden.dtype == dtype
+
+
+@pytest.mark.parametrize("options", [
+    {"repetition_penalty": 1.3}, {"min_new_tokens": 9}, {"do_sample": True, "temperature": 0.7},
+    {"do_sample": True, "top_k": 5}, {"do_sample": True, "top_p": 0.9, "num_beams": 3}], ids=str)
+def test_process_does_not_sync(fake_gpu, options):
+    scores = ones(B, V, dtype=torch.float32)
+    scores = GenerationConfig(**options).process(scores, ones(B, T), 1)
+    assert scores.shape == (B, V) and scores.dtype == torch.float32 and scores.is_cuda
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("options", "rows"), [
+    ({}, [B]), ({"do_sample": True, "top_k": 5, "top_p": 0.9}, [B]), ({"num_beams": 3}, [3 * B]),
+    ({"num_beams": 3, "do_sample": True, "early_stopping": True}, [3 * B]),
+    ({"top_k": 4, "penalty_alpha": 0.6}, [B, 4 * B])], ids=str)
+def test_generate_first_syncs_to_see_which_rows_have_finished(fake_gpu, monkeypatch, dtype,
+                                                              options, rows):
+    """rows: the batch sizes of Decoder.step up to the first token. The sync reads booleans."""
+    step, steps = Decoder.step, []
+    monkeypatch.setattr(Decoder, "step", lambda decoder, ids: (steps.append(len(ids)),
+                                                               step(decoder, ids))[1])
+    with pytest.raises(DeviceSync) as sync:
+        generate(make_model(dtype), ones(B, S), ones(B, S), **options)
+    assert steps == rows
+    assert sync.value.source.dtype == torch.bool and sync.value.source.shape in ((B,), ())
+
+
+PAIRS = ("input_ids", "attention_mask", "chosen_labels", "rejected_labels")
+KNOWN_SYNCS = {
+    "loss_sum": lambda: make_model().loss_sum(ones(B, S), ones(B, S), ones(B, T)),
+    "pair_logps": lambda: dpo.pair_logps(make_model(), {name: ones(B, T) for name in PAIRS}),
+    "no_repeat_ngram_size": lambda: GenerationConfig(no_repeat_ngram_size=2).process(
+        ones(B, V, dtype=torch.float32), ones(B, T), 1),
+}
+
+
+@pytest.mark.xfail(raises=DeviceSync, strict=True, reason="uses a boolean mask or nonzero")
+@pytest.mark.parametrize("call", KNOWN_SYNCS)
+def test_known_syncs(fake_gpu, call):
+    with torch.no_grad():
+        KNOWN_SYNCS[call]()
+
+
+# --- the choice of a device -----------------------------------------------------------------------
+
+
+def fake_driver(monkeypatch, count: int) -> list:
+    """torch.cuda reports count GPUs. Returns the arguments of set_device and enable_cudnn_sdp."""
+    calls = []
+    monkeypatch.setattr(sample.os, "environ", dict(sample.os.environ))
+    monkeypatch.setattr(torch, "empty", lambda *size, device: None)
+    monkeypatch.setattr(torch.backends.cuda, "enable_cudnn_sdp", calls.append)
+    for name, value in (("is_available", lambda: count > 0), ("device_count", lambda: count),
+                        ("current_device", lambda: 0), ("set_device", calls.append)):
+        monkeypatch.setattr(torch.cuda, name, value)
+    return calls
+
+
+@pytest.mark.parametrize(("name", "index"), [(None, 0), ("cuda", 0), ("cuda:1", 1)])
+def test_pick_device_selects_a_gpu_by_index(monkeypatch, name, index):
+    calls = fake_driver(monkeypatch, 2)
+    assert sample.pick_device(name) == torch.device("cuda", index)
+    assert calls == [torch.device("cuda", index), False]
+
+
+@pytest.mark.parametrize(("name", "count"), [("cuda", 0), ("cuda:0", 0), ("cuda:2", 2)])
+def test_pick_device_names_the_flag_of_a_missing_gpu(monkeypatch, name, count):
+    fake_driver(monkeypatch, count)
+    with pytest.raises(ValueError, match=f"--device {name}"):
+        sample.pick_device(name)
+
+
+def test_without_a_gpu_pick_device_takes_the_cpu(monkeypatch):
+    calls = fake_driver(monkeypatch, 0)
+    assert sample.pick_device(None) == torch.device("cpu") and not calls
+
+
+# --- on a GPU -------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def gpu() -> torch.device:
+    return sample.pick_device(GPU)  # as the scripts do: it also turns cuDNN attention off
 
 
 @pytest.fixture(scope="module")
 def pairs(tmp_path_factory) -> Path:
-    """A folder with train.parquet and a tokenizer of it."""
+    """A folder with train.parquet and a tokenizer trained on it."""
     folder = tmp_path_factory.mktemp("gpu")
     prompts, responses = zip(*make_demo()[0][:4000])
     pq.write_table(pa.table({"prompt": prompts, "response": responses}), folder / "train.parquet")
@@ -29,52 +358,81 @@ def pairs(tmp_path_factory) -> Path:
     return folder
 
 
+MEASURE = """
+import runpy, sys, torch
+sys.argv = sys.argv[1:]
+sys.path.insert(0, ".")
+try:
+    runpy.run_path(sys.argv[0], run_name="__main__")
+finally:
+    print("reserved", torch.cuda.max_memory_reserved() if torch.cuda.is_available() else 0)
+"""
+
+
 def reserved_by(script: str, *args: str) -> int:
-    """Run a script: the most bytes that it reserved on the GPU."""
-    code = ("import runpy, sys, torch\nsys.argv = sys.argv[1:]\nsys.path.insert(0, '.')\ntry:\n    runpy.run_path(sys.argv[0], run_name='__main__')\n"
-            "finally:\n    print('reserved', torch.cuda.max_memory_reserved() if torch.cuda.is_available() else 0)")
-    ran = subprocess.run([sys.executable, "-c", code, script, *args], capture_output=True, text=True, timeout=300, cwd=ROOT)
+    """Run a script. Returns the largest number of bytes that it reserves on the GPU."""
+    ran = subprocess.run([sys.executable, "-c", MEASURE, script, *args], capture_output=True,
+                         text=True, timeout=300, cwd=ROOT)
     assert ran.returncode == 0, ran.stderr
     return int(ran.stdout.splitlines()[-1].split()[1])
 
 
-@pytest.mark.parametrize("options", [{}, {"num_beams": 4}, {"num_beams": 3, "no_repeat_ngram_size": 2}, {"top_k": 4, "penalty_alpha": 0.6}], ids=str)
-def test_a_gpu_gives_the_tokens_of_a_cpu(options):
+@needs_gpu
+@pytest.mark.parametrize("options", [
+    {}, {"num_beams": 4}, {"num_beams": 3, "no_repeat_ngram_size": 2},
+    {"top_k": 4, "penalty_alpha": 0.6}], ids=str)
+def test_a_gpu_gives_the_tokens_of_a_cpu(gpu, options):
     torch.manual_seed(0)
-    model = ChatLM(ChatLMConfig.preset("demo", vocab_size=300, initializer_factor=2.0)).eval()
+    config = ChatLMConfig.preset("demo", vocab_size=300, initializer_factor=2.0)
+    model = ChatLM(config).eval()
     ids, mask = torch.randint(7, 300, (5, 12)), torch.ones(5, 12, dtype=torch.int64)
     mask[1, 4:] = mask[3, 9:] = 0
     expected = generate(model, ids, mask, max_new_tokens=40, **options)
-    assert torch.equal(generate(model.to(GPU), ids.to(GPU), mask.to(GPU), max_new_tokens=40, **options).cpu(), expected)
+    tokens = generate(model.to(gpu), ids.to(gpu), mask.to(gpu), max_new_tokens=40, **options)
+    assert torch.equal(tokens.cpu(), expected)
 
 
+@needs_gpu
 def test_float16_answers_within_512_mb(pairs):
     model = ChatLM(ChatLMConfig.preset("0.2b"))
     model.save_pretrained(pairs)
-    reserved = reserved_by("sample.py", "--model", str(pairs), "--prompt", "今天天气怎么样？" * 8, "--dtype", "float16", "--device", GPU,
-                           "--min_new_tokens", "128", "--max_new_tokens", "128")
+    reserved = reserved_by(
+        "sample.py", "--model", str(pairs), "--prompt", "今天天气怎么样？" * 8, "--device", GPU,
+        "--dtype", "float16", "--min_new_tokens", "128", "--max_new_tokens", "128")
     assert 2 * model.num_parameters() < reserved < 512 << 20
 
 
 def train_losses(pairs: Path, out: Path, *flags: str) -> tuple[list[float], int]:
-    reserved = reserved_by("train.py", "--data", str(pairs / "train.parquet"), "--tokenizer", str(pairs), "--out_dir", str(out), "--workers", "0", *flags)
-    return [line["loss"] for line in map(json.loads, (out / "log.jsonl").read_text().splitlines()) if "loss" in line], reserved
+    """Train on pairs. Returns the loss of every step and the bytes reserved on the GPU."""
+    reserved = reserved_by("train.py", "--data", str(pairs / "train.parquet"), "--tokenizer",
+                           str(pairs), "--out_dir", str(out), "--workers", "0", *flags)
+    log = map(json.loads, (out / "log.jsonl").read_text().splitlines())
+    return [line["loss"] for line in log if "loss" in line], reserved
 
 
-@pytest.mark.parametrize(("dtype", "close"), [("float32", 1e-3), ("bfloat16", 2e-2), ("float16", 2e-2)])
+@needs_gpu
+@pytest.mark.parametrize(("dtype", "close"),
+                         [("float32", 1e-3), ("bfloat16", 2e-2), ("float16", 2e-2)])
 @pytest.mark.parametrize("flags", [[], ["--compile"], ["--checkpoint_activations"]], ids=str)
 def test_a_gpu_trains_as_a_cpu_does(pairs, tmp_path, dtype, close, flags):
-    common = ["--preset", "demo", "--max_steps", "30", "--batch_tokens", "2048", "--micro_batch_tokens", "1024", "--max_len", "40", "--seed", "3"]
-    expected, _ = train_losses(pairs, tmp_path / "cpu", *common, "--device", "cpu", "--dtype", "float32")
-    losses, _ = train_losses(pairs, tmp_path / "gpu", *common, "--device", GPU, "--dtype", dtype, *flags)
+    common = ["--preset", "demo", "--max_steps", "30", "--batch_tokens", "2048",
+              "--micro_batch_tokens", "1024", "--max_len", "40", "--seed", "3"]
+    expected, _ = train_losses(pairs, tmp_path / "cpu", *common, "--device", "cpu",
+                               "--dtype", "float32")
+    losses, _ = train_losses(pairs, tmp_path / "gpu", *common, "--device", GPU,
+                             "--dtype", dtype, *flags)
     assert len(losses) == 30 and losses[:5] == pytest.approx(expected[:5], rel=close)
     assert sum(losses[-10:]) == pytest.approx(sum(expected[-10:]), rel=5 * close)
 
 
+@needs_gpu
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_the_large_model_trains_within_4_gb(pairs, tmp_path, dtype):
     tokenizer = Tokenizer.from_pretrained(pairs)
-    Tokenizer(tokenizer.vocab + [f"<{i}>" for i in range(len(tokenizer), 29298)], tokenizer.merges).save_pretrained(tmp_path)
-    _, reserved = train_losses(pairs, tmp_path / "large", "--preset", "0.2b", "--tokenizer", str(tmp_path), "--micro_batch_tokens", "640", "--batch_tokens", "640", "--max_len", "320",
-                               "--max_steps", "4", "--device", GPU, "--dtype", dtype, "--optimizer", "adafactor")
+    vocab = tokenizer.vocab + [f"<{i}>" for i in range(len(tokenizer), 29298)]
+    Tokenizer(vocab, tokenizer.merges).save_pretrained(tmp_path)
+    _, reserved = train_losses(
+        pairs, tmp_path / "large", "--preset", "0.2b", "--tokenizer", str(tmp_path),
+        "--micro_batch_tokens", "640", "--batch_tokens", "640", "--max_len", "320",
+        "--max_steps", "4", "--device", GPU, "--dtype", dtype, "--optimizer", "adafactor")
     assert reserved < 4e9

@@ -180,7 +180,7 @@ def test_resume_is_exact_after_kills(base, straight, tmp_path):
         code = run_and_kill(args, out, step, how)
         assert code == (-signal.SIGKILL if how == signal.SIGKILL else 128 + how)
     done = call(*args)
-    assert done.returncode == 0 and "going on from" in done.stdout, done.stderr
+    assert done.returncode == 0 and "resuming from" in done.stdout, done.stderr
     assert curve(out) == curve(straight)
     for name in ("model.safetensors", "best/model.safetensors"):
         assert (out / name).read_bytes() == (straight / name).read_bytes()
@@ -252,7 +252,7 @@ def test_a_killed_rank_is_started_again(base, straight, tmp_path):
         time.sleep(0.01)
     os.kill(ranks_below(process.pid)[-1], signal.SIGKILL)
     said = process.communicate(timeout=60)[0]
-    assert process.returncode == 0 and "going on from" in said, said
+    assert process.returncode == 0 and "resuming from" in said, said
     assert [r[0] for r in curve(out)] == [r[0] for r in curve(straight)]
     for a, b in zip(curve(out), curve(straight), strict=True):
         assert a[1] is None or math.isclose(a[1], b[1], rel_tol=2e-3)
@@ -336,8 +336,8 @@ def test_float16_trains_to_the_loss_of_float32(base, tmp_path):
 def test_overlap_with_validation_is_counted(base, call_here, tmp_path):
     pq.write_table(pa.table({"prompt": ["你好", "你好", "再见", "没有"], "response": ["一", "二", "三", "四"]}), tmp_path / "v.parquet")
     pq.write_table(pa.table({"prompt": pa.array(["你好", "再见", "再见", None], pa.large_string()), "response": ["五", "六", "七", "八"]}), tmp_path / "t.parquet")
-    assert train.overlap([str(tmp_path / "t.parquet"), base[1]], str(tmp_path / "v.parquet")) == 2
-    assert train.overlap([base[1]], base[3]) == 0
+    assert train.overlap([str(tmp_path / "t.parquet"), base[1]], [str(tmp_path / "v.parquet")]) == 2
+    assert train.overlap([base[1]], [base[3]]) == 0
     done = call_here(*base[:2], "--valid", base[1], *base[4:], "--out_dir", str(tmp_path / "out"), "--max_steps", "1")
     prompts = set(pq.read_table(base[1])["prompt"].to_pylist())
     assert f"warning: {len(prompts):,} prompts of --valid are in --data too" in done.stderr
@@ -363,7 +363,7 @@ def test_damaged_checkpoint_is_passed_over(base, straight, tmp_path):
     newest.write_bytes(newest.read_bytes()[:-1000])
     args = [*base, "--out_dir", str(out), "--max_steps", "24", "--eval_every", "10", "--save_every", "4"]
     done = call(*args)
-    assert done.returncode == 0 and "is damaged and passed over" in done.stderr and older.name in done.stdout
+    assert done.returncode == 0 and "is damaged and skipped" in done.stderr and older.name in done.stdout
     assert curve(out) == curve(straight)
     for path in list_checkpoints(out / "checkpoint"):
         path.write_bytes(b"x")
