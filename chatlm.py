@@ -17,6 +17,7 @@ import json
 import math
 import os
 import re
+import shlex
 import warnings
 import weakref
 from collections.abc import Callable
@@ -68,6 +69,20 @@ class ChatLMConfig:
             self.scale_decoder_outputs = self.tie_word_embeddings
         if self.feed_forward_proj not in ("relu", "gated-gelu"):
             raise ValueError(f"feed_forward_proj {self.feed_forward_proj!r} is not supported: relu or gated-gelu")
+        for field in dataclasses.fields(self):
+            value, kind = getattr(self, field.name), type(field.default)
+            if field.name in ("num_decoder_layers", "scale_decoder_outputs"):
+                kind = int if field.name == "num_decoder_layers" else bool
+            least = 0 if field.name.endswith("_token_id") else 1
+            if kind is float and (type(value) not in (int, float) or not 0 <= value < math.inf):
+                raise ValueError(f"{field.name} must be a number of 0 or more, not {value!r}")
+            if kind is int and (type(value) is not int or value < least):
+                raise ValueError(f"{field.name} must be a whole number of {least} or more, not {value!r}")
+            if kind is bool and type(value) is not bool:
+                raise ValueError(f"{field.name} must be true or false, not {value!r}")
+        for name in ("pad_token_id", "eos_token_id", "decoder_start_token_id"):
+            if getattr(self, name) >= self.vocab_size:
+                raise ValueError(f"{name} is {getattr(self, name)}, and the vocabulary has only {self.vocab_size} tokens")
 
     @classmethod
     def preset(cls, name: str, **changes) -> "ChatLMConfig":
@@ -78,25 +93,57 @@ class ChatLMConfig:
 
     @classmethod
     def from_pretrained(cls, folder) -> "ChatLMConfig":
-        """Read folder/config.json. Raises FileNotFoundError without one, ValueError if it is not a T5's."""
+        """Read folder/config.json, and the token ids of generation_config.json, which come first as in transformers. Raises
+        FileNotFoundError without a config.json, ValueError where it is not a T5's or a value has no meaning here."""
         path = Path(folder) / "config.json"
+        if (Path(folder) / "adapter_config.json").is_file() and not path.is_file():
+            raise ValueError(f"{folder} is a LoRA adapter, not a model: merge it first with  python dpo.py merge --model BASE_MODEL "
+                             f"--adapter {shlex.quote(str(folder))} --out MERGED")
         if not path.is_file():
             raise FileNotFoundError(f"{folder} is not a model folder: it has no config.json")
-        try:
-            fields = json.loads(path.read_text("utf-8"))
-            kind = fields.get("model_type")
-        except (ValueError, AttributeError):
-            raise ValueError(f"{path} is damaged: not a JSON object") from None
-        if kind != "t5":
-            raise ValueError(f"{path}: model_type is {kind!r}, and only 't5' can be loaded")
+        fields = read_json(path)
+        if fields.get("model_type") != "t5":
+            raise ValueError(f"{path}: model_type is {fields.get('model_type')!r}, and only 't5' can be loaded")
         known = {f.name for f in dataclasses.fields(cls)}
-        return cls(**{name: value for name, value in fields.items() if name in known})
+        values = {**T5_DEFAULTS, **{name: value for name, value in fields.items() if name in known}}
+        generation = read_generation(folder)
+        for name in ("pad_token_id", "eos_token_id", "decoder_start_token_id"):
+            for source in (generation, fields):
+                if source.get(name) is not None:
+                    values[name] = source[name]
+                    break
+            if isinstance(values.get(name), list) and len(values[name]) == 1:
+                values[name] = values[name][0]
+        try:
+            return cls(**values)
+        except ValueError as e:
+            raise ValueError(f"{path}: {e}") from None
 
     def to_json(self) -> str:
         derived = dict(architectures=["T5ForConditionalGeneration"], model_type="t5", is_encoder_decoder=True,
                        is_gated_act=self.feed_forward_proj == "gated-gelu", use_cache=True,
                        dense_act_fn="gelu_new" if self.feed_forward_proj == "gated-gelu" else "relu")
         return json.dumps({**derived, **dataclasses.asdict(self)}, indent=2) + "\n"
+
+
+T5_DEFAULTS = {"vocab_size": 32128, "d_model": 512, "d_kv": 64, "d_ff": 2048, "num_layers": 6, "num_heads": 8}  # where a file names none
+
+
+def read_json(path: Path) -> dict:
+    """A JSON object. Raises ValueError, naming the file, for anything else."""
+    try:
+        value = json.loads(path.read_text("utf-8"))
+    except (ValueError, RecursionError):
+        value = None
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} is damaged: not a JSON object")
+    return value
+
+
+def read_generation(folder) -> dict:
+    """generation_config.json, if there is one."""
+    path = Path(folder) / "generation_config.json"
+    return read_json(path) if path.is_file() else {}
 
 
 def empty_embedding(rows: int, width: int) -> nn.Embedding:
@@ -468,9 +515,11 @@ class ChatLM(nn.Module):
         """
         config = ChatLMConfig.from_pretrained(folder)
         weights = read_weights(Path(folder))
-        head, shared = weights.get("lm_head.weight"), weights.get("shared.weight")
+        names = ["shared.weight", "encoder.embed_tokens.weight", "decoder.embed_tokens.weight", *(["lm_head.weight"] if config.tie_word_embeddings else [])]
+        shared = next((weights[name] for name in names if name in weights), None)  # files of tied weights keep any one of these
         if shared is None:
             raise ValueError(f"{folder}: the weights have no shared.weight, so they are not a T5's")
+        weights["shared.weight"], head = shared, weights.get("lm_head.weight")
         config.tie_word_embeddings = head is None or torch.equal(head, shared)
         drop = {"encoder.embed_tokens.weight", "decoder.embed_tokens.weight",  # copies that older T5 files carry
                 "decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight"}
@@ -484,11 +533,7 @@ class ChatLM(nn.Module):
         if wrong:
             raise ValueError(f"{folder}: config.json and the weights do not fit, first at {wrong[0]}")
         model.load_state_dict(weights, assign=True)
-        if (path := Path(folder) / "generation_config.json").is_file():
-            try:
-                model.generation = dict(json.loads(path.read_text("utf-8")))
-            except (ValueError, TypeError):
-                raise ValueError(f"{path} is not a JSON object") from None
+        model.generation = read_generation(folder) or model.generation
         return model.eval()
 
     def save_pretrained(self, folder) -> None:

@@ -13,8 +13,10 @@ that clean and tokenise stay small.
 import contextlib
 import copy
 import csv
+import functools
 import hashlib
 import html
+import importlib
 import json
 import math
 import multiprocessing
@@ -31,6 +33,7 @@ from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from itertools import chain, compress
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -39,7 +42,7 @@ import pyarrow.parquet as pq
 import xxhash
 
 from tokenizer import (EOS, PAD, ArgumentParser, Problems, Tokenizer, atomic_write, batches, check_folder, in_order, input_files, joined_ranges, kind_of, number,
-                       open_text, read_rows, run, to_codepoints, whole_rows, write_errors)
+                       open_text, peek, read_rows, run, to_codepoints, whole_rows, write_errors)
 
 ROW_GROUP = 8192  # rows of a Parquet row group that we write
 WINDOW_ROWS, WINDOW_BYTES = 1 << 16, 1 << 25  # PairStream shuffles and sorts within windows of at most so much text
@@ -180,17 +183,18 @@ def make_demo(seed: int = 0) -> tuple[list[tuple[str, str]], list[tuple[str, str
 # --- writing ----------------------------------------------------------------------------------------------------------------
 
 class Writer:
-    """Writes rows' string columns as Parquet by atomic_write: path is replaced at the end, unless there was an error."""
+    """Writes rows' string columns as Parquet by atomic_write: path is replaced at the end, unless there was an error. The file's
+    metadata tells that this program wrote it: see check_outputs."""
+    MARK = {"written_by": "ChatLM data.py"}
 
     def __init__(self, path, columns: tuple[str, ...]):
         self.path, self.columns, self.total, self.batch = Path(path), columns, 0, []
-        if self.path.suffix != ".parquet" or self.path.exists() and not self.path.is_file():
-            raise ValueError(f"{path}: what is written is a file whose name ends with .parquet")
+        check_parquet_path(self.path)
         check_folder(self.path.parent)
 
     def __enter__(self) -> "Writer":
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.schema = pa.schema([(c, pa.string()) for c in self.columns])
+        self.schema = pa.schema([(c, pa.string()) for c in self.columns], self.MARK)
         self.exit = contextlib.ExitStack()
         temporary = self.exit.enter_context(atomic_write(self.path))
         with write_errors(self.path, pa.ArrowException):
@@ -231,6 +235,27 @@ class Writer:
             if error is not None:
                 raise error
             self.finish()
+
+
+def check_parquet_path(path: Path) -> None:
+    """Raises ValueError for a path to which no Parquet file can be written."""
+    if path.suffix != ".parquet" or path.exists() and not path.is_file():
+        raise ValueError(f"{path}: the output is a file whose name ends with .parquet")
+
+
+def check_outputs(inputs: list[str], outputs: list[Path]) -> None:
+    """Raises ValueError for an output that is no Parquet file, or a file of an input folder that data.py did not write."""
+    for output in outputs:
+        check_parquet_path(output)
+    folders = [Path(path).resolve() for path in inputs if Path(path).is_dir()]
+    for output in outputs:
+        if output.exists() and any(output.resolve().is_relative_to(folder) for folder in folders):
+            try:
+                ours = (pq.read_schema(output).metadata or {}).get(b"written_by") == Writer.MARK["written_by"].encode()
+            except (pa.ArrowException, OSError):
+                ours = False
+            if not ours:
+                raise ValueError(f"{output} is in the folder to read and would be overwritten: choose another --out")
 
 
 def write_pairs(path, rows: Iterable[dict], columns: tuple[str, ...] = PAIR) -> int:
@@ -367,10 +392,33 @@ def webtext(row: dict):
 
 
 def belle(row: dict):
-    instruction = row.get("instruction") or ""
-    if any(word in str(instruction) for word in ("翻译", "译成", "译为", "表格")):
+    """instruction, input and output; or input and target; or conversations, of which those of one turn are taken."""
+    if "conversations" in row:
+        try:
+            (ask, prompt), (reply, response) = ((turn["from"], turn["value"]) for turn in row["conversations"])
+        except (TypeError, KeyError):
+            return "conversations is not a list of from and value"
+        except ValueError:
+            return "conversation of several turns"
+        if ask not in ("human", "user") or reply not in ("assistant", "gpt", "bot"):
+            return "conversation of several turns" if reply in ("human", "user") else "conversation without a human or an assistant"
+    elif "target" in row and "output" not in row:
+        prompt, response = row.get("input"), row["target"]
+    else:
+        prompt, response = joined(row.get("instruction") or "", row.get("input")), row.get("output")
+    if isinstance(prompt, str) and any(word in prompt for word in ("翻译", "译成", "译为", "表格")):
         return "translation or table"
-    return joined(instruction, row.get("input")), row.get("output")
+    return prompt, response
+
+
+def unescaped(text):
+    """Line breaks for the two characters \\n, with which some published files write them, where there is no real line break."""
+    return text.replace("\\n", "\n") if isinstance(text, str) and "\n" not in text else text
+
+
+def preference(row: dict):
+    rejected = row.get("rejected", row.get("reject"))
+    return tuple(unescaped(text) for text in (row.get("prompt"), row.get("chosen"), rejected))
 
 
 def duie(row: dict):
@@ -405,31 +453,57 @@ def wiki(row: dict):
 
 
 def wiki_entries(path: Path, problems: Problems) -> Iterator[dict]:
-    """title and text of every entry that WikiExtractor wrote: <doc ... title="..."> to </doc>, or a line of JSON."""
+    """title and text of every entry, as one WikiExtractor or another wrote them: <doc ... title="..."> to </doc>, a line of JSON,
+    or "title:", the text and a blank line."""
     if kind_of(path) != ".txt":
         yield from read_rows([path], problems)
         return
     with open_text(path, problems) as f:
-        title, lines = None, []
-        for i, line in enumerate(f, 1):
-            if begins := re.match(r'<doc [^>]*title="(.*?)"[^"]*>$', line.rstrip()):
-                if title is not None:
-                    problems.note("entry without an end", f"{path}, line {i:,}")
-                title, lines = html.unescape(begins[1]), []
-            elif title is not None and line.rstrip() == "</doc>":
-                yield {"title": title, "text": "".join(lines)}
-                title = None
-            elif title is not None:
-                lines.append(line)
-            elif line.startswith("{"):
-                try:
-                    yield json.loads(line)
-                except (ValueError, RecursionError):
-                    problems.note("line is not JSON", f"{path}, line {i:,}")
-            elif line.strip():
-                problems.note("line outside an entry", f"{path}, line {i:,}")
-        if title is not None:
-            problems.note("entry without an end", f"{path}, line {i:,}")
+        head = peek(f, 1 << 16)
+        tagged = "<doc " in head or head.lstrip().startswith("{")
+        yield from (tagged_entries if tagged else titled_entries)(f, path, problems)
+
+
+def titled_entries(lines: Iterable[str], path: Path, problems: Problems) -> Iterator[dict]:
+    """A title is a line that ends with a colon, at the beginning or after a blank line. Paragraphs after a blank line that are
+    none go on with the entry."""
+    title, text, after_blank = None, [], True
+    for i, line in enumerate(lines, 1):
+        stripped = line.strip()
+        if after_blank and stripped.endswith((":", "：")):
+            if title is not None:
+                yield {"title": title, "text": "".join(text)}
+            title, text = stripped[:-1], []
+        elif title is not None:
+            text.append(line)
+        elif stripped:
+            problems.note("line outside an entry", f"{path}, line {i:,}")
+        after_blank = not stripped
+    if title is not None:
+        yield {"title": title, "text": "".join(text)}
+
+
+def tagged_entries(lines: Iterable[str], path: Path, problems: Problems) -> Iterator[dict]:
+    title, text = None, []
+    for i, line in enumerate(lines, 1):
+        if begins := re.match(r'<doc [^>]*title="(.*?)"[^"]*>$', line.rstrip()):
+            if title is not None:
+                problems.note("entry without an end", f"{path}, line {i:,}")
+            title, text = html.unescape(begins[1]), []
+        elif title is not None and line.rstrip() == "</doc>":
+            yield {"title": title, "text": "".join(text)}
+            title = None
+        elif title is not None:
+            text.append(line)
+        elif line.startswith("{"):
+            try:
+                yield json.loads(line)
+            except (ValueError, RecursionError):
+                problems.note("line is not JSON", f"{path}, line {i:,}")
+        elif line.strip():
+            problems.note("line outside an entry", f"{path}, line {i:,}")
+    if title is not None:
+        problems.note("entry without an end", f"{path}, line {i:,}")
 
 
 def medical_rows(path: Path, problems: Problems) -> Iterator[dict]:
@@ -444,7 +518,7 @@ def medical_rows(path: Path, problems: Problems) -> Iterator[dict]:
         return fields if len(fields) == 4 else text.split(",", 3)
 
     with open_text(path, problems) as f:
-        record, began, departments = "", 0, set()
+        record, began, departments = "", 1, set()
         for i, line in enumerate(chain(f, [None]), 1):
             head = (line or "").split(",", 3)
             begins = line is None or head[0] in departments or len(head) == 4 and 0 < len(head[0].strip()) <= 12 and record.count('"') % 2 == 0
@@ -470,7 +544,7 @@ SOURCES: dict[str, Callable] = {
     "wiki": wiki,
     "alpaca": lambda row: (joined(row.get("instruction"), row.get("input")), row.get("output")),
     "duie": duie,
-    "preference": lambda row: (row.get("prompt"), row.get("chosen"), row.get("rejected", row.get("reject"))),
+    "preference": preference,
     "pairs": lambda row: None,  # fields named on the command line
 }
 
@@ -483,28 +557,60 @@ def raw_rows(path: Path, source: str, problems: Problems) -> Iterator[dict]:
     return read_rows([path], problems)
 
 
-def clean_rows(job: tuple) -> tuple[list[dict], list[tuple[str, str]]]:
-    """One batch of raw rows (path, number of the first, rows, source, fields, min_chars, max_chars) -> clean rows, and
-    for each of the others why and where it was dropped."""
-    path, first, rows, source, fields, min_chars, max_chars = job
+class CleanJob(NamedTuple):
+    """One batch of raw rows for clean_rows."""
+    path: Path
+    first: int  # the number of its first row in the file
+    rows: list[dict]
+    source: str
+    fields: list[str]  # of the source pairs
+    min_chars: int
+    max_chars: int
+    to_simplified: bool
+
+
+def clean_rows(job: CleanJob) -> tuple[list[dict], list[tuple[str, str]]]:
+    """Clean rows, and for each of the others why and where it was dropped."""
     kept, dropped = [], []
-    for i, row in enumerate(rows, first):
-        taken = tuple(row.get(f) for f in fields) if source == "pairs" else SOURCES[source](row)
+    for i, row in enumerate(job.rows, job.first):
+        row = {name: None if isinstance(value, float) and math.isnan(value) else value for name, value in row.items()}  # as pandas writes it
+        taken = tuple(row.get(f) for f in job.fields) if job.source == "pairs" else SOURCES[job.source](row)
         others: tuple = ()
         if not isinstance(taken, str):
-            shortest = 1 if source == "duie" else min_chars
-            taken, others = clean_pair(*taken[:2], shortest, max_chars, source == "duie"), taken[2:]
+            taken = tuple(without_eos(text) for text in taken)
+            if job.to_simplified:
+                taken = tuple(simplified(text) for text in taken)
+            shortest = 1 if job.source == "duie" else job.min_chars
+            taken, others = clean_pair(*taken[:2], shortest, job.max_chars, job.source == "duie"), taken[2:]
         if isinstance(taken, str):
-            dropped.append((taken, f"{path}, row {i:,}"))
+            dropped.append((taken, f"{job.path}, row {i:,}"))
         elif not others:
             kept.append({"prompt": taken[0], "response": taken[1]})
-        elif isinstance(second := clean_pair(taken[0], others[0], shortest, max_chars), str):
-            dropped.append(("rejected: " + second, f"{path}, row {i:,}"))
+        elif isinstance(second := clean_pair(taken[0], others[0], shortest, job.max_chars), str):
+            dropped.append(("rejected: " + second, f"{job.path}, row {i:,}"))
         elif second[1] == taken[1]:
-            dropped.append(("chosen and rejected are equal", f"{path}, row {i:,}"))
+            dropped.append(("chosen and rejected are equal", f"{job.path}, row {i:,}"))
         else:
             kept.append({"prompt": taken[0], "chosen": taken[1], "rejected": second[1]})
     return kept, dropped
+
+
+def without_eos(text):
+    """A text without the [EOS] that ChatLM-mini-Chinese asks people to write at its end: the tokenizer adds it."""
+    return text.rstrip().removesuffix("[EOS]") if isinstance(text, str) and text.rstrip().endswith("[EOS]") else text
+
+
+@functools.cache
+def opencc():
+    """OpenCC's converter from traditional to simplified characters. Raises ValueError where OpenCC is not installed."""
+    try:
+        return importlib.import_module("opencc").OpenCC("t2s")
+    except ImportError:
+        raise ValueError("--to_simplified needs OpenCC:  pip install opencc") from None
+
+
+def simplified(text):
+    return opencc().convert(text) if isinstance(text, str) else text
 
 
 def grouped(rows: Iterable, size: int) -> Iterator[list]:
@@ -513,17 +619,21 @@ def grouped(rows: Iterable, size: int) -> Iterator[list]:
         yield batch
 
 
-def clean(inputs: list[str], source: str, out: str, fields: list[str], min_chars: int, max_chars: int, workers: int) -> None:
+def clean(inputs: list[str], source: str, out: str, fields: list[str], min_chars: int, max_chars: int, workers: int,
+          to_simplified: bool = False) -> None:
     check_folder(Path(out).parent)
-    files, counts, problems = input_files(inputs), Problems(), Problems()
+    check_outputs(inputs, [Path(out)])
+    files, counts, problems = input_files(inputs, [out]), Problems(), Problems()
+    if to_simplified:
+        opencc()  # fails early
 
-    def jobs() -> Iterator[tuple]:
+    def jobs() -> Iterator[CleanJob]:
         for path in files:
             first = 1
             for rows in grouped(raw_rows(path, source, problems), CLEAN_ROWS):
                 if source == "pairs" and first == 1 and not set(fields) <= rows[0].keys():
                     raise ValueError(f"{path} has no column {' or '.join(f for f in fields if f not in rows[0])}; its columns are {', '.join(map(str, rows[0]))}")
-                yield path, first, rows, source, fields, min_chars, max_chars
+                yield CleanJob(path, first, rows, source, fields, min_chars, max_chars, to_simplified)
                 first += len(rows)
 
     with Writer(out, PREFERENCE if source == "preference" else PAIR) as writer:
@@ -731,24 +841,26 @@ def dedup_indices(texts: Iterable[str], threshold: float = 0.85, against: Iterab
 
 
 class Rows:
-    """The whole rows of files, to be read as often as one likes; columns: prompt, response or prompt, chosen, rejected."""
+    """The whole rows of files, to be read as often as one likes; columns: prompt, response or prompt, chosen, rejected.
+    outputs: what the command writes, and does not read."""
 
-    def __init__(self, paths: list[str]):
-        self.paths, self.problems = paths, Problems()
-        head = next(read_rows(paths, Problems()), {})
+    def __init__(self, paths: list[str], outputs: Iterable[Path] = ()):
+        self.paths, self.problems, self.outputs = paths, Problems(), list(outputs)
+        check_outputs(paths, self.outputs)
+        head = next(read_rows(paths, Problems(), self.outputs), {})
         self.columns = PREFERENCE if set(PREFERENCE) <= head.keys() else PAIR
 
     def __iter__(self) -> Iterator[dict]:
         self.problems = Problems()
-        return whole_rows(self.paths, self.columns, self.problems)
+        return whole_rows(self.paths, self.columns, self.problems, self.outputs)
 
     def text(self, row: dict) -> str:
         return "\n".join([row[c] for c in self.columns])
 
 
 def dedup(inputs: list[str], out: str, threshold: float, against: str | None, workers: int) -> None:
-    rows = Rows(inputs)
-    others = Rows([against]) if against else None
+    rows = Rows(inputs, [Path(out)])
+    others = Rows([against], [Path(out)]) if against else None
     texts = list(map(others.text, others)) if others else []
     if others:
         refuse_nothing(len(texts), [str(against)], others.problems)
@@ -769,7 +881,7 @@ def split(inputs: list[str], out: str, valid: float, test: float) -> None:
     """By a hash of the prompt: equal questions fall on one side, and a row keeps its side when data is added."""
     if valid + test >= 1:
         raise ValueError(f"--valid {valid} and --test {test} leave nothing to train on")
-    rows, counts = Rows(inputs), Problems()
+    rows, counts = Rows(inputs, [Path(out) / f"{side}.parquet" for side in ("train", "valid", "test")]), Problems()
     with contextlib.ExitStack() as stack:
         sides = {side: stack.enter_context(Writer(Path(out) / f"{side}.parquet", rows.columns))
                  for side, share in (("train", 1.0), ("valid", valid), ("test", test)) if share}
@@ -1190,6 +1302,7 @@ def main() -> None:
     sub.add_argument("--response_field", default="response", help="column of the response (source pairs)")
     sub.add_argument("--min_chars", type=number(int, 1), default=5, help="shortest response, in characters")
     sub.add_argument("--max_chars", type=number(int, 1), default=1024, help="longest prompt and response, in characters")
+    sub.add_argument("--to_simplified", action="store_true", help="convert traditional characters to simplified ones (needs OpenCC)")
     dedup_command = command("dedup", "near-duplicates go, the first of each stays", out="X.parquet")
     dedup_command.add_argument("--threshold", type=number(float, 0, 1, above=True), default=0.85, help="Jaccard similarity of character 5-grams")
     dedup_command.add_argument("--against", metavar="Y.parquet", help="drop what is too close to these pairs, too")
@@ -1205,7 +1318,8 @@ def main() -> None:
         for path, pairs in write_demo(args.out, args.seed).items():
             print(f"{path}: {pairs:,} pairs")
     elif args.command == "clean":
-        clean(args.input, args.source, args.out, [args.prompt_field, args.response_field], args.min_chars, args.max_chars, args.workers)
+        clean(args.input, args.source, args.out, [args.prompt_field, args.response_field], args.min_chars, args.max_chars, args.workers,
+              args.to_simplified)
     elif args.command == "dedup":
         dedup(args.input, args.out, args.threshold, args.against, args.workers)
     elif args.command == "split":

@@ -240,18 +240,20 @@ def reject(argv: list[str]) -> None:
     add("--max_len", type=number(int, 2), default=320, help="tokens of a prompt; what is longer is cut")
     add("--device", help="cpu, cuda or cuda:N; none: a GPU if there is one")
     args = parser.parse_args(argv)
-    rows = list(data.whole_rows([args.data], data.PAIR))
-    model = sample.load(args.model, None, sample.pick_device(args.device))
-    torch.manual_seed(args.seed)
-    options = {"max_new_tokens": args.max_new_tokens}
-    if args.num_samples > 1:
-        options |= {"do_sample": True, "temperature": args.temperature, "num_return_sequences": args.num_samples}
     answers = f"{args.out}.answers.jsonl"  # continued when the command runs again
-    sample.answer_file(model, Tokenizer.from_pretrained(args.model, append_eos=True), args.data, answers, args.batch_size, args.max_len, options)
+    rows = list(data.whole_rows([args.data], data.PAIR, outputs=[args.out, answers]))
+    data.check_parquet_path(Path(args.out))
+    with memory_hint("--batch_size"):
+        model = sample.load(args.model, None, sample.pick_device(args.device))
+        torch.manual_seed(args.seed)
+        options = {"max_new_tokens": args.max_new_tokens}
+        if args.num_samples > 1:
+            options |= {"do_sample": True, "temperature": args.temperature, "num_return_sequences": args.num_samples}
+        made_by = {"model": sample.model_hash(args.model), **options, "max_len": args.max_len, "seed": args.seed if args.num_samples > 1 else None}
+        tokenizer = Tokenizer.from_pretrained(args.model, append_eos=True)
+        sample.answer_file(model, tokenizer, args.data, answers, args.batch_size, args.max_len, options, made_by, [args.out])
     triples = []
     for row, said in zip(rows, data.read_rows([answers]), strict=True):
-        if said["prompt"] != row["prompt"]:
-            raise ValueError(f"{answers} holds answers to other prompts: delete it, or name another --out")
         others = [a for a in said.get("responses", [said.get("response")]) if a and a.strip() != row["response"].strip()]
         if others:
             rejected = min(others, key=lambda a: sample.bleu4([a], [row["response"]]))
@@ -259,6 +261,7 @@ def reject(argv: list[str]) -> None:
     data.write_pairs(args.out, triples, COLUMNS)
     print(f"{args.out}: {len(triples):,} triples; {len(rows) - len(triples):,} dropped, where every answer was the chosen one or empty")
     os.unlink(answers)
+    Path(answers).with_name(f".{Path(answers).name}.settings").unlink()
 
 
 def merge(argv: list[str]) -> None:

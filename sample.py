@@ -8,6 +8,8 @@
 generate() takes transformers' argument names in their meaning and gives, for greedy and beam search, its tokens. A row
 that has finished leaves the batch, so it costs nothing more.
 """
+import hashlib
+import itertools
 import json
 import math
 import os
@@ -20,10 +22,11 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import torch
+import xxhash
 from torch import Tensor
 
-from chatlm import ChatLM, Decoder
-from tokenizer import ArgumentParser, Tokenizer, number, read_rows, run, whole_rows
+from chatlm import ChatLM, ChatLMConfig, Decoder
+from tokenizer import ArgumentParser, Tokenizer, input_files, memory_hint, number, read_rows, run, whole_rows, write_errors, write_file
 
 FINISHED = -1e9  # what a beam that may not go on, or has not ended, scores: finite, as in transformers
 WINDOW = 4096  # prompts of a file that are sorted by length together
@@ -301,9 +304,9 @@ def triples(text: str) -> set[str]:
     return {",".join(part.strip() for part in t.split(",")) for t in re.findall(r"\(([^()]*(?:\([^()]*\)[^()]*)*)\)", text)}
 
 
-def losses(model: ChatLM, tokenizer: Tokenizer, rows: list[dict], max_len: int, batch_size: int = 16) -> tuple[float, int]:
-    """Sum of nats over the responses of rows, and their tokens."""
-    nats, tokens = 0.0, 0
+def losses(model: ChatLM, tokenizer: Tokenizer, rows: list[dict], max_len: int, batch_size: int = 16) -> tuple[float, int, int]:
+    """Sum of nats over the responses of rows, cut to max_len tokens; their tokens; the characters that those spell."""
+    nats, tokens, chars = 0.0, 0, 0
     device = model.shared.weight.device
     for begin in range(0, len(rows), batch_size):
         part = rows[begin:begin + batch_size]
@@ -312,17 +315,18 @@ def losses(model: ChatLM, tokenizer: Tokenizer, rows: list[dict], max_len: int, 
             nats += float(model.loss_sum(*to_batch(tokenizer, [r["prompt"] for r in part], max_len, device),
                                          labels.masked_fill(there == 0, -100)))
         tokens += int(there.sum())
-    return nats, tokens
+        chars += sum(len(tokenizer.decode(row)) for row in labels.tolist())
+    return nats, tokens, chars
 
 
 def score(model: ChatLM, tokenizer: Tokenizer, rows: list[dict], max_len: int = 512, batch_size: int = 32, **options) -> tuple[dict, list[str]]:
     """Scores of a model on rows of prompt and response, and its answers."""
     ordered = sorted(rows, key=lambda r: len(r["response"]))
-    nats, tokens = losses(model, tokenizer, ordered, max_len)
+    nats, tokens, chars = losses(model, tokenizer, ordered, max_len)
     answers = answer(model, tokenizer, [r["prompt"] for r in rows], batch_size, max_len, **options)
     references = [r["response"] for r in rows]
     result = {"rows": len(rows), "loss": nats / tokens, "ppl": math.exp(min(700.0, nats / tokens)),
-              "nats_per_char": nats / max(1, sum(map(len, references))), "bleu4": bleu4(answers, references),
+              "nats_per_char": nats / max(1, chars), "bleu4": bleu4(answers, references),
               "exact_match": sum(a.strip() == r.strip() for a, r in zip(answers, references)) / len(rows)}
     if all(r.startswith("[(") and r.endswith(")]") for r in references):
         pairs = [(triples(a), triples(r)) for a, r in zip(answers, references)]
@@ -371,51 +375,82 @@ def load(folder: str, dtype: str | None, device: torch.device) -> ChatLM:
     return model
 
 
-def read_prompts(path: str) -> Iterator[str]:
-    for i, row in enumerate(read_rows([path]), 1):
+def read_prompts(source: str, outputs: Iterable[str]) -> Iterator[str]:
+    """The prompts of a file or folder: column prompt, or text, such as the lines of a .txt file, of which blank ones are
+    skipped. outputs: files that the command writes, which are not read."""
+    for i, row in enumerate(read_rows([source], outputs=outputs), 1):
         prompt = row.get("prompt", row.get("text"))
         if not isinstance(prompt, str):
-            raise ValueError(f"{path}, row {i:,} has no text in prompt; its columns are {', '.join(row)}")
-        yield prompt
+            raise ValueError(f"{source}, row {i:,} has no text in prompt; its columns are {', '.join(map(str, row))}")
+        if prompt.strip() or row.keys() != {"text"}:
+            yield prompt
 
 
-def answer_file(model: ChatLM, tokenizer: Tokenizer, source: str, target: str, batch_size: int, max_len: int, options: dict) -> int:
-    """Append {"prompt", "response"} lines to target (with num_return_sequences "responses", a list), in the order of
-    source, from where target ends. Returns the rows written."""
+def model_hash(folder: str) -> str:
+    """A hash of a model folder's weights, configuration and tokenizer."""
+    files = [*sorted(Path(folder).glob("*.safetensors")), Path(folder) / "config.json", Path(folder) / "tokenizer.json"]
+    digest = xxhash.xxh3_64()
+    for path in files:
+        with open(path, "rb") as f:
+            digest.update(hashlib.file_digest(f, xxhash.xxh3_64).digest())
+    return digest.hexdigest()
+
+
+def count_answers(prompts: Iterator[str], target: Path, record: Path, made_by: dict) -> int:
+    """How many answers target holds already: to the first of the prompts, by the model and settings of made_by. Raises ValueError,
+    and changes nothing, where target holds something else. A last line that was cut off is not counted."""
+    if not target.exists() or not target.stat().st_size:
+        return 0
+    other = f"delete it, or name another file than {target}"
+    if not target.is_file() or not record.is_file():
+        raise ValueError(f"{target} was not written by this command, or its {record.name} is lost: {other}")
+    before = json.loads(record.read_text("utf-8"))
+    if changed := [name for name in made_by if before.get(name) != made_by[name]]:
+        raise ValueError(f"{target} holds answers with another {changed[0]} ({before.get(changed[0])}, now {made_by[changed[0]]}): {other}")
     done = 0
-    if Path(target).exists():
-        with open(target, "rb+") as f:  # a line cut off in the middle goes
-            whole = sum(len(line) for line in f if line.endswith(b"\n"))
-            f.truncate(whole)
-            f.seek(0)
-            done = sum(1 for _ in f)
-    Path(target).parent.mkdir(parents=True, exist_ok=True)
-    written, begin_s, window = 0, time.monotonic(), []
-    total = None
+    with open(target, "rb") as f:
+        for line in f:
+            if not line.endswith(b"\n"):
+                break
+            try:
+                prompt = json.loads(line)["prompt"]
+            except (ValueError, KeyError, TypeError):
+                raise ValueError(f"{target}, line {done + 1:,} is not an answer: {other}") from None
+            if prompt != next(prompts, None):
+                raise ValueError(f"{target}, line {done + 1:,} answers another prompt than --input has there: {other}")
+            done += 1
+    return done
 
-    def flush() -> None:
-        nonlocal written
+
+def answer_file(model: ChatLM, tokenizer: Tokenizer, source: str, target: str, batch_size: int, max_len: int, options: dict,
+                made_by: dict, outputs: Iterable[str] = ()) -> int:
+    """Append {"prompt", "response"} lines to target (with num_return_sequences "responses", a list), in the order of
+    source, from where target ends. made_by: model and settings, kept beside target in a hidden file, so that answers of
+    others are never mixed in; outputs: more files not to be read. Returns the rows written; raises ValueError where target is another file."""
+    out = Path(target)
+    record = out.with_name(f".{out.name}.settings")
+    outputs = [target, *outputs]
+    done = count_answers(read_prompts(source, outputs), out, record, made_by)
+    total = sum(1 for _ in read_prompts(source, outputs))
+    out.parent.mkdir(parents=True, exist_ok=True)
+    write_file(record, json.dumps(made_by) + "\n")
+    with open(out, "ab+") as f:  # drop a line that was cut off
+        f.seek(0)
+        f.truncate(sum(len(line) for line in f if line.endswith(b"\n")))
+    written, begin_s = 0, time.monotonic()
+    prompts = itertools.islice(read_prompts(source, outputs), done, None)
+    while window := list(itertools.islice(prompts, WINDOW)):
         answers = answer(model, tokenizer, window, batch_size, max_len, **options)
         per = len(answers) // len(window)
         rows = [{"prompt": prompt, "response": answers[i]} if per == 1 else {"prompt": prompt, "responses": answers[i * per:(i + 1) * per]}
                 for i, prompt in enumerate(window)]
-        out.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-        out.flush()
-        os.fsync(out.fileno())
+        with write_errors(target), open(out, "a", encoding="utf-8", errors="backslashreplace") as f:  # half a surrogate pair as JSON escapes it
+            f.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+            f.flush()
+            os.fsync(f.fileno())
         written += len(window)
         left_s = (time.monotonic() - begin_s) / written * (total - done - written)
         print(f"{done + written:,} of {total:,} answers, {left_s:,.0f} s left", file=sys.stderr)
-        window.clear()
-
-    total = sum(1 for _ in read_prompts(source))
-    with open(target, "a", encoding="utf-8", errors="backslashreplace") as out:  # half a surrogate pair as JSON escapes it
-        for i, prompt in enumerate(read_prompts(source)):
-            if i >= done:
-                window.append(prompt)
-                if len(window) == WINDOW:
-                    flush()
-        if window:
-            flush()
     return written
 
 
@@ -501,9 +536,14 @@ def decoding_options(args, model: ChatLM) -> dict:
     if args.reference_settings:
         said |= REFERENCE
     said |= {name: getattr(args, name) for name in names if getattr(args, name) is not None}
-    for name in ("temperature", "top_p"):
-        if getattr(args, name) and not said.get("do_sample"):
-            print(f"note: --{name} changes nothing without --do_sample", file=sys.stderr)
+    contrastive = said.get("penalty_alpha", 0) > 0
+    for names, works, needs in ((("temperature", "top_p"), said.get("do_sample"), "--do_sample"),
+                                (("top_k",), said.get("do_sample") or contrastive, "--do_sample or --penalty_alpha"),
+                                (("seed",), said.get("do_sample"), "--do_sample"),
+                                (("length_penalty", "early_stopping"), said.get("num_beams", 1) > 1, "--num_beams")):
+        for name in names:
+            if getattr(args, name, None) is not None and not works:
+                print(f"note: --{name} changes nothing without {needs}", file=sys.stderr)
     return asdict(GenerationConfig(**said))
 
 
@@ -517,7 +557,7 @@ def main() -> None:
     what.add_argument("--score", metavar="F", help="loss, perplexity, BLEU-4 and exact match on a file of pairs")
     add("--output", metavar="G.jsonl", help="where the answers to --input go; a file that is there is continued")
     add("--model", default="out", metavar="DIR", help="model folder")
-    add("--batch_size", type=number(int, 1), default=32, help="prompts at a time, of a file")
+    add("--batch_size", type=number(int, 1), help="prompts at a time, of a file; lower it if memory runs out (default: 32)")
     add("--max_len", type=number(int, 2), default=512, help="tokens of a prompt; what is longer is cut")
     add("--max_new_tokens", type=number(int, 1), help="tokens of an answer; 256")
     add("--min_new_tokens", type=number(int, 0), help="tokens of an answer; 0")
@@ -538,12 +578,25 @@ def main() -> None:
     add("--seed", type=int, help="of sampling")
     add("--device", help="cpu, cuda or cuda:N; none: a GPU if there is one")
     args = parser.parse_args()
-    if args.input and not args.output:
-        parser.error("--input needs --output")
+    if bool(args.input) != bool(args.output):
+        parser.error("--input and --output need each other")
     if args.prompt is not None and not args.prompt.strip():
         parser.error("--prompt is empty")
-    if not (Path(args.model) / "config.json").is_file():
+    many = args.input or args.score
+    if args.batch_size and not many:
+        parser.error("--batch_size is for --input and --score")
+    args.batch_size = args.batch_size or 32
+    with memory_hint("--batch_size" if many else "--max_new_tokens or --num_beams (--batch_size is for files)"):
+        run_command(args)
+
+
+def run_command(args) -> None:
+    """Answer the prompt or the file, score, or chat."""
+    if not any((Path(args.model) / name).is_file() for name in ("config.json", "adapter_config.json")):
         raise FileNotFoundError(f"no model in {args.model!r}: train one first with  python train.py  or name its folder with --model")
+    ChatLMConfig.from_pretrained(args.model)  # fails early
+    if args.input:
+        input_files([args.input], [args.output])
     device = pick_device(args.device)
     tokenizer = Tokenizer.from_pretrained(args.model, append_eos=True)
     model = load(args.model, args.dtype, device)
@@ -557,7 +610,9 @@ def main() -> None:
             print(f"the prompt is cut to --max_len {args.max_len} tokens", file=sys.stderr)
         say_answer(model, tokenizer, args.prompt, args.max_len, GenerationConfig(**options))
     elif args.input:
-        n = answer_file(model, tokenizer, args.input, args.output, args.batch_size, args.max_len, options)
+        made_by = {"model": model_hash(args.model), **options, "dtype": args.dtype, "max_len": args.max_len,
+                   "seed": args.seed if options["do_sample"] else None}
+        n = answer_file(model, tokenizer, args.input, args.output, args.batch_size, args.max_len, options, made_by)
         print(f"{args.output}: {n:,} answers written")
     elif args.score:
         rows = list(whole_rows([args.score], ("prompt", "response")))

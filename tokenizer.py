@@ -498,7 +498,7 @@ def canonical(form: dict) -> dict:
         return None if value.get("type") == "TemplateProcessing" and not value["special_tokens"] else value
 
     model = {k: v for k, v in {**MODEL_DEFAULTS, **form["model"]}.items() if k not in ("vocab", "merges")}
-    names = ("added_tokens", "normalizer", "pre_tokenizer", "post_processor", "decoder", "truncation", "padding")
+    names = ("added_tokens", "normalizer", "pre_tokenizer", "post_processor", "decoder")  # padding and truncation, which a file may carry too, change no ids: AutoTokenizer resets them
     return {name: part(form.get(name)) for name in names} | {"model": model}
 
 
@@ -1081,7 +1081,7 @@ def read_text_rows(path: Path, problems: Problems | None) -> Iterator[dict]:
                         bad("tag line of WikiExtractor, skipped", number, "")
                     continue
                 yield {"text": line.rstrip("\r\n")}
-        elif begins_list(f):
+        elif peek(f, 1024).lstrip().startswith("["):
             yield from read_json_list(f)
         else:
             for number, line in enumerate(f, 1):
@@ -1101,17 +1101,16 @@ WIKI_TAG = re.compile("<doc( [^>]*)?>|</doc>")  # what WikiExtractor writes arou
 
 def read_csv(f, bad: Callable[[str, int, str], None]) -> Iterator[dict]:
     """The records of a CSV file with a header. bad(reason, line, detail) is told of records with more fields than the header,
-    which are skipped, and of lines with a bad quote: reading goes on with the line after the one where that record began."""
-    again: list[str] = []  # lines that were read as a part of a bad record
+    which are skipped, and of records with a bad quote: the line where such a record begins is skipped, and the rest is read."""
+    taken: list[str] = []  # the lines of the present record
+    again: deque[str] = deque()  # lines that were taken for a part of a bad record
 
     def lines() -> Iterator[str]:
-        while line := again.pop(0) if again else f.readline():
+        while line := again.popleft() if again else f.readline():
             taken.append(line)
             yield line
 
-    taken: list[str] = []
-    number, header, source = 1, None, lines()
-    reader = csv.reader(source, strict=True)
+    header, begins, reader = None, 1, csv.reader(lines(), strict=True)
     while True:
         taken.clear()
         try:
@@ -1119,19 +1118,19 @@ def read_csv(f, bad: Callable[[str, int, str], None]) -> Iterator[dict]:
         except StopIteration:
             return
         except csv.Error as e:
-            bad("bad quote in a CSV file, line skipped", number, str(e))
-            again[:0] = taken[1:]
-            number += 1
-            source = lines()
-            reader = csv.reader(source, strict=True)
+            if header is None:
+                raise ValueError(f"line {begins:,}: {e}") from None
+            bad("bad quote in a CSV file, line skipped", begins, str(e))
+            again.extendleft(reversed(taken[1:]))
+            begins, reader = begins + 1, csv.reader(lines(), strict=True)
             continue
-        begins, number = number, number + len(taken)
         if header is None:
             header = fields
         elif len(fields) > len(header):
             bad("record with more fields than the header, skipped", begins, f"{len(fields)} fields, and the header has {len(header)}")
         elif fields:
             yield dict(zip(header, fields)) | dict.fromkeys(header[len(fields):])
+        begins += len(taken)
 
 
 def whole_rows(paths: Iterable[str | Path], columns: tuple[str, ...], problems: Problems | None = None, outputs: Iterable = ()) -> Iterator[dict]:
@@ -1168,13 +1167,13 @@ def read_parquet(path: Path) -> Iterator[dict]:
             raise ValueError(e) from None
 
 
-def begins_list(f) -> bool:
-    """Whether the first character of a JSON file is [; the file is left where it was, at its beginning."""
+def peek(f, chars: int) -> str:
+    """The first characters of a text file that open_text opened; it stays at its beginning."""
     counted = undecodable[0]
-    first = f.read(1024).lstrip()[:1]
+    head = f.read(chars)
     f.seek(0)
     undecodable[0] = counted
-    return first == "["
+    return head
 
 
 def read_json_list(f) -> list[dict]:
@@ -1227,7 +1226,7 @@ def folder_files(folder: Path, written: set[str]) -> list[Path]:
     def hidden(name: str) -> bool:
         return name.startswith(".") or name == "__MACOSX"
 
-    found, skipped, seen = [], Counter(), set()
+    found, skipped, seen, unknown = [], Counter(), set(), ""
     for place, folders, names in os.walk(folder, onerror=refuse, followlinks=True):
         if (real := os.path.realpath(place)) in seen:  # a link to a folder above it
             folders.clear()
@@ -1237,19 +1236,22 @@ def folder_files(folder: Path, written: set[str]) -> list[Path]:
         folders[:] = sorted(name for name in folders if not hidden(name))
         for name in names:
             file = Path(place, name)
-            if hidden(name):
+            real = os.path.realpath(file)
+            if hidden(name) or name.endswith(".tmp") and any(real.startswith(output) for output in written):
                 continue
             if name in NOT_DATA:
                 skipped["of a model or data set description"] += 1
             elif not file.is_file():
                 skipped["broken links"] += 1
-            elif not kind_of(file):
-                skipped[f"of unknown type (such as {name})" if not any("unknown" in reason for reason in skipped) else
-                        next(reason for reason in skipped if "unknown" in reason)] += 1
-            elif os.path.realpath(file) in written:
+            elif real in written:
                 skipped["that this command writes"] += 1
+            elif not kind_of(file):
+                unknown = unknown or name
+                skipped["of unknown type"] += 1
             else:
                 found.append(file)
+    if unknown:
+        skipped[f"of unknown type ({unknown}, ...)"] = skipped.pop("of unknown type")
     note = f"skipped in {folder}: " + ", ".join(f"{n:,} {reason}" for reason, n in skipped.items() if n)
     if not found:
         raise ValueError(f"{folder} has no files that can be read ({' '.join(KINDS)}, also .gz)" + (f"; {note}" if skipped.total() else ""))

@@ -12,6 +12,7 @@ number of ranks nor a restart changes it, and a run that was killed goes on bit 
 """
 import argparse
 import contextlib
+import copy
 import ctypes
 import dataclasses
 import datetime
@@ -21,6 +22,7 @@ import itertools
 import json
 import math
 import os
+import re
 import shlex
 import signal
 import sys
@@ -43,7 +45,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import data
 import sample
-from chatlm import PRESETS, ChatLM, ChatLMConfig
+from chatlm import PRESETS, ChatLM, ChatLMConfig, read_json
 from data import PairStream
 from tokenizer import (AgreedError, ArgumentParser, Corpus, Tokenizer, atomic_write, memory_hint, number, run, write_errors,
                        write_file)
@@ -248,16 +250,30 @@ class LoRALinear(nn.Linear):
         return super().forward(x) + self.lora_B(self.lora_A(F.dropout(x, self.dropout, self.training))) * self.scale
 
 
-def add_lora(model: ChatLM, rank: int, alpha: float, targets: Iterable[str], dropout: float = 0.0) -> None:
-    """Put LoRALinear in place of the linear layers so named ("all": of every one), and freeze all else."""
-    targets = {"q", "k", "v", "o", "wi", "wi_0", "wi_1", "wo"} if "all" in targets else set(targets)
+def is_target(name: str, targets: str | list[str]) -> bool:
+    """PEFT's rule for target_modules: a regular expression for the module's whole name, or a list of names or their ends."""
+    if isinstance(targets, str):
+        return targets == "all-linear" or re.fullmatch(targets, name) is not None
+    return any(name == target or name.endswith("." + target) for target in targets)
+
+
+def add_lora(model: ChatLM, rank: int, alpha: float, targets: str | Iterable[str], dropout: float = 0.0) -> None:
+    """Put LoRALinear in place of the linear layers that targets name (see is_target; a list with "all": every one), and freeze
+    all else. Raises ValueError for a target that names no layer, or the head, whose weight the loss uses without its layer."""
+    if not isinstance(targets, str):
+        targets = [t for t in targets if t != "all"] if "all" not in (targets := list(targets)) else "all-linear"
     model.requires_grad_(False)
-    places = [(parent, name, child) for parent in model.modules() for name, child in parent.named_children()
-              if name in targets and isinstance(child, nn.Linear)]
-    if missing := targets - {name for _, name, _ in places} - {"wi", "wi_0", "wi_1"}:
-        raise ValueError(f"--lora_targets: the model has no linear layer {', '.join(sorted(missing))}")
-    for parent, name, child in places:
-        setattr(parent, name, LoRALinear(child, rank, alpha, dropout))
+    places = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear) and is_target(name, targets)}
+    if targets == "all-linear":
+        places.pop("lm_head", None)
+    if "lm_head" in places:
+        raise ValueError("LoRA for lm_head is not supported (target_modules, --lora_targets)")
+    missing = [t for t in targets if not any(is_target(name, [t]) for name in places)] if isinstance(targets, list) else []
+    if missing or not places:
+        raise ValueError(f"--lora_targets: the model has no linear layer {', '.join(missing) or targets}")
+    for name, module in places.items():
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, LoRALinear(module, rank, alpha, dropout))
 
 
 def save_adapter(model: ChatLM, folder: Path, base: str, rank: int, alpha: float, targets: list[str], dropout: float = 0.0) -> None:
@@ -279,19 +295,48 @@ def load_adapter(model: ChatLM, folder: Path) -> None:
     if not (folder / "adapter_config.json").is_file() or not (folder / "adapter_model.safetensors").is_file():
         raise FileNotFoundError(f"{folder} is not an adapter: it needs adapter_config.json and adapter_model.safetensors")
     try:
-        config = json.loads((folder / "adapter_config.json").read_text("utf-8"))
-        rank, alpha, targets = config["r"], config["lora_alpha"], config["target_modules"]
+        config = read_json(folder / "adapter_config.json")
         weights = {n.removeprefix("base_model.model."): w for n, w in load_file(folder / "adapter_model.safetensors").items()}
-    except (ValueError, KeyError, TypeError, SafetensorError) as e:
-        raise ValueError(f"{folder} is not a whole LoRA adapter: {type(e).__name__}: {e}") from None
-    for option in ("use_dora", "use_rslora", "rank_pattern", "alpha_pattern", "modules_to_save", "layers_to_transform", "lora_bias"):
-        if config.get(option):
-            raise ValueError(f"{folder}: {option} is not supported")
-    add_lora(model, rank, alpha, [targets] if isinstance(targets, str) else targets)
+    except (ValueError, SafetensorError) as e:
+        raise ValueError(f"{folder} is not a whole LoRA adapter: {e}") from None
+    check_adapter(config, folder)
+    try:
+        add_lora(model, config["r"], config["lora_alpha"], config["target_modules"])
+    except (ValueError, re.error) as e:
+        raise ValueError(f"{folder}: target_modules {config['target_modules']!r} does not fit the model: {e}") from None
     own = {n: p.shape for n, p in model.named_parameters() if ".lora_" in n}
     if own != {n: w.shape for n, w in weights.items()}:
         raise ValueError(f"{folder}: the adapter is for another model, or of another rank than its configuration says")
     model.load_state_dict(weights, strict=False)
+
+
+ADAPTER_FIELDS = {"r", "lora_alpha", "target_modules", "peft_type", "task_type", "base_model_name_or_path", "revision", "inference_mode",
+                  "auto_mapping", "peft_version", "lora_dropout", "init_lora_weights", "bias", "megatron_core", "qalora_group_size",
+                  "runtime_config", "eva_config"}  # that are applied, or that change nothing once an adapter is trained
+
+
+def check_adapter(config: dict, folder: Path) -> None:
+    """Raises ValueError, naming the field, for an adapter_config.json with an option that load_adapter does not apply."""
+    def reject(field: str, why: str) -> None:
+        raise ValueError(f"{folder}/adapter_config.json: {field} {json.dumps(config.get(field), ensure_ascii=False)[:80]} {why}")
+
+    if config.get("peft_type") != "LORA":
+        reject("peft_type", "is not supported, only LORA")
+    if type(config.get("r")) is not int or config["r"] < 1:
+        reject("r", "is not a whole number of 1 or more")
+    if type(config.get("lora_alpha")) not in (int, float):
+        reject("lora_alpha", "is not a number")
+    targets = config.get("target_modules")
+    if not targets or not (isinstance(targets, str) or isinstance(targets, list) and all(isinstance(t, str) for t in targets)):
+        reject("target_modules", "is neither a regular expression nor a list of names")
+    if config.get("init_lora_weights", True) not in (True, False, None, "gaussian", "eva", "orthogonal"):
+        reject("init_lora_weights", "changes the base model too, which is not supported: convert the adapter to plain LoRA with PEFT")
+    if config.get("bias", "none") != "none":
+        reject("bias", "is not supported, only none")
+    for name, value in config.items():
+        neutral = value is None or value is False or value in ({}, [], "") and type(value) is not int
+        if name not in ADAPTER_FIELDS and not neutral:
+            reject(name, "is not supported")
 
 
 def merge_lora(model: ChatLM) -> None:
@@ -388,7 +433,7 @@ def load_checkpoint(saved: dict, model: nn.Module, optimizers: list) -> State:
     """The twin of save_checkpoint: put what it saved into model and optimizers."""
     model.load_state_dict(saved["model"], strict=False)
     for optimizer, s in zip(optimizers, saved["optimizers"]):
-        optimizer.load_state_dict(s)
+        optimizer.load_state_dict(copy.deepcopy(s))  # copied, as `saved` is mapped from the file
     return State(**saved["state"])
 
 
@@ -1070,10 +1115,11 @@ def main() -> None:
     parser.add_argument("--bleu_every", type=number(int, 1), metavar="STEPS", help="score answers on --valid every N steps (default: at the end)")
     args = parser.parse_args()
     with memory_hint("--micro_batch_tokens"):
-        train(args)
+        run_training(args)
 
 
-def train(args: argparse.Namespace) -> None:
+def run_training(args: argparse.Namespace) -> None:
+    """Train, then score and show answers."""
     ranks = Ranks.join(args.device)
     with claimed(Path(args.out_dir), ranks):
         saved = find_checkpoint(args.out_dir, args.resume, ranks)

@@ -6,9 +6,11 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForSeq2SeqLM, T5Config, T5ForConditionalGeneration
 
 from chatlm import ChatLM, ChatLMConfig, LinearCrossEntropy, relative_position_bucket
+from sample import generate
 
 TINY = dict(vocab_size=300, d_model=64, d_kv=16, d_ff=128, num_layers=3, num_decoder_layers=2, num_heads=4)
 
@@ -225,3 +227,73 @@ def test_little_to_count_does_no_harm(text):
     ids, mask, labels = make_batch()
     assert all(p.isfinite().all() for p in model.parameters())
     assert model(ids, mask, labels=labels)[1] < 30
+
+
+@pytest.mark.parametrize("kept", ["shared.weight", "encoder.embed_tokens.weight", "decoder.embed_tokens.weight", "lm_head.weight"])
+def test_tied_weights_load_under_any_of_their_names(tmp_path, kept):
+    config = T5Config(**TINY, decoder_start_token_id=0)
+    theirs = T5ForConditionalGeneration(config).eval()
+    theirs.save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    weights[kept] = weights.pop("shared.weight")
+    save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
+    ids = torch.randint(0, 300, (2, 7))
+    assert (ChatLM.from_pretrained(tmp_path)(ids, labels=ids)[0] - theirs(input_ids=ids, labels=ids).logits).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize(("change", "message"), [
+    ({"d_model": "32"}, "d_model must be a whole number of 1 or more, not '32'"), ({"d_ff": None}, "d_ff must be"), ({"num_heads": 2.0}, "num_heads must be"),
+    ({"num_layers": 0}, "num_layers must be"), ({"num_layers": True}, "num_layers must be"), ({"vocab_size": [90]}, "vocab_size must be"),
+    ({"dropout_rate": None}, "dropout_rate must be a number"), ({"layer_norm_epsilon": "1e-6"}, "layer_norm_epsilon must be"), ({"d_kv": -8}, "d_kv must be"),
+    ({"eos_token_id": [1, 2]}, r"eos_token_id must be a whole number of 0 or more, not \[1, 2\]"), ({"eos_token_id": "1"}, "eos_token_id must be"),
+    ({"decoder_start_token_id": None}, "decoder_start_token_id must be"), ({"pad_token_id": 300}, "pad_token_id is 300, and the vocabulary has only 300"),
+    ({"tie_word_embeddings": "yes"}, "tie_word_embeddings must be true or false")], ids=str)
+def test_values_without_a_meaning_are_one_line(tmp_path, change, message):
+    fields = {**T5Config(**TINY).to_dict(), **change}
+    (tmp_path / "config.json").write_text(json.dumps(fields))
+    with pytest.raises(ValueError, match=message) as error:
+        ChatLMConfig.from_pretrained(tmp_path)
+    assert "config.json" in str(error.value) and len(str(error.value).splitlines()) == 1
+
+
+def test_token_ids_mean_what_they_mean_in_transformers(tmp_path):
+    """One [EOS] in a list; a start token that only generation_config.json has; fields that the file leaves out."""
+    torch.manual_seed(0)
+    theirs = T5ForConditionalGeneration(T5Config(**TINY)).eval()
+    theirs.save_pretrained(tmp_path)
+    fields = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**fields, "decoder_start_token_id": None, "eos_token_id": [1]}))
+    (tmp_path / "generation_config.json").write_text(json.dumps({"decoder_start_token_id": 5, "eos_token_id": [7], "pad_token_id": 0}))
+    config = ChatLMConfig.from_pretrained(tmp_path)
+    assert (config.decoder_start_token_id, config.eos_token_id, config.pad_token_id) == (5, 7, 0)
+    ids = torch.randint(8, 90, (4, 7))
+    expected = T5ForConditionalGeneration.from_pretrained(tmp_path).generate(ids, max_new_tokens=20, do_sample=False)
+    assert torch.equal(generate(ChatLM.from_pretrained(tmp_path), ids, max_new_tokens=20), expected)
+    (tmp_path / "config.json").write_text('{"model_type": "t5"}')
+    (tmp_path / "generation_config.json").unlink()
+    ours, default = ChatLMConfig.from_pretrained(tmp_path), T5Config()
+    for name in ("vocab_size", "d_model", "d_kv", "d_ff", "num_layers", "num_decoder_layers", "num_heads", "dropout_rate", "layer_norm_epsilon"):
+        assert getattr(ours, name) == getattr(default, name), name
+
+
+def test_a_loss_without_gradients_is_one_product():
+    """With no_grad the gradient of the head would be computed for nothing."""
+    class Products(TorchDispatchMode):
+        count = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            self.count += func.overloadpacket.__name__ in ("mm", "addmm", "addmm_")
+            return func(*args, **(kwargs or {}))
+
+    model = ChatLM(ChatLMConfig.preset("demo", vocab_size=300))
+    inputs = {"input_ids": torch.ones(2, 5, dtype=torch.int64), "attention_mask": torch.ones(2, 5, dtype=torch.int64), "labels": torch.ones(2, 4, dtype=torch.int64)}
+    with torch.no_grad():
+        hidden = model.decode(model.shift_right(inputs["labels"]), *model.encode(inputs["input_ids"], inputs["attention_mask"]))
+        with Products() as whole:
+            model.loss_sum(**inputs)
+        with Products() as layers:
+            model.decode(model.shift_right(inputs["labels"]), *model.encode(inputs["input_ids"], inputs["attention_mask"]))
+    assert whole.count - layers.count == 1 and hidden.shape == (2, 4, 128)
+    with Products() as trained:
+        model.loss_sum(**inputs)
+    assert trained.count - layers.count == 3

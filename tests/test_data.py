@@ -1,9 +1,13 @@
 """Pairs are made, cleaned, deduplicated and split as promised, and PairStream gives the same batches to everyone."""
 import copy
+import csv
+import gzip
+import io
 import itertools
 import json
 import os
 import random
+import resource
 import subprocess
 import sys
 import unicodedata
@@ -19,7 +23,8 @@ from hypothesis import strategies as st
 
 import data
 from data import PairStream, clean_pair, clean_text, dedup_indices, make_demo, minhash, plan_batches, read_rows, shingles, write_pairs
-from tokenizer import Tokenizer
+from train import overlap
+from tokenizer import Problems, Tokenizer, input_files, read_csv
 
 
 @pytest.fixture(scope="module")
@@ -195,7 +200,8 @@ def test_memory_does_not_grow_with_the_file(demo, tmp_path):
     script = f"""
 import resource, torch
 from data import PairStream
-from tokenizer import Tokenizer
+from train import overlap
+from tokenizer import Problems, Tokenizer, input_files, read_csv
 stream = PairStream({str(tmp_path / "x.parquet")!r}, Tokenizer.from_pretrained({str(tmp_path)!r}), 8192, 320)
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 for batch in stream:
@@ -372,11 +378,13 @@ def test_kinds_of_string_columns_may_be_mixed(demo, tmp_path):
     _, tokenizer = demo
     table = pa.table({"response": ["北京", "上海"], "prompt": ["问", "答"]})
     files = []
-    for i, kind in enumerate((pa.string(), pa.large_string(), pa.dictionary(pa.int32(), pa.string()))):
+    for i, kind in enumerate((pa.string(), pa.large_string(), pa.string_view(), pa.dictionary(pa.int32(), pa.string()), pa.dictionary(pa.int8(), pa.large_string()))):
         files.append(tmp_path / f"{i}.parquet")
         pq.write_table(table.cast(pa.schema([("response", kind), ("prompt", kind)])), files[-1])
     batches = epoch_of(PairStream(files, tokenizer, 100, 20))
-    assert sorted(tokenizer.decode(ids) for b in batches for ids in b["input_ids"].tolist()) == ["答"] * 3 + ["问"] * 3
+    assert sorted(tokenizer.decode(ids) for b in batches for ids in b["input_ids"].tolist()) == ["答"] * 5 + ["问"] * 5
+    assert [row["prompt"] for row in read_rows(files)] == ["问", "答"] * 5
+    assert overlap(files, files[:1]) == 2
 
 
 def test_a_tokenizer_without_eos_is_given_one(demo, tmp_path):
@@ -584,7 +592,7 @@ def test_dedup_and_split_pass_over_rows_without_text(tmp_path):
     rows = [{"prompt": f"第{i}问", "chosen": f"好的{i}", "rejected": f"坏的{i}"} for i in range(20)] + [{"prompt": "问", "chosen": None, "rejected": "a"}]
     path.write_text("".join(json.dumps(row) + "\n" for row in [*rows, rows[3]]), "utf-8")
     done = call("dedup", str(path), "--out", str(tmp_path / "u.parquet"))
-    assert done.returncode == 0 and "20  kept" in done.stdout and f"1 x row without text in 'chosen', passed over (first in {path}, row 21)" in done.stderr
+    assert done.returncode == 0 and "20  kept" in done.stdout and f"1 x row without text in 'chosen', skipped (first in {path}, row 21)" in done.stderr
     assert list(read_rows([tmp_path / "u.parquet"])) == rows[:20]  # triples stay triples
     done = call("split", str(path), "--out", str(tmp_path / "s"), "--valid", "0.3", "--test", "0.2")
     sides = [list(read_rows([tmp_path / "s" / f"{side}.parquet"])) for side in ("train", "valid", "test")]
@@ -610,3 +618,148 @@ def test_a_row_group_that_is_damaged_is_named(demo, tmp_path):
     (tmp_path / "x.parquet").write_bytes(raw)
     with pytest.raises(ValueError, match=r"x\.parquet: row group 0 cannot be read"):
         epoch_of(PairStream(tmp_path / "x.parquet", tokenizer, 2000, 64))
+
+
+def rows_of(name: str, content: bytes | str, tmp_path: Path) -> tuple[list[dict], dict[str, str]]:
+    """The rows of a file with this content, and what was wrong in it: reason -> where first."""
+    path, problems = tmp_path / name, Problems()
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return list(read_rows([path], problems)), {reason: where.removeprefix(f"{path}, ") for reason, where in problems.first.items()}
+
+
+def test_csv_records_that_do_not_fit_are_reported_and_the_rest_is_read(tmp_path):
+    text = ("prompt,response\n" "一,甲\n" "二,乙,多\n" '三,"丙"丁\n' '四,"两行\n的回答"\n' "\n" "五\n" '六,"没有结束\n' "七,庚\n" '八,"辛"\n')
+    rows, wrong = rows_of("x.csv", text, tmp_path)
+    assert [tuple(row.values()) for row in rows] == [("一", "甲"), ("四", "两行\n的回答"), ("五", None), ("七", "庚"), ("八", "辛")]
+    assert wrong == {"record with more fields than the header, skipped": "line 3", "bad quote in a CSV file, line skipped": "line 4"}
+    with pytest.raises(ValueError, match=r"x\.csv cannot be read: line 3: 3 fields"):
+        list(read_rows([tmp_path / "x.csv"]))
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.lists(st.text(alphabet='a,"\n\r 好', max_size=6), min_size=2, max_size=2), max_size=8))
+def test_csv_that_is_well_formed_is_read_as_written(records):
+    file = io.StringIO()
+    csv.writer(file).writerows([["x", "y"], *records])
+    file.seek(0)
+    expected = [dict(zip("xy", record)) for record in records]
+    assert list(read_csv(io.StringIO(file.getvalue(), newline=""), lambda *bad: pytest.fail(str(bad)))) == expected
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-32"])
+@pytest.mark.parametrize("name", ["x.jsonl", "x.json", "x.csv", "x.txt", "x.txt.gz"])
+def test_byte_order_marks_are_understood(tmp_path, encoding, name):
+    text = {"x.jsonl": '{"text": "你好"}\n', "x.json": '[{"text": "你好"}]', "x.csv": "text\n你好\n"}.get(name, "你好\n")
+    content = text.encode(encoding)
+    assert rows_of(name, gzip.compress(content) if name.endswith(".gz") else content, tmp_path) == ([{"text": "你好"}], {})
+
+
+def test_json_lists_are_read_by_any_name_and_their_errors_have_the_true_line(tmp_path):
+    rows = [{"text": f"第{i}"} for i in range(500)]
+    for name in ("x.json", "x.jsonl", "x.jsonl.gz"):
+        content = json.dumps(rows, indent=1).encode()
+        assert rows_of(name, gzip.compress(content) if name.endswith(".gz") else content, tmp_path) == (rows, {})
+    lines = json.dumps(rows, indent=1).split("\n")
+    lines[1201] = ' {"text": oops}'
+    with pytest.raises(ValueError, match="line 1202 "):
+        rows_of("x.jsonl", "\n".join(lines), tmp_path)
+    with pytest.raises(ValueError, match="item 2 .* not an object"):
+        rows_of("x.json", '[{"a": 1}, 3]', tmp_path)
+
+
+def test_folders_give_their_data_and_say_what_they_skip(tmp_path, capsys):
+    row = '{"text": "a"}\n'
+    for name in ("a.jsonl", "sub/b.jsonl", ".ipynb_checkpoints/a.jsonl", "__MACOSX/a.jsonl", ".DS_Store", "dataset_infos.json", "sub/state.json",
+                 "notes.md", "config.json"):
+        (tmp_path / "in" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "in" / name).write_text(row)
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "c.jsonl").write_text(row)
+    (tmp_path / "in" / "linked").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "in" / "loop").symlink_to(tmp_path / "in")
+    (tmp_path / "in" / "broken.jsonl").symlink_to(tmp_path / "nowhere")
+    files = [str(path.relative_to(tmp_path / "in")) for path in input_files([tmp_path / "in"])]
+    assert files == ["a.jsonl", "linked/c.jsonl", "sub/b.jsonl"]
+    said = capsys.readouterr().err
+    assert len(said.splitlines()) == 1
+    for text in ("3 hidden", "3 of a model or data set description", "1 broken links", "1 of unknown type (notes.md, ...)"):
+        assert text in said
+    input_files([tmp_path / "in"])
+    assert capsys.readouterr().err == ""  # once is enough
+
+
+def test_commands_do_not_read_what_they_write(tmp_path):
+    folder = tmp_path / "pairs"
+    folder.mkdir()
+    (folder / "a.jsonl").write_text("".join(json.dumps({"prompt": f"第{i}问", "response": f"这是回答{i}"}) + "\n" for i in range(90)), "utf-8")
+    for _ in range(3):
+        assert "90  all" in call("split", str(folder), "--out", str(folder), "--valid", "0.2").stdout
+    (folder / "test.parquet").unlink(missing_ok=True)
+    assert "90  kept" in call("dedup", str(folder / "a.jsonl"), "--out", str(folder / "u.parquet")).stdout
+    done = call("clean", "--source", "pairs", str(folder / "a.jsonl"), str(folder / "u.parquet"), "--out", str(folder / "u.parquet"))
+    assert done.returncode == 2 and "both input and output" in done.stderr
+
+
+def test_files_of_others_in_an_input_folder_are_not_overwritten(tmp_path):
+    write_pairs(tmp_path / "ours.parquet", [{"prompt": "a", "response": "b"}])
+    theirs = tmp_path / "train.parquet"
+    pq.write_table(pq.read_table(tmp_path / "ours.parquet").replace_schema_metadata(None), theirs)
+    before = theirs.read_bytes()
+    done = call("split", str(tmp_path), "--out", str(tmp_path), "--valid", "0")
+    assert done.returncode == 2 and "would be overwritten" in done.stderr and theirs.read_bytes() == before
+
+
+@pytest.mark.parametrize(("row", "expected"), [
+    ({"conversations": [{"from": "human", "value": "问"}, {"from": "assistant", "value": "答"}]}, ("问", "答")),
+    ({"conversations": [{"from": "human", "value": "问"}, {"from": "gpt", "value": "答"}]}, ("问", "答")),
+    ({"conversations": [{"from": "human", "value": "问"}, {"from": "assistant", "value": "答"}] * 2}, "conversation of several turns"),
+    ({"conversations": []}, "conversation of several turns"), ({"conversations": "问"}, "conversations is not a list of from and value"),
+    ({"conversations": None}, "conversations is not a list of from and value"), ({"conversations": [{"from": "human"}, {}]}, "conversations is not a list of from and value"),
+    ({"conversations": [{"from": "system", "value": "a"}, {"from": "human", "value": "b"}]}, "conversation of several turns"),
+    ({"input": "问", "target": "答"}, ("问", "答")), ({"input": "翻译：问", "target": "答"}, "translation or table")], ids=str)
+def test_belle_in_its_three_forms(row, expected):
+    assert data.SOURCES["belle"](row) == expected
+
+
+def test_wiki_text_with_titles(tmp_path):
+    path = tmp_path / "wiki.txt"
+    path.write_text("不属于任何词条\n\n数学:\n数学是研究数量的学科。例如:\n它很古老。\n\n物理：\n物理学研究物质。\n\n它是自然科学。\n\n空:\n\n", "utf-8")
+    rows, done = cleaned(tmp_path, "wiki", path)
+    assert [row["response"] for row in rows] == ["数学是研究数量的学科。例如：\n它很古老。", "物理学研究物质。\n\n它是自然科学。"]
+    assert "数学" in rows[0]["prompt"] and "1  empty" in done.stdout and f"1  line outside an entry  (first: {path}, line 1)" in done.stdout
+
+
+def test_what_pandas_and_the_reference_leave_in_files_is_removed(tmp_path):
+    path = tmp_path / "x.jsonl"
+    path.write_text('{"instruction": "写一句话。", "input": NaN, "output": "这是一句话。[EOS]"}\n{"instruction": "写 [EOS] 的意思", "input": null, "output": "它是结束的标记。"}\n', "utf-8")
+    rows, _ = cleaned(tmp_path, "alpaca", path)
+    assert rows == [{"prompt": "写一句话。", "response": "这是一句话。"}, {"prompt": "写 [EOS] 的意思", "response": "它是结束的标记。"}]
+    path.write_text(json.dumps({"prompt": "列出两点[EOS]", "chosen": "第一点在这里\\n第二点在这里", "rejected": "没有什么可列的"}) + "\n", "utf-8")
+    rows, _ = cleaned(tmp_path, "preference", path)
+    assert rows == [{"prompt": "列出两点", "chosen": "第一点在这里\n第二点在这里", "rejected": "没有什么可列的"}]
+
+
+def test_traditional_characters_are_converted_when_asked(tmp_path):
+    path = tmp_path / "x.jsonl"
+    path.write_text(json.dumps({"prompt": "什麼是數學？", "response": "數學是研究數量的學科。"}) + "\n", "utf-8")
+    assert cleaned(tmp_path, "pairs", path)[0][0]["response"] == "數學是研究數量的學科。"
+    rows, _ = cleaned(tmp_path, "pairs", path, extra=("--to_simplified", "--workers", "2"))
+    assert rows == [{"prompt": "什么是数学？", "response": "数学是研究数量的学科。"}]
+
+
+def test_without_opencc_there_is_one_line(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "opencc", None)  # as if it were not installed
+    data.opencc.cache_clear()
+    with pytest.raises(ValueError, match="pip install opencc"):
+        data.clean(["tests/requirements.txt"], "pairs", str(tmp_path / "o.parquet"), [], 1, 9, 1, to_simplified=True)
+    data.opencc.cache_clear()
+
+
+def test_a_full_disk_is_named_and_nothing_changes(tmp_path):
+    (tmp_path / "x.jsonl").write_text("".join(json.dumps({"prompt": f"第{i}个问题是什么？", "response": f"这是它的一个回答，很长，也不重复：{i * 7919}"}) + "\n" for i in range(20000)), "utf-8")
+    (tmp_path / "o.parquet").write_bytes(b"before")
+    done = subprocess.run([sys.executable, "data.py", "clean", "--source", "pairs", str(tmp_path / "x.jsonl"), "--out", str(tmp_path / "o.parquet"), "--workers", "1"],
+                          capture_output=True, text=True, timeout=60, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000)))
+    line = done.stderr.splitlines()[-1]
+    assert done.returncode == 1 and f"{tmp_path}/o.parquet: could not be written: File too large" in line, done.stderr
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["o.parquet", "x.jsonl"] and (tmp_path / "o.parquet").read_bytes() == b"before"

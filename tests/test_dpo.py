@@ -1,8 +1,9 @@
 """DPO computes the paper's loss on transformers' log-probabilities, learns a preference, and speaks PEFT's files."""
-import argparse
 import json
 import math
+import os
 import random
+import shutil
 import subprocess
 import sys
 import time
@@ -80,38 +81,6 @@ def test_log_probabilities_and_gradients_are_transformers(folder, monkeypatch):
     other = dict(theirs.named_parameters())
     for name, p in ours.named_parameters():
         assert torch.allclose(p.grad, other[name].grad, rtol=1e-3, atol=1e-4), name
-
-
-def test_a_reference_that_was_cut_off_goes_on(folder, tmp_path, monkeypatch):
-    pairs = make_demo()[0]
-    write_pairs(tmp_path / "x.parquet", [dict(prompt=p, chosen=c, rejected=r) for (p, c), (_, r) in zip(pairs[:200], pairs[200:400], strict=True) if c != r], COLUMNS)
-    tokenizer, model = Tokenizer.from_pretrained(folder), ChatLM.from_pretrained(folder)
-    args = argparse.Namespace(out_dir=str(tmp_path), dtype="float32", max_len=32, micro_batch_tokens=200)
-    ranks, calls, limit = train.Ranks(0, 1, torch.device("cpu")), [0], [7]
-
-    def counted(*inputs):
-        calls[0] += 1
-        if calls[0] > limit[0]:
-            raise KeyboardInterrupt
-        return pair_logps(*inputs)
-
-    def reference():
-        return dpo.reference_logps(args, ranks, model, tokenizer, [str(tmp_path / "x.parquet")], "data")
-
-    monkeypatch.setattr(dpo, "pair_logps", counted)
-    monkeypatch.setattr(dpo, "KEEP_EVERY_S", 0)
-    with pytest.raises(KeyboardInterrupt):
-        reference()
-    assert sorted(p.name for p in (tmp_path / "checkpoint").iterdir()) == ["reference_data.0of1.safetensors"]
-    limit[0], calls[0] = 10 ** 6, 0
-    whole = reference()
-    again = calls[0]
-    assert sorted(p.name for p in (tmp_path / "checkpoint").iterdir()) == ["reference_data.safetensors"] and not whole.isnan().any()
-    (tmp_path / "checkpoint" / "reference_data.safetensors").unlink()
-    calls[0] = 0
-    assert torch.equal(reference(), whole) and calls[0] == again + 7
-    calls[0] = 0
-    assert torch.equal(reference(), whole) and calls[0] == 0  # kept
 
 
 @pytest.mark.parametrize("targets", [["q", "v"], ["all"]], ids=str)
@@ -334,5 +303,125 @@ def test_bad_input_ends_with_one_line(folder, tmp_path, monkeypatch, capsys):
         assert end.value.code == 2 and message in said and len(said.splitlines()) == 1, (args, said)
 
 
-def test_lora_is_for_a_model_that_exists():
-    assert train.parser_for("").parse_args(["--lora_rank", "4"]).lora_alpha == 16
+@pytest.fixture
+def adapter(folder, tmp_path) -> Path:
+    """A trained adapter that PEFT wrote, of rank 3 for q and v."""
+    made = get_peft_model(AutoModelForSeq2SeqLM.from_pretrained(folder), LoraConfig(task_type="SEQ_2_SEQ_LM", r=3, lora_alpha=6, target_modules=["q", "v"], init_lora_weights=False))
+    made.save_pretrained(tmp_path / "adapter")
+    return tmp_path / "adapter"
+
+
+def change_adapter(adapter: Path, **changes) -> None:
+    path = adapter / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+@pytest.mark.parametrize(("changes", "named"), [
+    ({"init_lora_weights": "pissa"}, "init_lora_weights \"pissa\" changes the base model"), ({"init_lora_weights": "pissa_niter_4"}, "changes the base model"),
+    ({"init_lora_weights": "olora"}, "changes the base model"), ({"init_lora_weights": "corda"}, "changes the base model"), ({"init_lora_weights": "loftq"}, "changes the base model"),
+    ({"init_lora_weights": "lora_ga"}, "changes the base model"), ({"init_lora_weights": "not known yet"}, "changes the base model"),
+    ({"exclude_modules": ["encoder"]}, "exclude_modules"), ({"use_rslora": True}, "use_rslora"), ({"use_dora": True}, "use_dora"), ({"layers_to_transform": 0}, "layers_to_transform 0"),
+    ({"layers_to_transform": [1]}, "layers_to_transform"), ({"rank_pattern": {"q": 8}}, "rank_pattern"), ({"alpha_pattern": {"q": 8}}, "alpha_pattern"),
+    ({"modules_to_save": ["lm_head"]}, "modules_to_save"), ({"bias": "all"}, "bias \"all\""), ({"fan_in_fan_out": True}, "fan_in_fan_out"), ({"lora_bias": True}, "lora_bias"),
+    ({"target_parameters": ["q.weight"]}, "target_parameters"), ({"trainable_token_indices": [1]}, "trainable_token_indices"), ({"layer_replication": [[0, 1]]}, "layer_replication"),
+    ({"an_option_of_tomorrow": 3}, "an_option_of_tomorrow 3"), ({"peft_type": "IA3"}, "peft_type \"IA3\""), ({"r": "3"}, "r \"3\""), ({"r": None}, "r null"), ({"lora_alpha": "6"}, "lora_alpha"),
+    ({"target_modules": None}, "target_modules null"), ({"target_modules": [1]}, "target_modules"), ({"target_modules": ".*(q"}, "target_modules"),
+    ({"target_modules": ".*\\.nothing"}, "target_modules"), ({"target_modules": ["q", "v", "lm_head"]}, "lm_head")], ids=str)
+def test_adapters_with_options_that_we_do_not_apply_are_refused_by_name(folder, adapter, changes, named):
+    change_adapter(adapter, **changes)
+    with pytest.raises(ValueError) as error:
+        load_adapter(ChatLM.from_pretrained(folder), adapter)
+    assert named in str(error.value) and "adapter" in str(error.value) and len(str(error.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize("targets", [r".*decoder.*SelfAttention\.(q|v)", "all-linear", ["EncDecAttention.k", "wo"], ["encoder.block.0.layer.0.SelfAttention.o"]], ids=str)
+@pytest.mark.parametrize("init", [True, "gaussian", "orthogonal", False], ids=str)
+def test_every_way_to_name_targets_is_pefts(folder, tmp_path, targets, init):
+    torch.manual_seed(0)
+    made = get_peft_model(AutoModelForSeq2SeqLM.from_pretrained(folder), LoraConfig(task_type="SEQ_2_SEQ_LM", r=4, lora_alpha=6, target_modules=targets, init_lora_weights=init)).eval()
+    for name, p in made.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(p, std=0.05)
+    made.save_pretrained(tmp_path)
+    loaded = ChatLM.from_pretrained(folder)
+    load_adapter(loaded, tmp_path)
+    batch = make_triples(1200)
+    inputs = {"input_ids": batch["input_ids"], "labels": batch["chosen_labels"]}
+    assert (made(**inputs).logits - loaded(**inputs)[0]).abs().max() < 1e-4
+
+
+def test_an_adapter_is_written_whole_or_not_at_all(folder, tmp_path):
+    model = ChatLM.from_pretrained(folder)
+    add_lora(model, 64, 8.0, ["all"])
+    save_adapter(model, tmp_path, str(folder), 64, 8.0, ["all"])
+    before = {p: p.read_bytes() for p in tmp_path.iterdir()}
+    script = (f"import resource, sys\nfrom pathlib import Path\nfrom chatlm import ChatLM\nfrom tokenizer import run\nfrom train import add_lora, save_adapter\n"
+              f"model = ChatLM.from_pretrained({str(folder)!r})\nadd_lora(model, 128, 8.0, ['all'])\nresource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))\n"
+              f"run(lambda: save_adapter(model, Path({str(tmp_path)!r}), '', 128, 8.0, ['all']))")
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1 and f"{tmp_path}/adapter_model.safetensors: could not be written: File too large" in done.stderr and len(done.stderr.splitlines()) == 1
+    assert {p: p.read_bytes() for p in tmp_path.iterdir()} == before
+
+
+@pytest.mark.parametrize("flags", [["--sft_alpha", "0.5"], ["--label_smoothing", "0.1"], ["--beta", "0.2"], ["--loss", "ipo"]], ids=str)
+def test_what_cannot_change_is_named_and_nothing_is_touched(folder, triples, straight, flags):
+    before = {p: p.read_bytes() for p in straight.rglob("*") if p.is_file()}
+    done = call("--out_dir", str(straight), "--max_steps", "30", *flags)
+    assert done.returncode == 2 and f"{flags[0]} is not what it was" in done.stderr.splitlines()[-1], done.stderr
+    assert {p: p.read_bytes() for p in straight.rglob("*") if p.is_file()} == before
+
+
+def test_label_smoothing_has_no_effect_on_ipo(folder, triples, tmp_path):
+    done = call(*flags(folder, triples, tmp_path / "out"), "--loss", "ipo", "--label_smoothing", "0.1")
+    assert done.returncode == 2 and "--label_smoothing has no effect with --loss ipo" in done.stderr
+
+
+def test_a_run_is_resumed_by_its_folder_alone(folder, triples, straight, tmp_path):
+    out = tmp_path / "out"
+    shutil.copytree(straight, out)
+    train.list_checkpoints(out / "checkpoint")[0].unlink()
+    done = call("--out_dir", str(out))
+    assert done.returncode == 0, done.stderr
+    assert log_of(out) == log_of(straight)
+
+
+@pytest.mark.parametrize("ranks", [3, 5])
+def test_any_number_of_processes_learns_the_same(folder, triples, straight, tmp_path, ranks):
+    """Two micro-batches a step, so that some processes have none."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", "dpo.py", *flags(folder, triples, tmp_path)]
+    done = subprocess.run([*command, "--schedule", "constant", "--max_steps", "4"], capture_output=True, text=True, timeout=120, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0 and f"{ranks - 2} have none" in done.stderr, done.stderr
+    one = call(*flags(folder, triples, tmp_path / "one"), "--schedule", "constant", "--max_steps", "4")
+    assert one.returncode == 0, one.stderr
+    for ours, theirs in zip(log_of(tmp_path), log_of(tmp_path / "one"), strict=True):
+        assert ours.keys() == theirs.keys() and all(math.isclose(ours[k], theirs[k], rel_tol=5e-3, abs_tol=5e-3) for k in ours), (ours, theirs)
+
+
+def test_half_finished_rejections_are_continued_only_as_they_began(folder, tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(dict(prompt=f"问{name}{i}", response="答")) + "\n" for i in range(4)), "utf-8")
+    out, answers = tmp_path / "p.parquet", tmp_path / "p.parquet.answers.jsonl"
+    args = ["reject", "--model", str(folder), "--out", str(out), "--max_new_tokens", "4", "--data"]
+    script = ("import sys, dpo, data\nfrom tokenizer import run\ndef stop(*_): raise KeyboardInterrupt\ndpo.data.write_pairs = stop\nrun(dpo.main)")
+    done = subprocess.run([sys.executable, "-c", script, *args, str(tmp_path / "a.jsonl")], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 130 and len(answers.read_text().splitlines()) == 4  # all answered, and ended before they were used
+    before = answers.read_bytes()
+    for change, message in (([str(tmp_path / "b.jsonl")], "line 1 answers another prompt"), ([str(tmp_path / "a.jsonl"), "--num_samples", "2"], "another do_sample"),
+                            ([str(tmp_path / "a.jsonl"), "--max_len", "9"], "another max_len")):
+        done = call(*args, *change)
+        assert done.returncode == 2 and message in done.stderr and answers.read_bytes() == before, done.stderr
+    assert call(*args, str(tmp_path / "a.jsonl")).returncode == 0
+    assert out.is_file() and sorted(p.name for p in tmp_path.iterdir()) == ["a.jsonl", "b.jsonl", "p.parquet"]
+
+
+def test_triples_and_references_follow_their_files(folder, tmp_path):
+    """A change in the middle of a large file, of the same size, is noticed."""
+    path = tmp_path / "x.jsonl"
+    rows = [dict(prompt=f"第{i}问", chosen="好" * 300, rejected="坏" * 300) for i in range(200)]
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), "utf-8")
+    ranks = train.Ranks(0, 1, torch.device("cpu"))
+    (first,) = dpo.find_triples([str(path)], ranks, tmp_path / "cache")
+    content = path.read_text("utf-8").replace("第7问", "第8问")
+    path.write_text(content, "utf-8")
+    (second,) = dpo.find_triples([str(path)], ranks, tmp_path / "cache")
+    assert first != second and [row["prompt"] for row in read_rows([second])][7] == "第8问"

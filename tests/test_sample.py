@@ -1,6 +1,8 @@
 """Decoding gives transformers' tokens; scores are sacrebleu's; the command serves people."""
 import argparse
+import contextlib
 import dataclasses
+import io
 import itertools
 import json
 import math
@@ -353,3 +355,127 @@ def test_scoring_a_file_without_the_columns(folder, tmp_path):
     (tmp_path / "s.jsonl").write_text('{"question": "a"}\n')
     done = call("--score", str(tmp_path / "s.jsonl"), "--model", str(folder))
     assert done.returncode == 2 and "row 1 has no text in 'prompt'" in done.stderr
+
+
+@pytest.fixture
+def answered(folder, tmp_path) -> tuple[list[str], Path]:
+    """Arguments that answer a file of prompts, the output, already there."""
+    (tmp_path / "p.jsonl").write_text("".join(json.dumps({"prompt": f"你好{i}"}) + "\n" for i in range(6)))
+    args = ["--input", str(tmp_path / "p.jsonl"), "--output", str(tmp_path / "a.jsonl"), "--model", str(folder), "--max_new_tokens", "6"]
+    assert run_here(args)[0] == 0
+    return args, tmp_path / "a.jsonl"
+
+
+def run_here(args: list[str]) -> tuple[int, str]:
+    """sample.py in this process: its exit status and the last line of stderr."""
+    err = io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stderr(err), contextlib.redirect_stdout(io.StringIO()):
+        patch.setattr(sys, "argv", ["sample.py", *args])
+        try:
+            run(sample.main)
+        except SystemExit as end:
+            return end.code, err.getvalue().splitlines()[-1]
+    return 0, (err.getvalue().splitlines() or [""])[-1]
+
+
+def replaced(args: list[str], flag: str, value: str) -> list[str]:
+    i = args.index(flag)
+    return [*args[:i + 1], value, *args[i + 2:]]
+
+
+def test_answers_of_others_are_never_mixed_in(answered, tmp_path):
+    args, out = answered
+    before = out.read_bytes()
+    lines = before.decode().splitlines(keepends=True)
+    (tmp_path / "other.jsonl").write_text('{"prompt": "别的"}\n')
+    (tmp_path / "fewer.jsonl").write_text("".join(json.dumps({"prompt": f"你好{i}"}) + "\n" for i in range(3)))
+    torch.manual_seed(1)
+    tokenizer = Tokenizer.from_pretrained(args[5])
+    ChatLM(ChatLMConfig.preset("demo", vocab_size=len(tokenizer))).save_pretrained(tmp_path / "other")
+    tokenizer.save_pretrained(tmp_path / "other")
+    for wrong, message in ((replaced(args, "--input", str(tmp_path / "other.jsonl")), "line 1 answers another prompt"),
+                           (replaced(args, "--input", str(tmp_path / "fewer.jsonl")), "line 4 answers another prompt"),
+                           (replaced(args, "--model", str(tmp_path / "other")), "with another model"),
+                           (replaced(args, "--max_new_tokens", "7"), "another max_new_tokens (6, now 7)"),
+                           ([*args, "--dtype", "int8"], "another dtype"), ([*args, "--do_sample", "--seed", "1"], "another do_sample")):
+        code, line = run_here(wrong)
+        assert code == 2 and message in line, line
+        assert out.read_bytes() == before
+    out.write_bytes("".join(lines[:3]).encode() + lines[3].encode()[:9])  # cut off: the rest is answered
+    assert run_here(args)[0] == 0 and out.read_bytes() == before
+
+
+@pytest.mark.parametrize("content", [b"my notes\n", b'{"prompt": "a"}\n', b"[1]\n", b'{"question": 1}\n', b"\0\0\0", b"half a line"], ids=repr)
+def test_files_that_are_not_ours_stay_as_they_are(answered, content):
+    args, out = answered
+    record = out.with_name(f".{out.name}.settings")
+    out.write_bytes(content)
+    record.rename(record.with_suffix(".away"))
+    code, line = run_here(args)
+    assert code == 2 and "was not written by this command" in line and out.read_bytes() == content
+    record.with_suffix(".away").rename(record)  # ours once, and since replaced
+    if content.endswith(b"\n"):
+        code, line = run_here(args)
+        assert code == 2 and ("is not an answer" in line or "another prompt" in line) and out.read_bytes() == content
+
+
+def test_the_input_is_never_the_output(folder, tmp_path):
+    path = tmp_path / "p.jsonl"
+    path.write_text('{"prompt": "你好"}\n{"prompt": "half')
+    before = path.read_bytes()
+    (tmp_path / "link.jsonl").symlink_to(path)
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "p.jsonl").write_text('{"prompt": "你好"}\n')
+    model = ["--model", str(folder), "--max_new_tokens", "4"]
+    for output in (path, tmp_path / "link.jsonl", tmp_path / "folder" / ".." / "p.jsonl"):
+        code, line = run_here(["--input", str(path), "--output", str(output), *model])
+        assert code == 2 and "both input and output" in line and path.read_bytes() == before
+    for _ in range(2):  # in an input folder the answers are not read as prompts
+        assert run_here(["--input", str(tmp_path / "folder"), "--output", str(tmp_path / "folder" / "a.jsonl"), *model])[0] == 0
+        assert len((tmp_path / "folder" / "a.jsonl").read_text().splitlines()) == 1
+
+
+def test_blank_lines_are_no_prompts(folder, tmp_path):
+    (tmp_path / "p.txt").write_text("\n你好\n\n   \n世界\n\n")
+    assert run_here(["--input", str(tmp_path / "p.txt"), "--output", str(tmp_path / "a.jsonl"), "--model", str(folder), "--max_new_tokens", "4"])[0] == 0
+    assert [json.loads(line)["prompt"] for line in (tmp_path / "a.jsonl").read_text().splitlines()] == ["你好", "世界"]
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"), MemoryError(),
+                                   RuntimeError("[enforce fail at alloc_cpu.cpp:117] DefaultCPUAllocator: can't allocate memory"),
+                                   RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+                                   RuntimeError("CUDA error: out of memory")], ids=repr)
+def test_out_of_memory_names_the_flag_to_lower(answered, monkeypatch, tmp_path, error):
+    args, out = answered
+    before = out.read_bytes()
+    out.write_bytes(before[:len(before) // 2])
+
+    def fail(*_, **__):
+        raise error
+    monkeypatch.setattr(sample, "answer", fail)
+    code, line = run_here(args)
+    kind = "out of GPU memory" if "CU" in str(error) and "CPU" not in str(error) else "out of memory"
+    assert code == 1 and kind in line and "--batch_size" in line and before.startswith(out.read_bytes())
+
+
+def test_an_adapter_is_no_model(folder, tmp_path):
+    (tmp_path / "adapter_config.json").write_text('{"r": 4}')
+    code, line = run_here(["--prompt", "a", "--model", str(tmp_path)])
+    assert code == 2 and "merge it first with  python dpo.py merge" in line
+
+
+def test_flags_without_effect_are_reported(folder):
+    model = ["--prompt", "你好", "--model", str(folder), "--max_new_tokens", "2"]
+    for flags in (["--top_k", "5"], ["--top_p", "0.5"], ["--temperature", "0.7"], ["--length_penalty", "2"], ["--early_stopping"], ["--seed", "3"]):
+        assert f"note: {flags[0]} changes nothing" in run_here([*model, *flags])[1]
+        assert run_here([*model, *flags, "--do_sample", "--num_beams", "2"])[1] == ""
+    for flags in (["--batch_size", "2"], ["--output", "x.jsonl"]):
+        assert run_here([*model, *flags])[0] == 2
+
+
+def test_nats_per_character_count_the_characters_that_were_scored(folder):
+    model, tokenizer = ChatLM.from_pretrained(folder), Tokenizer.from_pretrained(folder)
+    rows = [{"prompt": "你好", "response": "今天天气怎么样？" * 30}]
+    result, _ = sample.score(model, tokenizer, rows, max_len=20, max_new_tokens=2)
+    ids = tokenizer.encode(rows[0]["response"])[:19]
+    assert math.isclose(result["nats_per_char"], result["loss"] * 20 / len(tokenizer.decode(ids)), rel_tol=1e-6)

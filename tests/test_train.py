@@ -1,10 +1,12 @@
 """Training starts from nothing, loses no step whatever happens, and refuses what cannot work."""
+import argparse
 import dataclasses
 import json
 import math
 import os
 import random
 import resource
+import shlex
 import shutil
 import signal
 import socket
@@ -471,3 +473,294 @@ def test_schedules():
 
 def test_state_is_plain_numbers():
     assert json.loads(json.dumps({k: v for k, v in dataclasses.asdict(train.State()).items() if k != "best_val"}))
+
+
+# --- any number of processes ----------------------------------------------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def small(base, tmp_path_factory) -> tuple[list[str], Path]:
+    """Flags of a run of two epochs and a bit over few pairs, three micro-batches a step, with one validation batch; and its out_dir."""
+    folder = tmp_path_factory.mktemp("small")
+    table = pq.read_table(base[1])
+    pq.write_table(table.slice(0, 150), folder / "train.parquet")
+    pq.write_table(table.slice(200, 6), folder / "valid.parquet")
+    args = [*base, "--data", str(folder / "train.parquet"), "--valid", str(folder / "valid.parquet"), "--batch_tokens", "768",
+            "--max_steps", "16", "--eval_every", "5", "--save_every", "4"]
+    done = call(*args, "--out_dir", str(folder / "one"))
+    assert done.returncode == 0, done.stderr
+    return args, folder / "one"
+
+
+def assert_close(out: Path, expected: Path, rel: float = 2e-3) -> None:
+    """The same steps, tokens and learning rates, and losses within rounding."""
+    ours, theirs = curve(out), curve(expected)
+    for a, b in zip(ours, theirs, strict=True):
+        assert (a[0], a[2], a[3]) == (b[0], b[2], b[3])
+        assert all(x == y or math.isclose(x, y, rel_tol=rel) for x, y in zip(a[1:], b[1:], strict=True)), (a, b)
+
+
+@pytest.mark.parametrize("ranks", [2, 3, 4, 5])
+def test_any_number_of_processes_takes_the_same_steps(small, tmp_path, ranks):
+    """Uneven shares with 2, none for some with 4 and 5; ends of epochs; fewer validation batches than processes."""
+    args, one = small
+    done = call(*args, "--out_dir", str(tmp_path / "out"), ranks=ranks)
+    assert done.returncode == 0, done.stderr
+    assert_close(tmp_path / "out", one)
+    notes = [line for line in done.stderr.splitlines() if line.startswith("note: a step has 3 micro-batches")]
+    if ranks == 3:
+        assert notes == []
+    else:
+        assert len(notes) == 1 and f"--batch_tokens {256 * (4 if ranks == 2 else ranks)}" in notes[0]
+        assert (f"{ranks - 3} have none" in notes[0]) == (ranks > 3)
+
+
+def test_a_run_is_resumed_with_other_numbers_of_processes_and_its_own_settings(small, tmp_path):
+    args = [*small[0], "--schedule", "constant", "--warmup_steps", "0"]  # which do not depend on how many steps there are
+    for steps, ranks in (("6", 1), ("12", 3), ("16", 2)):
+        done = call(*(args if ranks == 1 else ["--device", "cpu"]), "--max_steps", steps, "--out_dir", str(tmp_path / "out"), ranks=ranks)
+        assert done.returncode == 0, done.stderr
+    done = call(*args, "--out_dir", str(tmp_path / "one"))
+    ours, expected = ([row for row in curve(folder) if row[1]] for folder in (tmp_path / "out", tmp_path / "one"))
+    assert [row[0] for row in ours] == list(range(1, 17))
+    for a, b in zip(ours, expected, strict=True):
+        assert a[2:4] == b[2:4] and math.isclose(a[1], b[1], rel_tol=2e-3)
+
+
+def test_a_resumed_run_takes_what_no_flag_says_from_its_checkpoint(base, call_here, straight, tmp_path):
+    out = tmp_path / "out"
+    shutil.copytree(straight, out)
+    for path in list_checkpoints(out / "checkpoint")[:1]:
+        path.unlink()  # from step 20 again
+    done = call("--out_dir", str(out), "--device", "cpu")
+    assert done.returncode == 0 and "resuming from" in done.stdout, done.stderr
+    assert curve(out) == curve(straight)
+    done = call_here("--out_dir", str(out), "--max_steps", "25", "--lr", "1e-5", "--eval_every", "100", "--schedule", "constant")
+    assert done.returncode == 0 and log(out)[-3]["step"] == 25 and log(out)[-3]["lr"] == 1e-5
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 5, 8])
+@pytest.mark.parametrize("flags", [[], ["--data", "x"], ["--data", "x", "--micro_batch_tokens", "4000"]], ids=str)
+def test_every_process_gets_work_by_default(base, monkeypatch, tmp_path, world_size, flags):
+    class Several(train.Ranks):
+        def all_gather(self, value):
+            return [value] * self.world_size
+
+        def wait(self):
+            pass
+
+    flags = [base[1] if flag == "x" else flag for flag in flags]
+    parser = train.parser_for("")
+    for flag in ("--preset", "--vocab_size", "--bleu_every"):
+        parser.add_argument(flag)
+    args = parser.parse_args([*flags, "--out_dir", str(tmp_path)])
+    train.resolve_args(args, Several(0, world_size, torch.device("cpu")), None)
+    group = round(args.batch_tokens / args.micro_batch_tokens)
+    assert group >= world_size and group % world_size == 0 and args.batch_tokens == group * args.micro_batch_tokens
+
+
+def launch_ranks(commands: list[list[str]], **options) -> list[tuple[int, str]]:
+    """Processes that are one run's ranks without torchrun, one command each: exit status and stderr."""
+    with socket.socket() as s:
+        s.bind(("localhost", 0))
+        port = s.getsockname()[1]
+    running = [subprocess.Popen([sys.executable, str(ROOT / "train.py"), *args], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options,
+                                env={**ENV, "RANK": str(rank), "WORLD_SIZE": str(len(commands)), "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)})
+               for rank, args in enumerate(commands)]
+    return [(process.wait(100), process.stderr.read()) for process in running]
+
+
+def test_a_machine_without_the_checkpoint_is_told_so(base, straight, tmp_path):
+    """Each process as on a machine of its own, with an out_dir that the other does not see."""
+    shutil.copytree(straight, tmp_path / "a")
+    shutil.copytree(straight, tmp_path / "stale")
+    list_checkpoints(tmp_path / "stale" / "checkpoint")[0].unlink()
+    newest = list_checkpoints(straight / "checkpoint")[0].name
+    for other in ("empty", "stale"):
+        before = sorted((tmp_path / other).rglob("*"))
+        (_, first), (code, second) = launch_ranks([[*base, "--out_dir", str(tmp_path / folder), "--max_steps", "26"] for folder in ("a", other)])
+        assert code == 2 and len(second.splitlines()) == 1, second
+        assert f"{tmp_path / other}/checkpoint has no {newest}" in second and "--out_dir must be on a file system that all machines share" in second
+        assert "must be on a file system" in first.splitlines()[-1]
+        assert sorted((tmp_path / other).rglob("*")) == before
+
+
+def test_machines_with_other_data_are_told_so(base, tmp_path):
+    other = tmp_path / "other.parquet"
+    pq.write_table(pq.read_table(base[1]).slice(1), other)
+    ends = launch_ranks([[*base, "--data", data, "--out_dir", str(tmp_path / "out"), "--max_steps", "2"] for data in (base[1], str(other))])
+    assert [code for code, _ in ends] == [2, 2] and all("--data: this process has other files" in said for _, said in ends), ends
+
+
+def test_another_launcher_than_torchrun_may_go(base, tmp_path):
+    """Ranks that a shell starts in the background, and whose parent is then process 1, go on to the end."""
+    with socket.socket() as s:
+        s.bind(("localhost", 0))
+        port = s.getsockname()[1]
+    lines = [f"RANK={rank} WORLD_SIZE=2 MASTER_ADDR=localhost MASTER_PORT={port} " + shlex.join(command(*base, "--out_dir", str(tmp_path / "out"), "--max_steps", "3"))
+             + f" > {tmp_path}/{rank}.txt 2>&1 &" for rank in range(2)]
+    subprocess.run(["sh", "-c", "\n".join(lines)], env=ENV, check=True)
+    end_s = time.monotonic() + 60
+    while time.monotonic() < end_s and "finished:" not in (tmp_path / "0.txt").read_text():
+        time.sleep(0.1)
+    assert "finished:" in (tmp_path / "0.txt").read_text(), (tmp_path / "0.txt").read_text() + (tmp_path / "1.txt").read_text()
+    assert [r["step"] for r in log(tmp_path / "out") if "loss" in r] == [1, 2, 3]
+
+
+# --- memory -----------------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory."), RuntimeError("DefaultCPUAllocator: can't allocate memory"), MemoryError()], ids=repr)
+def test_out_of_memory_is_one_line_and_touches_no_checkpoint(base, call_here, straight, tmp_path, monkeypatch, error):
+    out = tmp_path / "out"
+    shutil.copytree(straight, out)
+    kept = {p: p.read_bytes() for p in [*list_checkpoints(out / "checkpoint"), out / "model.safetensors"]}
+    calls, whole = [], ChatLM.loss_sum
+
+    def fail(self, *args, **kwargs):
+        calls.append(1)
+        if len(calls) > 3:
+            raise error
+        return whole(self, *args, **kwargs)
+    monkeypatch.setattr(ChatLM, "loss_sum", fail)
+    done = call_here("--out_dir", str(out), "--max_steps", "40")
+    assert done.returncode == 1 and len(calls) == 4 and "--micro_batch_tokens" in done.stderr.splitlines()[-1] and "Traceback" not in done.stderr
+    assert all(p.read_bytes() == content for p, content in kept.items())
+
+
+def gpu_args(**changes) -> argparse.Namespace:
+    return argparse.Namespace(**{"init_from": None, "preset": "0.2b", "vocab_size": 29298, "max_len": 320, "dtype": "bfloat16", "optimizer": "adafactor", "lora_rank": None,
+                                 "checkpoint_activations": False, **changes})
+
+
+def test_the_micro_batch_fits_the_free_memory(monkeypatch):
+    def chosen(free_gb: float, columns: int = 2, **changes) -> int:
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (int(free_gb * 1e9), int(free_gb * 1e9)))
+        return train.default_micro_batch(gpu_args(**changes), torch.device("cuda"), columns)
+
+    sizes = [chosen(gb) for gb in (4, 6, 8, 12, 24, 80)]
+    assert sizes == sorted(sizes) and sizes[0] >= 640 and sizes[2] < 16384 and sizes[-1] == 16384, sizes
+    assert chosen(8, checkpoint_activations=True) > chosen(8) > chosen(8, dtype="float32") and chosen(8, preset="small") == 16384
+    with pytest.raises(ValueError, match=r"2\.5 GB of GPU memory are free, too little .* --checkpoint_activations"):
+        chosen(2.5)
+    assert train.default_micro_batch(gpu_args(), torch.device("cpu"), 2) == 1280
+
+
+def test_clipping_is_torchs():
+    for scale in (1e-3, 10.0):
+        parameter = torch.nn.Parameter(torch.zeros(5_000_000))
+        parameter.grad = torch.randn(5_000_000, generator=torch.Generator().manual_seed(0)) * scale
+        gradient = parameter.grad * 4
+        norm = float(parameter.grad.double().norm())
+        torch.nn.utils.clip_grad_norm_([parameter], 1.0)
+        assert math.isclose(train.clip_gradient(gradient, 4.0, 1.0), norm, rel_tol=3e-4)
+        torch.testing.assert_close(gradient, parameter.grad, rtol=1e-3, atol=1e-9)
+    assert not train.clip_gradient(torch.tensor([1.0, math.inf]), 1.0, 1.0).isfinite() and train.clip_gradient(torch.zeros(3), 1.0, 1.0) == 0
+
+
+# --- stale files, and files of others -----------------------------------------------------------------------------------------
+
+def test_a_new_run_trains_a_new_tokenizer_where_it_must(base, call_here, tmp_path):
+    out = tmp_path / "out"
+    common = ["--preset", "demo", "--max_len", "40", "--max_steps", "1", "--workers", "0", "--device", "cpu", "--dtype", "float32", "--resume", "never", "--out_dir", str(out)]
+    assert call_here("--data", base[1], "--vocab_size", "1000", *common).returncode == 0
+    first = (out / "tokenizer.json").read_bytes()
+    done = call_here("--data", base[1], "--vocab_size", "1000", *common)
+    assert done.returncode == 0 and "training a tokenizer" not in done.stdout and (out / "tokenizer.json").read_bytes() == first
+    for change in (["--data", base[1], "--vocab_size", "1100"], ["--data", base[3], "--vocab_size", "1100"]):
+        done = call_here(*change, *common)
+        assert done.returncode == 0 and "was trained on other data or for another --vocab_size" in done.stdout, done.stderr
+        assert len(Tokenizer.from_pretrained(out)) == ChatLM.from_pretrained(out).config.vocab_size
+    assert (out / "tokenizer.json").read_bytes() != first
+
+
+def test_a_tokenizer_that_a_user_put_there_is_used(base, call_here, refused, tmp_path):
+    out = tmp_path / "out"
+    shutil.copytree(base[5], out)
+    flags = ["--data", base[1], "--preset", "demo", "--max_len", "40", "--max_steps", "1", "--workers", "0", "--device", "cpu", "--out_dir", str(out)]
+    assert "--vocab_size has no effect" in refused(*flags, "--vocab_size", "1000")
+    done = call_here(*flags)
+    assert done.returncode == 0 and f"using the tokenizer in {out}" in done.stdout
+
+
+def test_flags_without_effect_are_refused(base, straight, refused, tmp_path):
+    new = ["--data", base[1], "--out_dir", str(tmp_path / "new"), "--max_steps", "1"]
+    for flags, message in ((["--tokenizer", base[5], "--vocab_size", "300"], "--tokenizer brings its own"), (["--init_from", str(straight), "--vocab_size", "300"], "--init_from brings its own"),
+                           (["--lora_alpha", "3"], "--lora_alpha has no effect without --lora_rank"), (["--lora_targets", "q"], "without --lora_rank"),
+                           (["--eval_every", "3"], "--eval_every has no effect without --valid"), (["--bleu_every", "3"], "without --valid")):
+        assert message in refused(*new, *flags)
+    assert not (tmp_path / "new" / "log.jsonl").exists()
+
+
+def test_another_tokenizer_than_the_models_is_warned_of(base, call_here, straight, tmp_path):
+    Tokenizer.train([t for pair in make_demo()[0][:500] for t in pair], 1000).save_pretrained(tmp_path / "tok")
+    flags = ["--data", base[1], "--init_from", str(straight), "--max_len", "40", "--max_steps", "1", "--workers", "0", "--device", "cpu"]
+    for tokenizer, warned in ((tmp_path / "tok", True), (base[5], False)):
+        done = call_here(*flags, "--tokenizer", str(tokenizer), "--out_dir", str(tmp_path / str(warned)))
+        assert done.returncode == 0 and ("has other tokens than" in done.stderr) == warned, done.stderr
+
+
+@pytest.mark.parametrize("flags", [[], ["--freeze", "shared,encoder"], ["--lora_rank", "2"]], ids=str)
+def test_another_starting_model_is_refused(base, call_here, refused, straight, tmp_path, flags):
+    model = tmp_path / "model"
+    shutil.copytree(straight / "best", model)
+    i = base.index("--preset")
+    args = [*base[:i], *base[i + 2:], *flags, "--out_dir", str(tmp_path / "out"), "--init_from"]
+    assert call_here(*args, str(model), "--max_steps", "2").returncode == 0
+    weights = load_file(model / "model.safetensors")
+    weights["encoder.block.0.layer.0.SelfAttention.q.weight"][0, 0] += 1
+    save_file(weights, model / "model.safetensors", {"format": "pt"})
+    assert "--init_from (the model's weights) is not what it was" in refused(*args, str(model), "--max_steps", "4")
+    assert "(the model's weights) is not what it was" in refused("--out_dir", str(tmp_path / "out"), "--max_steps", "4")
+    assert call_here(*args, str(straight / "best"), "--max_steps", "4").returncode == 0
+
+
+def test_data_that_changed_in_its_middle_is_refused(base, straight, refused, tmp_path):
+    """Of the same size, with the same footer."""
+    path = tmp_path / "train.parquet"
+    content = bytearray(Path(base[1]).read_bytes())
+    content[len(content) // 3] ^= 1
+    path.write_bytes(content)
+    assert "--data is not what it was" in refused(*base, "--data", str(path), "--out_dir", str(straight), "--max_steps", "30")
+
+
+def test_training_reads_folders_and_names_the_command_that_converts(base, call_here, refused, tmp_path):
+    (tmp_path / "shards" / "more").mkdir(parents=True)
+    table = pq.read_table(base[1])
+    pq.write_table(table.slice(0, 1500), tmp_path / "shards" / "a.parquet")
+    pq.write_table(table.slice(1500), tmp_path / "shards" / "more" / "b.parquet")
+    (tmp_path / "shards" / "notes.md").write_text("x")
+    for name, source in (("shards", tmp_path / "shards"), ("file", base[1])):
+        done = call_here(*base, "--data", str(source), "--max_steps", "1", "--out_dir", str(tmp_path / name))
+        assert done.returncode == 0, done.stderr
+    ours, expected = (log(tmp_path / name)[0] for name in ("shards", "file"))
+    assert ours["loss"] != expected["loss"] and math.isclose(ours["loss"], expected["loss"], rel_tol=0.5)  # other row groups, other batches
+    (tmp_path / "my data.jsonl").write_text("{}")
+    new = ["--out_dir", str(tmp_path / "new")]
+    line = refused("--data", str(tmp_path / "my data.jsonl"), *new)
+    assert f"python data.py clean --source pairs '{tmp_path}/my data.jsonl' --out 'my data.parquet'" in line
+    (tmp_path / "lines").mkdir()
+    (tmp_path / "lines" / "x.jsonl").write_text("{}")
+    assert "has no Parquet files: convert" in refused("--data", str(tmp_path / "lines"), *new)
+
+
+# --- beginnings ---------------------------------------------------------------------------------------------------------------
+
+def test_few_rows_begin_at_random(base, call_here, tmp_path):
+    for rows in (3, 20):
+        pq.write_table(pq.read_table(base[1]).slice(0, rows), tmp_path / f"{rows}.parquet")
+        done = call_here("--data", str(tmp_path / f"{rows}.parquet"), "--tokenizer", base[5], "--preset", "demo", "--max_len", "40", "--max_steps", "2", "--warmup_steps", "100", "--lr", "1e-6",
+                         "--workers", "0", "--device", "cpu", "--dtype", "float32", "--out_dir", str(tmp_path / str(rows)))
+        assert done.returncode == 0 and "initialized" in done.stdout, done.stderr
+        assert log(tmp_path / str(rows))[0]["loss"] < 1.3 * math.log(1400), done.stdout
+
+
+def test_the_schedules_clock_starts_after_the_beginning(base, call_here, tmp_path, monkeypatch):
+    counted = ChatLM.init_bigrams
+
+    def slow(self, *args):
+        time.sleep(3)
+        counted(self, *args)
+    monkeypatch.setattr(ChatLM, "init_bigrams", slow)
+    done = call_here(*base, "--time_limit", "3", "--schedule", "cosine", "--warmup_steps", "10000", "--out_dir", str(tmp_path / "out"))
+    assert done.returncode == 0, done.stderr
+    steps = [r for r in log(tmp_path / "out") if "loss" in r]
+    assert steps[0]["elapsed"] < 2.5 and steps[1]["lr"] < 0.02 / 0.1 * (steps[0]["elapsed"] + 0.5) / 3 and len(steps) > 5
