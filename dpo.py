@@ -192,7 +192,7 @@ def tune(argv: list[str]) -> None:
     args = parser.parse_args(argv)
     args.preset = args.vocab_size = args.bleu_every = None
     ranks = train.Ranks.join(args.device)
-    with memory_hint("--micro_batch_tokens"), train.claimed(Path(args.out_dir), ranks):
+    with memory_hint("--micro_batch_tokens in a new run, or resume this one with --checkpoint_activations"), train.claimed(Path(args.out_dir), ranks):
         saved = train.find_checkpoint(args.out_dir, args.resume, ranks)
         if not saved and not (args.data and args.init_from):
             parser.error("--init_from and --data are needed")

@@ -10,7 +10,7 @@ characters, and the learnt merges are applied in the order in which they were le
     merges (天, 气), (天气, 预), ...      "今天天气，好" -> 今天天气 | ， | 好 -> 今天 天气 ， 好
 
 Characters outside the alphabet become their UTF-8 bytes, <0xE2> <0x82> <0xAC>, so every string has a code and comes
-back whole. Learning and encoding both work on whole arrays of text with numpy; tests hold them to textbook versions.
+back whole. The exception is a literal special token: "[EOS]" in a text becomes the token, which decode leaves out. Learning and encoding both work on whole arrays of text with numpy; tests hold them to textbook versions.
 tokenizer.json is Hugging Face's format, and AutoTokenizer gives the same ids.
 """
 import argparse

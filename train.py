@@ -940,10 +940,12 @@ def state_bytes(config: ChatLMConfig, args: argparse.Namespace) -> int:
 
 
 def activation_bytes(config: ChatLMConfig, args: argparse.Namespace) -> int:
-    """Bytes that backward needs for each padded token, counted from what autograd saves in bfloat16 (see tests/test_train.py)."""
+    """Bytes that autograd saves for each padded token, a tenth more than counted (tests/test_gpu.py); weights are in state_bytes."""
     inner, halves = config.num_heads * config.d_kv, 2 if args.dtype == "float32" else 1
-    gated = 3 if config.feed_forward_proj == "gated-gelu" else 1
+    gated = 4 if config.feed_forward_proj == "gated-gelu" else 1
     layer = halves * (22 * config.d_model + 18 * inner + 2 * (1 + gated) * config.d_ff + 2 * config.num_heads * args.max_len)
+    if args.dropout:  # the output of each dropout and its mask
+        layer += 3 * config.d_model + (1 + 2 * halves) * config.d_ff
     layers = max(config.num_layers, config.num_decoder_layers or 0)
     return layers * 4 * config.d_model + layer if args.checkpoint_activations else layers * layer
 
@@ -1114,7 +1116,7 @@ def main() -> None:
     parser.add_argument("--vocab_size", type=number(int, 264), help="size of a tokenizer that is trained here (default: 29298; 2048 for the demo)")
     parser.add_argument("--bleu_every", type=number(int, 1), metavar="STEPS", help="score answers on --valid every N steps (default: at the end)")
     args = parser.parse_args()
-    with memory_hint("--micro_batch_tokens"):
+    with memory_hint("--micro_batch_tokens in a new run, or resume this one with --checkpoint_activations"):
         run_training(args)
 
 

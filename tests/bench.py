@@ -54,13 +54,24 @@ def rss_bytes(pid: int) -> int:
     return own + sum(rss_bytes(int(c)) for c in children)
 
 
-def measure(command: list[str], env: dict[str, str] | None = None) -> tuple[float, int, str]:
-    """Seconds from start to end, greatest resident bytes, and what was printed. Raises RuntimeError if it fails."""
+def gpu_bytes() -> int:
+    """Memory of the GPU that is in use, by any process; 0 without a GPU."""
+    import torch
+    if not torch.cuda.is_available():
+        return 0
+    free, total = torch.cuda.mem_get_info()
+    return total - free
+
+
+def measure(command: list[str], env: dict[str, str] | None = None, gpu: bool = False) -> tuple[float, int, str]:
+    """Seconds from start to end, greatest resident bytes, and what was printed. gpu: for a command that uses the GPU if there is one,
+    the bytes are those that it takes there. Raises RuntimeError if it fails."""
+    before = gpu_bytes() if gpu else 0
     with tempfile.TemporaryFile("w+") as out:
         begin_s, peak = time.perf_counter(), 0
         running = subprocess.Popen(command, stdout=out, stderr=out, env={**os.environ, **(env or {})}, cwd=ROOT)
         while running.poll() is None:
-            peak = max(peak, rss_bytes(running.pid))
+            peak = max(peak, gpu_bytes() - before if before else rss_bytes(running.pid))
             time.sleep(0.01)
         wall_s = time.perf_counter() - begin_s
         out.seek(0)
@@ -542,7 +553,8 @@ def run_ours(folder: str, preset: str, dtype: str, seconds: float, data: str, va
     """train.py as a user runs it, its defaults and all, for so many seconds; what it logged, and its peak memory."""
     out = Path(folder) / "ours"
     _, peak, _ = measure([sys.executable, "train.py", "--data", data, *(["--valid", valid] if valid else []), "--tokenizer", folder, "--preset", preset,
-                          "--dtype", dtype, "--time_limit", str(seconds), "--out_dir", str(out), "--resume", "never", "--eval_every", "1000000"])
+                          "--dtype", dtype, "--time_limit", str(seconds), "--out_dir", str(out), "--resume", "never",
+                          *(["--eval_every", "1000000"] if valid else [])], gpu=True)
     log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     steps = [line for line in log if "tok_per_s" in line]
     early = next(line for line in steps if line["elapsed"] > min(3.0, seconds / 2))
@@ -565,7 +577,7 @@ def train(args: argparse.Namespace) -> None:
                     if kind == "ours":
                         result, peak = run_ours(folder, args.preset, dtype, args.seconds, data)
                     else:
-                        _, peak, said = measure(child("train", kind, folder, args.preset, dtype, str(args.seconds), data))
+                        _, peak, said = measure(child("train", kind, folder, args.preset, dtype, str(args.seconds), data), gpu=True)
                         result = json.loads(said.splitlines()[-1])
                     rates[kind].append(result["tok_per_s"])
                     peaks[kind] = max(peaks[kind], peak)
@@ -607,8 +619,8 @@ def child_generate(kind: str, folder: str, dtype: str, batch: str, beams: str, n
     prompts = [[rng.randrange(300, vocabulary) for _ in range(31)] + [1] for _ in range(size)]
     ids, options = torch.tensor(prompts, device=device), {"max_new_tokens": length, "min_new_tokens": length, "num_beams": int(beams)}
     if kind == "ours":
-        from sample import generate as ours, load
-        model = load(folder, dtype, torch.device(device))
+        from sample import generate as ours, load, pick_device
+        model = load(folder, dtype, pick_device(device))
 
         def run() -> int:
             return ours(model, ids, **options).numel() - size
@@ -651,12 +663,13 @@ def generate(args: argparse.Namespace) -> None:
         model = ChatLM(ChatLMConfig.preset(args.preset, vocab_size=len(tokenizer)))
         model.save_pretrained(folder)
         per_token = model.train_flops(0, 1) / 6  # weights that are read for a token of one row
-        x = torch.ones(1 << 28)
-        x.sum()
-        begin_s = time.perf_counter()
-        x.sum()
-        bandwidth = 4 * x.numel() / (time.perf_counter() - begin_s)
+        x = torch.ones(1 << 28, device="cuda" if on_gpu else "cpu")
+        for _ in range(2):  # the first is slower
+            begin_s = time.perf_counter()
+            float(x.sum())  # which waits for a GPU
+            bandwidth = 4 * x.numel() / (time.perf_counter() - begin_s)
         del x
+        torch.cuda.empty_cache()
         dtypes = args.dtypes or ["float32", *halves, "float16", *([] if on_gpu else ["int8"])]
         contenders = [("ours", d) for d in dtypes] + [("transformers", d) for d in ["float32", *halves, *(["float16"] if on_gpu else [])]]
         try:
@@ -671,7 +684,7 @@ def generate(args: argparse.Namespace) -> None:
             peaks = dict.fromkeys(rates, 0)
             for _ in range(args.runs):
                 for kind, dtype in contenders:
-                    _, peak, said = measure(child("generate", kind, folder, dtype, str(batch), str(args.num_beams), str(args.new_tokens), str(args.seconds)))
+                    _, peak, said = measure(child("generate", kind, folder, dtype, str(batch), str(args.num_beams), str(args.new_tokens), str(args.seconds)), gpu=True)
                     rates[kind, dtype].append(json.loads(said.splitlines()[-1])["tok_per_s"])
                     peaks[kind, dtype] = max(peaks[kind, dtype], peak)
             median = {c: statistics.median(r) for c, r in rates.items()}
@@ -705,6 +718,8 @@ def child_dpo(kind: str, folder: str, dtype: str, seconds: str) -> None:
         begin_s, triples = time.perf_counter(), 0
         while time.perf_counter() - begin_s < limit_s:
             triples += step()
+        if device == "cuda":
+            torch.cuda.synchronize()
         return triples / (time.perf_counter() - begin_s)
 
     result = {}
@@ -712,9 +727,10 @@ def child_dpo(kind: str, folder: str, dtype: str, seconds: str) -> None:
         from chatlm import ChatLM
         from data import PairStream
         from dpo import dpo_loss, pair_logps
-        model = ChatLM.from_pretrained(folder, torch.float32, device)
+        from sample import pick_device
+        model = ChatLM.from_pretrained(folder, torch.float32, pick_device(device))
         optimizer = torch.optim.AdamW(model.parameters(), 1e-5, fused=True)
-        batches = iter(PairStream(f"{folder}/triples.parquet", tokenizer, 3200, 320, columns=columns))
+        batches = ({k: v.to(device) for k, v in batch.items()} for batch in PairStream(f"{folder}/triples.parquet", tokenizer, 3200, 320, columns=columns))
 
         def logps(batch: dict) -> tuple:
             with torch.autocast(device, torch.bfloat16, enabled=dtype == "bfloat16"):
@@ -779,7 +795,7 @@ def dpo(args: argparse.Namespace) -> None:
             peaks, reference = dict.fromkeys(rates, 0), []
             for _ in range(args.runs):
                 for kind in rates:
-                    _, peak, said = measure(child("dpo", kind, folder, dtype, str(args.seconds)))
+                    _, peak, said = measure(child("dpo", kind, folder, dtype, str(args.seconds)), gpu=True)
                     result = json.loads(said.splitlines()[-1])
                     rates[kind].append(result["training"])
                     peaks[kind] = max(peaks[kind], peak)

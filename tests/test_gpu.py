@@ -8,6 +8,7 @@ or a wrong attention mask. A device sync, where the CPU waits for the GPU, raise
 
 Shapes: B batch, S source length, T target length, D d_model, V vocabulary.
 """
+import argparse
 import ctypes
 import json
 import subprocess
@@ -122,9 +123,9 @@ def fake_gpu(monkeypatch) -> Iterator[None]:
         guards[cuda] = before
 
 
-def make_model(dtype: torch.dtype = torch.float32) -> ChatLM:
+def make_model(dtype: torch.dtype = torch.float32, config: ChatLMConfig | None = None) -> ChatLM:
     with torch.device(GPU):
-        model = ChatLM(ChatLMConfig.preset("demo", vocab_size=V)).eval()
+        model = ChatLM(config or ChatLMConfig.preset("demo", vocab_size=V)).eval()
     for module in model.modules():  # Module.to cannot replace fake parameters
         for name, p in list(module.named_parameters(recurse=False)):
             setattr(module, name, torch.nn.Parameter(p.detach().to(dtype)))
@@ -233,6 +234,35 @@ def test_loss_and_its_backward(fake_gpu, autocast):
     assert loss.shape == () and loss.dtype == torch.float32 and loss.is_cuda
     for p in model.parameters():
         assert p.grad.shape == p.shape and p.grad.dtype == p.dtype and p.grad.is_cuda
+
+
+def saved_bytes(model: ChatLM, rows: int, source: int, target: int) -> int:
+    """Bytes of the activations that autograd saves in a forward pass under bfloat16 autocast."""
+    weights = {p.untyped_storage()._cdata for p in model.parameters()}
+    found = {}
+
+    def pack(x: Tensor) -> Tensor:
+        found[x.untyped_storage()._cdata] = x.untyped_storage()  # kept, so that no two share an id
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x), torch.autocast(GPU, torch.bfloat16):
+        model.decode(ones(rows, target), *model.encode(ones(rows, source), ones(rows, source)))
+    return sum(storage.nbytes() for i, storage in found.items() if i not in weights)
+
+
+@pytest.mark.parametrize("length", [32, 320])
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+@pytest.mark.parametrize("change", [{}, {"feed_forward_proj": "gated-gelu"}], ids=str)
+@pytest.mark.parametrize("preset", ["small", "0.2b"])
+def test_the_memory_of_a_micro_batch_is_estimated(fake_gpu, preset, change, dropout, length):
+    """train.activation_bytes covers what is saved, and is no more than 1.5 times as much."""
+    config = ChatLMConfig.preset(preset, vocab_size=V, dropout_rate=dropout, **change)
+    args = argparse.Namespace(dtype="bfloat16", max_len=length, dropout=dropout,
+                              checkpoint_activations=False)
+    model, rows = make_model(config=config).train(), 2560 // length
+    saved = saved_bytes(model, rows, length, length) - 2 * model.num_parameters()  # weights, cast
+    estimate = rows * 2 * length * train.activation_bytes(config, args)
+    assert saved < estimate < 1.5 * saved
 
 
 @pytest.mark.parametrize("kind", ["sigmoid", "ipo"])

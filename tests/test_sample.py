@@ -99,6 +99,7 @@ def test_steps_that_are_all_alike_are_the_steps(tmp_path, device):
     """As a GPU takes them, there from a CUDA graph: over growths of the room, as beams change places, rows multiply and prompts leave."""
     _, ours = make_models(tmp_path, 1)
     ids, mask = make_prompts()
+    device = sample.pick_device(device)
     there = ChatLM.from_pretrained(tmp_path, device=device)
     usual, alike = Decoder(ours, ids, mask, 2, static=False), Decoder(there, ids.to(device), mask.to(device), 2, static=True)
     g = torch.Generator().manual_seed(0)
@@ -118,13 +119,14 @@ def test_steps_that_are_all_alike_are_the_steps(tmp_path, device):
             select([row for row in range(12) for _ in range(2)])
         if step == 340:
             select([0, 1, 2, 3, 12, 13, 14, 15], [0, 3])
-    assert device == "cpu" or alike.graph is not None
+    assert device.type == "cpu" or alike.graph is not None
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=GPU)])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_a_model_decodes_as_it_computes(tmp_path, device, dtype):
     make_models(tmp_path, 0)
+    device = sample.pick_device(device)
     model = ChatLM.from_pretrained(tmp_path, dtype, device)
     ids, mask = (x.to(device) for x in make_prompts())
     said = torch.randint(0, 60, (len(ids), 20), device=device)

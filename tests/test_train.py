@@ -627,7 +627,7 @@ def test_out_of_memory_is_one_line_and_touches_no_checkpoint(base, call_here, st
 
 
 def gpu_args(**changes) -> argparse.Namespace:
-    return argparse.Namespace(**{"init_from": None, "preset": "0.2b", "vocab_size": 29298, "max_len": 320, "dtype": "bfloat16", "optimizer": "adafactor", "lora_rank": None,
+    return argparse.Namespace(**{"init_from": None, "preset": "0.2b", "vocab_size": 29298, "max_len": 320, "dtype": "bfloat16", "optimizer": "adafactor", "lora_rank": None, "dropout": 0.0,
                                  "checkpoint_activations": False, **changes})
 
 
