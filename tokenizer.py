@@ -1116,6 +1116,8 @@ def read_csv(f, bad: Callable[[str, int, str], None]) -> Iterator[dict]:
         try:
             fields = next(reader)
         except StopIteration:
+            if header is None:
+                raise ValueError("it is empty, without a header") from None
             return
         except csv.Error as e:
             if header is None:
@@ -1331,24 +1333,27 @@ def run(main) -> None:
 
     def end(error, status: int) -> None:
         if not isinstance(error, AgreedError) or os.environ.get("LOCAL_RANK", "0") == "0":
-            print(f"{clear}{Path(sys.argv[0]).name}: error: {' '.join(map(str.strip, str(error).splitlines()))}", file=sys.stderr)
+            print(f"{clear}{Path(sys.argv[0]).name}: {' '.join(map(str.strip, str(error).splitlines()))}", file=sys.stderr)
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:  # at a normal exit the threads of a process group would abort, or wait for others
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(status)
         sys.exit(status)
 
     try:
         main()
     except KeyboardInterrupt:
-        print(f"{clear}{Path(sys.argv[0]).name}: interrupted", file=sys.stderr)
-        sys.exit(130)
+        end("interrupted", 130)
     except MemoryError as e:
-        end(str(e) or "out of memory", 1)
+        end(f"error: {e or 'out of memory'}", 1)
     except (ValueError, OSError) as e:
         if isinstance(e, BrokenPipeError):  # the reader of our output has left
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             sys.exit(1)
         if isinstance(e, AgreedError):
-            end(e, 2)
+            end(AgreedError(f"error: {e}"), 2)
         text = f"{e.filename}: {e.strerror}" if isinstance(e, OSError) and e.filename else e.strerror if isinstance(e, OSError) and e.strerror else e
-        end(text, 1 if isinstance(e, OSError) and e.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO) else 2)
+        end(f"error: {text}", 1 if isinstance(e, OSError) and e.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO) else 2)
 
 
 def main() -> None:

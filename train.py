@@ -561,7 +561,7 @@ class Report:
                 except (ValueError, KeyError, TypeError):
                     continue  # a line that a power cut left half written
         write_file(path, "".join(kept))
-        self.file = open(path, "a", encoding="utf-8")
+        self.path, self.file = path, open(path, "a", encoding="utf-8")
         try:
             from torch.utils.tensorboard import SummaryWriter
             self.board = SummaryWriter(str(out_dir / "tensorboard"), purge_step=step + 1)
@@ -571,8 +571,9 @@ class Report:
     def log(self, values: dict) -> None:
         if not self.first:
             return
-        self.file.write(json.dumps(values) + "\n")
-        self.file.flush()
+        with write_errors(self.path):
+            self.file.write(json.dumps(values) + "\n")
+            self.file.flush()
         for name, value in values.items() if self.board else ():
             if name != "step" and value is not None:
                 self.board.add_scalar(name, value, values["step"])
@@ -845,7 +846,6 @@ def resolve_args(args: argparse.Namespace, ranks: Ranks, saved: dict | None, col
     """
     args.given = {name for name, value in vars(args).items() if value is not None} - {"resume", "out_dir"}
     args.stored = {*vars(args), "demo"} - {"given", "stored", "resume", "out_dir", "device"}
-    check_given(args)
     for name, value in (saved["settings"] if saved else {}).items():
         if getattr(args, name, None) is None and not (name in LIMITS and args.given & set(LIMITS)):
             setattr(args, name, value)
@@ -857,6 +857,7 @@ def resolve_args(args: argparse.Namespace, ranks: Ranks, saved: dict | None, col
         defaults = {**DEMO, **(defaults or {})}
         if args.epochs or args.time_limit:
             del defaults["max_steps"]
+    check_given(args)
     if args.lora_rank and not args.init_from:
         raise ValueError("--lora_rank adds to a model: name it with --init_from")
     if args.init_from and args.preset:
@@ -888,19 +889,18 @@ def resolve_args(args: argparse.Namespace, ranks: Ranks, saved: dict | None, col
     out = Path(args.out_dir)
     if args.resume == "auto" and not saved and (out / "config.json").exists():
         raise ValueError(f"{out} holds a model and no checkpoint to resume from: choose another --out_dir, or --resume never to replace it")
+    for name in ("eval_every", "bleu_every"):
+        if name in args.given and not args.valid and ranks.first:
+            print(f"note: --{name} has no effect without --valid", file=sys.stderr)
     if args.valid and ranks.first and (found := overlap(args.data_files, args.valid_files)):
         print(f"warning: {found:,} prompts of --valid are in --data too, and measure memory (data.py split keeps them apart)", file=sys.stderr)
 
 
 def check_given(args: argparse.Namespace) -> None:
-    """Raises ValueError for a flag that has no effect next to the others."""
-    def reject(names: tuple[str, ...], needs: str, there: bool) -> None:
-        if not there and (without := [name for name in names if name in args.given]):
-            raise ValueError(f"--{without[0]} has no effect without {needs}")
-
-    resumes = args.resume != "never" and (Path(args.out_dir) / "checkpoint").is_dir() or args.resume not in ("auto", "never")
-    reject(("lora_alpha", "lora_dropout", "lora_targets"), "--lora_rank", "lora_rank" in args.given or resumes)
-    reject(("eval_every", "bleu_every"), "--valid", bool(args.valid) or not args.data or resumes)
+    """Raises ValueError for a flag that has no effect next to the others, once all settings are resolved."""
+    for name in ("lora_alpha", "lora_dropout", "lora_targets"):
+        if name in args.given and not args.lora_rank:
+            raise ValueError(f"--{name} has no effect without --lora_rank")
     if "vocab_size" in args.given and (args.tokenizer or args.init_from):
         raise ValueError(f"--vocab_size is for a tokenizer that is trained here; --{'tokenizer' if args.tokenizer else 'init_from'} brings its own")
 
@@ -999,13 +999,7 @@ def find_tokenizer(args: argparse.Namespace, ranks: Ranks) -> Tokenizer:
     """The one named, or the starting model's, or the one that this run, or a user, has put into the out_dir; else one is trained on the
     data and put there. checkpoint/tokenizer.json tells what it was trained from."""
     if args.tokenizer or args.init_from:
-        tokenizer = Tokenizer.from_pretrained(args.tokenizer or args.init_from, append_eos=True)
-        if args.tokenizer and args.init_from and ranks.first and (Path(args.init_from) / "tokenizer.json").is_file():
-            own = Tokenizer.from_pretrained(args.init_from, append_eos=True)
-            if (own.vocab, own.merges) != (tokenizer.vocab, tokenizer.merges):
-                print(f"warning: {args.tokenizer} has other tokens than {args.init_from} was trained with: that model must learn them anew",
-                      file=sys.stderr)
-        return tokenizer
+        return Tokenizer.from_pretrained(args.tokenizer or args.init_from, append_eos=True)
     out = Path(args.out_dir)
     if ranks.first:
         train_tokenizer(args, out)
@@ -1050,6 +1044,11 @@ def make_model(args: argparse.Namespace, ranks: Ranks, tokenizer: Tokenizer) -> 
         model = ChatLM.from_pretrained(args.init_from, torch.float32, ranks.device)
         if len(tokenizer) > model.config.vocab_size:
             raise ValueError(f"the tokenizer has {len(tokenizer):,} tokens and the model in {args.init_from} only {model.config.vocab_size:,}")
+        if args.tokenizer and ranks.first and (Path(args.init_from) / "tokenizer.json").is_file():
+            own = Tokenizer.from_pretrained(args.init_from)
+            if (own.vocab, own.merges) != (tokenizer.vocab, tokenizer.merges):
+                print(f"warning: {args.tokenizer} has other tokens than {args.init_from} was trained with: that model must learn them anew",
+                      file=sys.stderr)
         args.init_hash = hash_weights(model)
     else:
         model = ChatLM(ChatLMConfig.preset(args.preset, vocab_size=len(tokenizer))).to(ranks.device)

@@ -9,10 +9,12 @@ or a wrong attention mask. A device sync, where the CPU waits for the GPU, raise
 Shapes: B batch, S source length, T target length, D d_model, V vocabulary.
 """
 import argparse
+import contextlib
 import ctypes
 import json
 import subprocess
 import sys
+import types
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -349,6 +351,71 @@ def fake_driver(monkeypatch, count: int) -> list:
                         ("current_device", lambda: 0), ("set_device", calls.append)):
         monkeypatch.setattr(torch.cuda, name, value)
     return calls
+
+
+def test_segments_of_gpu_memory_may_grow(monkeypatch):
+    fake_driver(monkeypatch, 1)
+    for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
+        sample.os.environ.pop(name, None)
+    sample.pick_device(None)
+    assert sample.os.environ["PYTORCH_ALLOC_CONF"] == "expandable_segments:True"
+    sample.os.environ["PYTORCH_ALLOC_CONF"] = "max_split_size_mb:64"
+    sample.pick_device(None)
+    assert sample.os.environ["PYTORCH_ALLOC_CONF"] == "max_split_size_mb:64"
+
+
+def join_as_rank_1(monkeypatch, device: str | None, gpus: int = 2) -> dict:
+    """Ranks.join in the second of two processes. Returns the arguments of init_process_group."""
+    fake_driver(monkeypatch, gpus)
+    given = {}
+    for name, value in (("RANK", "1"), ("LOCAL_RANK", "1"), ("WORLD_SIZE", "2"),
+                        ("LOCAL_WORLD_SIZE", "2")):
+        monkeypatch.setitem(sample.os.environ, name, value)
+    monkeypatch.setattr(train.dist, "rendezvous", lambda url: iter([(None, 1, 2)]))
+    monkeypatch.setattr(train.dist, "PrefixStore", lambda prefix, store: store)
+    monkeypatch.setattr(train.dist, "init_process_group",
+                        lambda backend, **options: given.update(backend=backend, **options))
+    monkeypatch.setattr(torch, "set_num_threads", lambda n: None)
+    ranks = train.Ranks.join(device)
+    return {**given, "device": ranks.device}
+
+
+def test_nccl_waits_for_hours_and_knows_its_device(monkeypatch):
+    given = join_as_rank_1(monkeypatch, None)
+    assert given["backend"] == "nccl" and given["timeout"].total_seconds() >= 12 * 3600
+    assert given["device"] == given["device_id"] == torch.device("cuda", 1)
+    assert join_as_rank_1(monkeypatch, "cpu")["device_id"] is None
+
+
+@pytest.mark.parametrize(("device", "gpus", "message"), [
+    ("cuda:0", 2, "--device cuda:0 is one GPU for 2 processes"),
+    (None, 1, "2 processes need as many GPUs, and this machine has 1: --nproc_per_node=1"),
+    ("cuda", 1, "this machine has 1")])
+def test_every_process_needs_a_gpu_of_its_own(monkeypatch, device, gpus, message):
+    with pytest.raises(ValueError, match=message):
+        join_as_rank_1(monkeypatch, device, gpus)
+
+
+def test_graphs_are_captured_while_other_threads_use_the_gpu(monkeypatch):
+    """A thread that pins memory or reads TensorBoard's scalars must not end the capture."""
+    options = []
+
+    @contextlib.contextmanager
+    def graph(*args, **kwargs):
+        options.append(kwargs)
+        yield
+
+    for name, value in (("graph", graph), ("device", lambda device: contextlib.nullcontext()),
+                        ("CUDAGraph", lambda: types.SimpleNamespace(replay=lambda: None))):
+        monkeypatch.setattr(torch.cuda, name, value)
+    monkeypatch.setattr(sys.modules[Decoder.__module__], "capture_stream", lambda device: None)
+    model = ChatLM(ChatLMConfig.preset("demo", vocab_size=V)).eval()
+    ids = torch.ones(B, S, dtype=torch.int64)
+    with torch.inference_mode():
+        decoder = Decoder(model, ids, static=True)
+        decoder.step(ids[:, 0])
+        assert torch.equal(decoder.replay(ids[:, 0])[0], decoder.result[0])
+    assert [o["capture_error_mode"] for o in options] == ["thread_local"]
 
 
 @pytest.mark.parametrize(("name", "index"), [(None, 0), ("cuda", 0), ("cuda:1", 1)])

@@ -167,6 +167,7 @@ def test_pretraining_in_two_processes_survives_a_kill(road):
     running.kill()  # the launcher; its two processes notice
     running.wait()
     assert "resuming from" in go(road, pretrain, more)
+    assert "finished: out/pre" in go(road, "python train.py --out_dir out/pre")  # with the settings of its checkpoint
     steps = [row for row in map(json.loads, log.read_text("utf-8").splitlines()) if "loss" in row]
     assert [row["step"] for row in steps] == list(range(1, 321))
     assert steps[-1]["loss"] < 1.5 < 3 < steps[0]["loss"]

@@ -1,5 +1,6 @@
 """Training starts from nothing, loses no step whatever happens, and refuses what cannot work."""
 import argparse
+import contextlib
 import dataclasses
 import json
 import math
@@ -606,6 +607,21 @@ def test_another_launcher_than_torchrun_may_go(base, tmp_path):
     assert [r["step"] for r in log(tmp_path / "out") if "loss" in r] == [1, 2, 3]
 
 
+def test_a_killed_loader_process_is_one_line(base, straight, tmp_path):
+    """Its process and its launcher, multiprocessing's, are all the children that a run has."""
+    out = tmp_path / "out"
+    args = [*base, "--batch_tokens", "256", "--workers", "1", "--out_dir", str(out), "--max_steps", "100000", "--save_every", "5"]
+    process = subprocess.Popen(command(*args), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=ENV)
+    while process.poll() is None and not list_checkpoints(out / "checkpoint"):
+        time.sleep(0.02)
+    for child in ranks_below(process.pid):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(child, signal.SIGKILL)
+    said = process.communicate(timeout=60)[1].splitlines()
+    assert process.returncode == 2 and "a process that reads the training data was killed" in said[-1] and not any("Traceback" in line for line in said), said
+    assert all(train.hash_file(path) == path.stem.rpartition("-")[2] for path in list_checkpoints(out / "checkpoint"))
+
+
 # --- memory -----------------------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory."), RuntimeError("DefaultCPUAllocator: can't allocate memory"), MemoryError()], ids=repr)
@@ -661,11 +677,11 @@ def test_clipping_is_torchs():
 def test_a_new_run_trains_a_new_tokenizer_where_it_must(base, call_here, tmp_path):
     out = tmp_path / "out"
     common = ["--preset", "demo", "--max_len", "40", "--max_steps", "1", "--workers", "0", "--device", "cpu", "--dtype", "float32", "--resume", "never", "--out_dir", str(out)]
-    assert call_here("--data", base[1], "--vocab_size", "1000", *common).returncode == 0
+    assert call_here("--data", base[1], "--vocab_size", "1100", *common).returncode == 0
     first = (out / "tokenizer.json").read_bytes()
-    done = call_here("--data", base[1], "--vocab_size", "1000", *common)
+    done = call_here("--data", base[1], "--vocab_size", "1100", *common)
     assert done.returncode == 0 and "training a tokenizer" not in done.stdout and (out / "tokenizer.json").read_bytes() == first
-    for change in (["--data", base[1], "--vocab_size", "1100"], ["--data", base[3], "--vocab_size", "1100"]):
+    for change in (["--data", base[1], "--vocab_size", "1200"], ["--data", base[3], "--vocab_size", "1200"]):
         done = call_here(*change, *common)
         assert done.returncode == 0 and "was trained on other data or for another --vocab_size" in done.stdout, done.stderr
         assert len(Tokenizer.from_pretrained(out)) == ChatLM.from_pretrained(out).config.vocab_size
@@ -684,10 +700,14 @@ def test_a_tokenizer_that_a_user_put_there_is_used(base, call_here, refused, tmp
 def test_flags_without_effect_are_refused(base, straight, refused, tmp_path):
     new = ["--data", base[1], "--out_dir", str(tmp_path / "new"), "--max_steps", "1"]
     for flags, message in ((["--tokenizer", base[5], "--vocab_size", "300"], "--tokenizer brings its own"), (["--init_from", str(straight), "--vocab_size", "300"], "--init_from brings its own"),
-                           (["--lora_alpha", "3"], "--lora_alpha has no effect without --lora_rank"), (["--lora_targets", "q"], "without --lora_rank"),
-                           (["--eval_every", "3"], "--eval_every has no effect without --valid"), (["--bleu_every", "3"], "without --valid")):
+                           (["--lora_alpha", "3"], "--lora_alpha has no effect without --lora_rank"), (["--lora_targets", "q"], "without --lora_rank")):
         assert message in refused(*new, *flags)
     assert not (tmp_path / "new" / "log.jsonl").exists()
+
+
+def test_flags_without_effect_are_reported(base, call_here, tmp_path):
+    done = call_here("--data", base[1], *base[4:], "--out_dir", str(tmp_path), "--max_steps", "1", "--eval_every", "3")
+    assert done.returncode == 0 and done.stderr.splitlines() == ["note: --eval_every has no effect without --valid"]
 
 
 def test_another_tokenizer_than_the_models_is_warned_of(base, call_here, straight, tmp_path):
