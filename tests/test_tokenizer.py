@@ -316,6 +316,30 @@ def test_nfkc_normalises_as_tokenizers_does(tmp_path):
     assert Tokenizer.from_pretrained(tmp_path) == tokenizer
 
 
+@pytest.mark.parametrize("state", ["truncation", "padding", "both"])
+def test_padding_and_truncation_in_a_file_change_no_ids(tokenizer, tmp_path, state):
+    """As after tokenizer.save_pretrained in a program that padded and truncated its batches."""
+    tokenizer.save_pretrained(tmp_path)
+    file = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    if state != "padding":
+        file.enable_truncation(5)
+    if state != "truncation":
+        file.enable_padding(pad_id=0, pad_token="[PAD]", length=40)
+    file.save(str(tmp_path / "tokenizer.json"))
+    ours, auto = Tokenizer.from_pretrained(tmp_path), AutoTokenizer.from_pretrained(tmp_path)
+    for text in ("法国的首都是哪里？", "好", "", CORPUS[-2] * 5):
+        assert ours.encode(text) == tokenizer.encode(text) == auto(text).input_ids
+
+
+def test_tags_of_wikiextractor_are_not_learnt(tmp_path):
+    entry = '<doc id="{0}" url="https://zh.wikipedia.org/wiki?curid={0}" title="数学">\n数学\n\n数学是研究数量的学科。\n</doc>\n'
+    (tmp_path / "wiki_00").write_text("".join(entry.format(i) for i in range(50)), "utf-8")
+    done = subprocess.run([sys.executable, "tokenizer.py", "train", str(tmp_path), "--out", str(tmp_path / "tok"), "--vocab_size", "300"], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0 and "100 x tag line of WikiExtractor, skipped" in done.stderr, done.stderr
+    learnt = set("".join(Tokenizer.from_pretrained(tmp_path / "tok").vocab[7 + 256:]))
+    assert learnt == set("数学是研究数量的学科。")
+
+
 def test_bad_tokenizer_files_are_refused(tokenizer, tmp_path):
     with pytest.raises(FileNotFoundError, match="no tokenizer.json"):
         Tokenizer.from_pretrained(tmp_path)
