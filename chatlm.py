@@ -4,45 +4,90 @@
     model = ChatLM(ChatLMConfig.preset("small", vocab_size=29298))
     logits, loss = model(input_ids, attention_mask, labels=labels)
 
-Raffel et al. 2020, "Exploring the Limits of Transfer Learning with a Unified Text-to-Text Transformer"
-(arXiv:1910.10683). The names of modules and config fields are those of Hugging Face's T5, so a state_dict of ours
-*is* the model.safetensors that transformers loads, and no table translates between the two.
+T5 is two stacks of the same blocks. The encoder sees the whole prompt. The decoder sees the answer
+so far, and the encoder's output. Each layer adds its result to one stream of vectors, x:
 
-Shapes: B batch, S source length, T target length, D d_model, H heads, K width of a head (d_kv), V vocabulary.
+    prompt "法国的首都是哪里？[EOS]"                 answer so far "[PAD]法国的首"
+      ids (B, S)                                      ids (B, T)
+       |  shared: (V, D), one row per token            |  shared
+      x (B, S, D)                                     x (B, T, D)
+       |  num_layers times:                            |  num_decoder_layers times:
+       |    x += attention(norm(x), all of x)          |    x += attention(norm(x), x up to here)
+       |    x += feed_forward(norm(x))                 |    x += attention(norm(x), encoded)  <--+
+       |  norm                                         |    x += feed_forward(norm(x))           |
+      encoded (B, S, D) -------------------------------|-----------------------------------------+
+                                                       |  norm, then times shared transposed
+                                                      logits (B, T, V): one score per token -> "都"
+
+Attention compares every query with every key and mixes the values by the result:
+
+    attention(q, k, v) = softmax(q k^T + bias) v            one head: q (T, K), k and v (S, K)
+
+T5 has no position embeddings. The bias depends on the distance between key and query instead, and
+each head learns it: near distances have a number each, far ones share buckets that get wider.
+
+    distance  0 1 2 3 4 5 6 7  8-11  12-15  16-22  23-31  32-45  46-63  64-90  91 and more
+    bucket    0 1 2 3 4 5 6 7   8     9      10     11     12     13     14     15
+
+The loss is the mean of -log p(token) over the answer's tokens. With three tokens, logits [2, 1, 0]
+and the first token correct: p = [0.67, 0.24, 0.09], the loss is -log 0.67 = 0.41, and its gradient
+with respect to the logits is p - [1, 0, 0] = [-0.33, 0.24, 0.09]. See LinearCrossEntropy.
+
+A new model starts from counts (init_bigrams): which tokens are frequent, and which token follows
+which, is counted and written into the weights before training starts.
+
+Modules and config fields have the names of Hugging Face's T5, so our state_dict is the
+model.safetensors that transformers loads. Try next: print model.decoder.position_bias(...) of a
+trained model and see which heads look near and which far. Set feed_forward_proj="gated-gelu" and
+compare the loss after the same number of steps.
+
+Raffel et al. 2020, "Exploring the Limits of Transfer Learning with a Unified Text-to-Text
+Transformer" (arXiv:1910.10683).
+
+Shapes in comments: B batch, S source length, T target length, D d_model, H heads, K head width
+(d_kv), F feed-forward width (d_ff), V vocabulary.
 """
 import dataclasses
 import errno
-import functools
 import json
 import math
 import os
 import re
 import shlex
 import warnings
-import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import get_args
 
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-PRESETS = {  # with the tied head and 29,298 tokens: small 14.8 M parameters, 0.2b 187.7 M
-    "demo": dict(d_model=128, d_ff=512, d_kv=32, num_heads=4, num_layers=2, num_decoder_layers=2),
-    "small": dict(d_model=256, d_ff=1024, d_kv=64, num_heads=4, num_layers=4, num_decoder_layers=4),
-    "0.2b": dict(d_model=768, d_ff=3072, d_kv=64, num_heads=12, num_layers=10, num_decoder_layers=10),
+PRESETS = {  # parameters with 29,298 tokens: small 14.8 million, 0.2b 187.7 million
+    "demo": {"d_model": 128, "d_ff": 512, "d_kv": 32, "num_heads": 4,
+             "num_layers": 2, "num_decoder_layers": 2},
+    "small": {"d_model": 256, "d_ff": 1024, "d_kv": 64, "num_heads": 4,
+              "num_layers": 4, "num_decoder_layers": 4},
+    "0.2b": {"d_model": 768, "d_ff": 3072, "d_kv": 64, "num_heads": 12,
+             "num_layers": 10, "num_decoder_layers": 10},
 }
-LOSS_CHUNK_BYTES = 1 << 26  # of logits alive at once in the loss
-CACHE_BYTES = 1 << 23  # of them, that a CPU's cache holds while one operation after another passes over them
+T5_DEFAULTS = {"vocab_size": 32128, "d_model": 512, "d_kv": 64, "d_ff": 2048, "num_layers": 6,
+               "num_heads": 8}  # what transformers assumes where a config.json leaves a field out
+IGNORED = -100  # the label of padding
+LOSS_CHUNK_BYTES = 1 << 26  # logits that the loss holds at once
+CACHE_BYTES = 1 << 23  # logits that stay in a CPU's cache while several operations pass over them
+
+
+# --- config ---------------------------------------------------------------------------------------
 
 
 @dataclass
 class ChatLMConfig:
-    """The fields of transformers' T5Config that change the computation, under their names there."""
+    """The fields of transformers' T5Config that change the computation, under the same names."""
     vocab_size: int = 29298
     d_model: int = 768
     d_kv: int = 64
@@ -57,7 +102,7 @@ class ChatLMConfig:
     initializer_factor: float = 1.0
     feed_forward_proj: str = "relu"  # or "gated-gelu", as in T5 1.1
     tie_word_embeddings: bool = True  # the head is the embedding matrix, transposed
-    scale_decoder_outputs: bool | None = None  # times d_model^-0.5 before the head; None: when tied, as in T5
+    scale_decoder_outputs: bool | None = None  # times D^-0.5 before the head; None: when tied
     pad_token_id: int = 0
     eos_token_id: int = 1
     decoder_start_token_id: int = 0
@@ -68,50 +113,55 @@ class ChatLMConfig:
         if self.scale_decoder_outputs is None:
             self.scale_decoder_outputs = self.tie_word_embeddings
         if self.feed_forward_proj not in ("relu", "gated-gelu"):
-            raise ValueError(f"feed_forward_proj {self.feed_forward_proj!r} is not supported: relu or gated-gelu")
+            raise ValueError(f"feed_forward_proj {self.feed_forward_proj!r} is not supported: "
+                             "relu or gated-gelu")
         for field in dataclasses.fields(self):
-            value, kind = getattr(self, field.name), type(field.default)
-            if field.name in ("num_decoder_layers", "scale_decoder_outputs"):
-                kind = int if field.name == "num_decoder_layers" else bool
-            least = 0 if field.name.endswith("_token_id") else 1
-            if kind is float and (type(value) not in (int, float) or not 0 <= value < math.inf):
-                raise ValueError(f"{field.name} must be a number of 0 or more, not {value!r}")
-            if kind is int and (type(value) is not int or value < least):
-                raise ValueError(f"{field.name} must be a whole number of {least} or more, not {value!r}")
-            if kind is bool and type(value) is not bool:
-                raise ValueError(f"{field.name} must be true or false, not {value!r}")
-        for name in ("pad_token_id", "eos_token_id", "decoder_start_token_id"):
-            if getattr(self, name) >= self.vocab_size:
-                raise ValueError(f"{name} is {getattr(self, name)}, and the vocabulary has only {self.vocab_size} tokens")
+            kind = field.type if isinstance(field.type, type) else get_args(field.type)[0]
+            self.check_field(field.name, kind)
+
+    def check_field(self, name: str, kind: type) -> None:
+        """Raise ValueError if a field is not of its kind, or out of range."""
+        value, least = getattr(self, name), 0 if name.endswith("_token_id") else 1
+        if kind is int and (type(value) is not int or value < least):
+            raise ValueError(f"{name} must be a whole number of {least} or more, not {value!r}")
+        if kind is float and (type(value) not in (int, float) or not 0 <= value < math.inf):
+            raise ValueError(f"{name} must be a number of 0 or more, not {value!r}")
+        if kind is bool and type(value) is not bool:
+            raise ValueError(f"{name} must be true or false, not {value!r}")
+        if name.endswith("_token_id") and value >= self.vocab_size:
+            raise ValueError(f"{name} is {value}, and the vocabulary has only "
+                             f"{self.vocab_size} tokens")
 
     @classmethod
     def preset(cls, name: str, **changes) -> "ChatLMConfig":
-        """One of PRESETS by name, with any field changed. Raises ValueError for a name that is not there."""
+        """One of PRESETS, with any field changed. Raises ValueError for an unknown name."""
         if name not in PRESETS:
             raise ValueError(f"no preset {name!r}: choose from {', '.join(PRESETS)}")
         return cls(**{**PRESETS[name], **changes})
 
     @classmethod
     def from_pretrained(cls, folder) -> "ChatLMConfig":
-        """Read folder/config.json, and the token ids of generation_config.json, which come first as in transformers. Raises
-        FileNotFoundError without a config.json, ValueError where it is not a T5's or a value has no meaning here."""
+        """Read config.json, and token ids from generation_config.json, which transformers prefers.
+
+        Raises FileNotFoundError without a config.json, ValueError if it is not a T5's or a value
+        means nothing here.
+        """
         path = Path(folder) / "config.json"
-        if (Path(folder) / "adapter_config.json").is_file() and not path.is_file():
-            raise ValueError(f"{folder} is a LoRA adapter, not a model: merge it first with  python dpo.py merge --model BASE_MODEL "
-                             f"--adapter {shlex.quote(str(folder))} --out MERGED")
+        if not path.is_file() and (Path(folder) / "adapter_config.json").is_file():
+            raise ValueError(f"{folder} is a LoRA adapter, not a model: merge it first with  "
+                             "python dpo.py merge --model BASE_MODEL --adapter "
+                             f"{shlex.quote(str(folder))} --out MERGED")
         if not path.is_file():
             raise FileNotFoundError(f"{folder} is not a model folder: it has no config.json")
-        fields = read_json(path)
+        fields, generation = read_json(path), read_generation(folder)
         if fields.get("model_type") != "t5":
-            raise ValueError(f"{path}: model_type is {fields.get('model_type')!r}, and only 't5' can be loaded")
-        known = {f.name for f in dataclasses.fields(cls)}
-        values = {**T5_DEFAULTS, **{name: value for name, value in fields.items() if name in known}}
-        generation = read_generation(folder)
+            raise ValueError(f"{path}: model_type is {fields.get('model_type')!r}, and only 't5' "
+                             "can be loaded")
+        known = {field.name for field in dataclasses.fields(cls)}
+        values = T5_DEFAULTS | {name: value for name, value in fields.items() if name in known}
         for name in ("pad_token_id", "eos_token_id", "decoder_start_token_id"):
-            for source in (generation, fields):
-                if source.get(name) is not None:
-                    values[name] = source[name]
-                    break
+            if generation.get(name) is not None:
+                values[name] = generation[name]
             if isinstance(values.get(name), list) and len(values[name]) == 1:
                 values[name] = values[name][0]
         try:
@@ -120,39 +170,25 @@ class ChatLMConfig:
             raise ValueError(f"{path}: {e}") from None
 
     def to_json(self) -> str:
-        derived = dict(architectures=["T5ForConditionalGeneration"], model_type="t5", is_encoder_decoder=True,
-                       is_gated_act=self.feed_forward_proj == "gated-gelu", use_cache=True,
-                       dense_act_fn="gelu_new" if self.feed_forward_proj == "gated-gelu" else "relu")
+        """config.json, with the fields that transformers derives."""
+        gated = self.feed_forward_proj == "gated-gelu"
+        derived = {"architectures": ["T5ForConditionalGeneration"], "model_type": "t5",
+                   "is_encoder_decoder": True, "is_gated_act": gated, "use_cache": True,
+                   "dense_act_fn": "gelu_new" if gated else "relu"}
         return json.dumps({**derived, **dataclasses.asdict(self)}, indent=2) + "\n"
 
 
-T5_DEFAULTS = {"vocab_size": 32128, "d_model": 512, "d_kv": 64, "d_ff": 2048, "num_layers": 6, "num_heads": 8}  # where a file names none
-
-
-def read_json(path: Path) -> dict:
-    """A JSON object. Raises ValueError, naming the file, for anything else."""
-    try:
-        value = json.loads(path.read_text("utf-8"))
-    except (ValueError, RecursionError):
-        value = None
-    if not isinstance(value, dict):
-        raise ValueError(f"{path} is damaged: not a JSON object")
-    return value
-
-
-def read_generation(folder) -> dict:
-    """generation_config.json, if there is one."""
-    path = Path(folder) / "generation_config.json"
-    return read_json(path) if path.is_file() else {}
+# --- norm, attention, feed-forward ----------------------------------------------------------------
 
 
 def empty_embedding(rows: int, width: int) -> nn.Embedding:
-    """nn.Embedding fills its table with random numbers, and for one on the meta device it imports torch's compiler to do so: a second."""
+    """An nn.Embedding without initial values. nn.Embedding's own initialization imports torch's
+    compiler when the device is "meta", which takes a second."""
     return nn.Embedding.from_pretrained(torch.empty(rows, width), freeze=False)
 
 
 class Dropout(nn.Module):
-    """nn.Dropout whose rate is read from the config at every call, so that it can be changed after loading."""
+    """nn.Dropout that reads its rate from the config, so that it can change after loading."""
 
     def __init__(self, config: ChatLMConfig):
         super().__init__()
@@ -163,7 +199,7 @@ class Dropout(nn.Module):
 
 
 class RMSNorm(nn.Module):
-    """x / sqrt(mean(x^2) + eps) * weight: a layer norm that neither centres nor shifts."""
+    """x / sqrt(mean(x^2) + eps) * weight: a layer norm without centering and without bias."""
 
     def __init__(self, config: ChatLMConfig):
         super().__init__()
@@ -171,17 +207,22 @@ class RMSNorm(nn.Module):
         self.eps = config.layer_norm_epsilon
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.is_cuda:  # one kernel, with another for each cast of what is not float32
-            return F.rms_norm(x.float(), self.weight.shape, self.weight.float(), self.eps).to(self.weight.dtype)
+        if x.is_cuda:  # one kernel, plus a cast of what is not float32
+            y = F.rms_norm(x.float(), self.weight.shape, self.weight.float(), self.eps)
+            return y.to(self.weight.dtype)
         inverse = torch.rsqrt(x.float().square().mean(-1, keepdim=True) + self.eps)
         return self.weight * (x * inverse).to(self.weight.dtype)
 
 
-def relative_position_bucket(distance: Tensor, bidirectional: bool, num_buckets: int, max_distance: int) -> Tensor:
-    """Sort distances (key position - query position, any shape, int64) into buckets 0 .. num_buckets - 1.
+def relative_position_bucket(distance: Tensor, bidirectional: bool, num_buckets: int,
+                             max_distance: int) -> Tensor:
+    """Sort distances (key position - query position, int64, any shape) into num_buckets buckets.
 
-    Near distances have a bucket each, far ones share buckets that widen with the logarithm, and all beyond
-    max_distance share the last. Bidirectional, half the buckets look back and half ahead; otherwise only back.
+    Half of the buckets hold one near distance each. The others get wider with the logarithm of
+    the distance, and the last one holds everything beyond max_distance. If bidirectional, half of
+    all buckets look back and half ahead; otherwise all look back.
+
+        num_buckets 32, not bidirectional:  0 -> 0, -1 -> 1, -15 -> 15, -17 -> 16, -200 -> 31
     """
     bucket = torch.zeros_like(distance)
     if bidirectional:
@@ -190,44 +231,43 @@ def relative_position_bucket(distance: Tensor, bidirectional: bool, num_buckets:
         distance = distance.abs()
     else:
         distance = -distance.clamp(max=0)
-    exact = num_buckets // 2
-    far = exact + (torch.log(distance.float() / exact) / math.log(max_distance / exact) * (num_buckets - exact)).long()
-    return bucket + torch.where(distance < exact, distance, far.clamp(max=num_buckets - 1))
+    near = num_buckets // 2
+    ratio = torch.log(distance.float() / near) / math.log(max_distance / near)
+    far = near + (ratio * (num_buckets - near)).long()
+    return bucket + torch.where(distance < near, distance, far.clamp(max=num_buckets - 1))
 
 
 class Attention(nn.Module):
-    """Multi-head attention without bias and without the 1/sqrt(K) scale: T5 folds it into q's initialisation."""
+    """Multi-head attention without biases, and without the scale 1/sqrt(K): T5 makes q smaller
+    at initialization instead. has_position_bias: the stack's first layer, which all share."""
 
-    def __init__(self, config: ChatLMConfig, position_bias: str | None = None):
+    def __init__(self, config: ChatLMConfig, has_position_bias: bool = False):
         super().__init__()
-        self.config, self.position_bias = config, position_bias  # "bidirectional", "causal", or none of its own
+        self.config = config
         inner = config.num_heads * config.d_kv
         self.q = nn.Linear(config.d_model, inner, bias=False)
         self.k = nn.Linear(config.d_model, inner, bias=False)
         self.v = nn.Linear(config.d_model, inner, bias=False)
         self.o = nn.Linear(inner, config.d_model, bias=False)
-        if position_bias:
-            self.relative_attention_bias = empty_embedding(config.relative_attention_num_buckets, config.num_heads)
+        if has_position_bias:
+            self.relative_attention_bias = empty_embedding(config.relative_attention_num_buckets,
+                                                           config.num_heads)
 
-    def bias(self, queries: Tensor, keys: Tensor) -> Tensor:
-        """What the distance of positions adds to the scores: positions (Q,) and (L,) -> (1, H, Q, L)."""
-        c = self.config
-        bucket = relative_position_bucket(keys[None, :] - queries[:, None], self.position_bias == "bidirectional",
-                                          c.relative_attention_num_buckets, c.relative_attention_max_distance)
-        return self.relative_attention_bias(bucket).permute(2, 0, 1)[None].contiguous()  # a GPU's kernels take no other
-
-    def heads(self, x: Tensor) -> Tensor:
+    def split_heads(self, x: Tensor) -> Tensor:
         """(B, L, H * K) -> (B, H, L, K)"""
         return x.unflatten(-1, (self.config.num_heads, self.config.d_kv)).transpose(1, 2)
 
     def keys_values(self, source: Tensor) -> tuple[Tensor, Tensor]:
-        """(B, L, D) -> keys and values, each (B, H, L, K)."""
-        return self.heads(self.k(source)), self.heads(self.v(source))
+        """(B, S, D) -> keys and values, each (B, H, S, K)."""
+        return self.split_heads(self.k(source)), self.split_heads(self.v(source))
 
     def forward(self, x: Tensor, keys: Tensor, values: Tensor, bias: Tensor) -> Tensor:
-        """x (B, Q, D) looks at keys and values (B, H, L, K) under bias (B or 1, H or 1, Q or 1, L) -> (B, Q, D)."""
-        y = F.scaled_dot_product_attention(self.heads(self.q(x)), keys, values, attn_mask=bias.to(keys.dtype), scale=1.0,
-                                           dropout_p=self.config.dropout_rate if self.training else 0.0)
+        """x (B, T, D), keys and values (B, H, S, K), bias (B or 1, H or 1, T or 1, S), which also
+        masks: it is the lowest number where a query must not look -> (B, T, D)."""
+        dropout = self.config.dropout_rate if self.training else 0.0
+        y = F.scaled_dot_product_attention(
+            self.split_heads(self.q(x)), keys, values, attn_mask=bias.to(keys.dtype), scale=1.0,
+            dropout_p=dropout)
         return self.o(y.transpose(1, 2).flatten(2))
 
 
@@ -243,23 +283,27 @@ class FeedForward(nn.Module):
         self.dropout = Dropout(config)
 
     def activation(self, h: Tensor) -> Tensor:
-        """(..., d_ff), or gated (..., 2 d_ff) -> (..., d_ff)"""
+        """(..., F), or gated (..., 2 F) -> (..., F)"""
         if not self.gated:
             return F.relu(h)
         gate, h = h.chunk(2, dim=-1)
         return F.gelu(gate, approximate="tanh") * h
 
     def forward(self, x: Tensor) -> Tensor:
-        h = self.activation(torch.cat([self.wi_0(x), self.wi_1(x)], -1) if self.gated else self.wi(x))
-        if h.dtype == torch.float16:  # what T5 adds here can pass float16's 65,504: it leaves this product a sixteenth as large
-            return self.wo(self.dropout(h) / 16).float() * 16
-        return self.wo(self.dropout(h))
+        up = torch.cat([self.wi_0(x), self.wi_1(x)], -1) if self.gated else self.wi(x)
+        h = self.dropout(self.activation(up))
+        if h.dtype == torch.float16:  # the product can pass float16's 65,504
+            return self.wo(h / 16).float() * 16
+        return self.wo(h)
+
+
+# --- blocks and stacks ----------------------------------------------------------------------------
 
 
 class SelfAttentionLayer(nn.Module):
-    def __init__(self, config: ChatLMConfig, position_bias: str | None):
+    def __init__(self, config: ChatLMConfig, has_position_bias: bool):
         super().__init__()
-        self.SelfAttention = Attention(config, position_bias)
+        self.SelfAttention = Attention(config, has_position_bias)
         self.layer_norm = RMSNorm(config)
         self.dropout = Dropout(config)
 
@@ -275,8 +319,9 @@ class CrossAttentionLayer(nn.Module):
         self.layer_norm = RMSNorm(config)
         self.dropout = Dropout(config)
 
-    def forward(self, x: Tensor, keys: Tensor, values: Tensor, bias: Tensor) -> Tensor:
-        return x + self.dropout(self.EncDecAttention(self.layer_norm(x), keys, values, bias))
+    def forward(self, x: Tensor, encoded: Tensor, mask: Tensor) -> Tensor:
+        keys, values = self.EncDecAttention.keys_values(encoded)
+        return x + self.dropout(self.EncDecAttention(self.layer_norm(x), keys, values, mask))
 
 
 class FeedForwardLayer(nn.Module):
@@ -291,202 +336,123 @@ class FeedForwardLayer(nn.Module):
 
 
 class Block(nn.Module):
-    """Self-attention, in the decoder also attention to the encoder's output, then the feed-forward layer."""
+    """Self-attention, in the decoder also cross-attention, then feed-forward."""
 
-    def __init__(self, config: ChatLMConfig, decoder: bool, first: bool):
+    def __init__(self, config: ChatLMConfig, is_decoder: bool, is_first: bool):
         super().__init__()
-        position_bias = ("causal" if decoder else "bidirectional") if first else None
-        layers: list[nn.Module] = [SelfAttentionLayer(config, position_bias), FeedForwardLayer(config)]
-        if decoder:
+        layers: list[nn.Module] = [SelfAttentionLayer(config, is_first), FeedForwardLayer(config)]
+        if is_decoder:
             layers.insert(1, CrossAttentionLayer(config))
         self.layer = nn.ModuleList(layers)
 
-    def forward(self, x: Tensor, bias: Tensor, encoded: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
-        """x (B, L, D), in the decoder with the encoder's output (B, S, D) and its mask (B, 1, 1, S) -> (B, L, D)."""
+    def forward(self, x: Tensor, bias: Tensor, encoded: Tensor | None = None,
+                mask: Tensor | None = None) -> Tensor:
+        """x (B, L, D), in the decoder with encoded (B, S, D) and mask (B, 1, 1, S) -> (B, L, D)"""
         x = self.layer[0](x, bias)
         if encoded is not None:
-            x = self.layer[1](x, *self.layer[1].EncDecAttention.keys_values(encoded), mask)
+            x = self.layer[1](x, encoded, mask)
         return self.layer[-1](x)
 
 
 class Stack(nn.Module):
-    """The blocks of the encoder or of the decoder. Only the first has a table of position biases; all share it."""
+    """The blocks of the encoder or of the decoder. The first block's position bias serves all."""
 
-    def __init__(self, config: ChatLMConfig, decoder: bool):
+    def __init__(self, config: ChatLMConfig, is_decoder: bool):
         super().__init__()
-        n_blocks = config.num_decoder_layers if decoder else config.num_layers
-        self.block = nn.ModuleList(Block(config, decoder, first=i == 0) for i in range(n_blocks or 0))
+        self.config, self.is_decoder = config, is_decoder
+        blocks = config.num_decoder_layers if is_decoder else config.num_layers
+        self.block = nn.ModuleList(Block(config, is_decoder, is_first=i == 0)
+                                   for i in range(blocks or 0))
         self.final_layer_norm = RMSNorm(config)
         self.dropout = Dropout(config)
         self.checkpoint_activations = False
 
     def position_bias(self, queries: Tensor, keys: Tensor) -> Tensor:
-        return self.block[0].layer[0].SelfAttention.bias(queries, keys)
+        """The bias of every head, by distance: positions (T,) and (S,) -> (1, H, T, S)."""
+        c = self.config
+        bucket = relative_position_bucket(
+            keys[None, :] - queries[:, None], not self.is_decoder,
+            c.relative_attention_num_buckets, c.relative_attention_max_distance)  # (T, S)
+        bias = self.block[0].layer[0].SelfAttention.relative_attention_bias(bucket)  # (T, S, H)
+        return bias.permute(2, 0, 1)[None].contiguous()  # as GPU kernels need it
 
     def forward(self, x: Tensor, *context: Tensor) -> Tensor:
-        """Through all blocks; with checkpoint_activations only what enters a block is kept for backward, and the rest computed again."""
+        """x (B, L, D) through all blocks. With checkpoint_activations, only the input of each block
+        is kept for backward, which computes the rest again."""
         for block in self.block:
-            again = self.checkpoint_activations and torch.is_grad_enabled()
-            x = checkpoint(block, x, *context, use_reentrant=False) if again else block(x, *context)
+            if self.checkpoint_activations and torch.is_grad_enabled():
+                x = checkpoint(block, x, *context, use_reentrant=False)
+            else:
+                x = block(x, *context)
         return x
 
 
+# --- the model ------------------------------------------------------------------------------------
+
+
 class ChatLM(nn.Module):
+    """See the top of the file. generation: the content of generation_config.json."""
+
     def __init__(self, config: ChatLMConfig):
         super().__init__()
         self.config = config
-        self.generation: dict = {"max_new_tokens": 256}  # generation_config.json: what sample.py takes where no flag says otherwise
-        self.products: Products | None = None  # what pack prepared
+        self.generation: dict = {"max_new_tokens": 256}
         self.shared = empty_embedding(config.vocab_size, config.d_model)
-        self.encoder = Stack(config, decoder=False)
-        self.decoder = Stack(config, decoder=True)
+        self.encoder = Stack(config, is_decoder=False)
+        self.decoder = Stack(config, is_decoder=True)
         if not config.tie_word_embeddings:
             self.lm_head = nn.Linear(config.d_model, config.vocab_size, bias=False)
         if self.shared.weight.device.type != "meta":
-            self.init_weights()
+            init_weights(self)
 
-    @torch.no_grad()
-    def init_weights(self) -> None:
-        """T5's: normal with a spread of 1/sqrt(inputs), 1 for embeddings, and q smaller by sqrt(K) for the missing scale."""
-        c, factor = self.config, self.config.initializer_factor
-        for name, p in self.named_parameters():
-            kind = name.split(".")[-2]
-            if "norm" in kind:
-                p.fill_(factor)
-            elif kind in ("shared", "lm_head"):
-                p.normal_(std=factor)
-            elif kind == "q":
-                p.normal_(std=factor * (c.d_model * c.d_kv) ** -0.5)
-            elif kind == "relative_attention_bias":
-                p.normal_(std=factor * c.d_model ** -0.5)
-            else:
-                p.normal_(std=factor * p.size(1) ** -0.5)
+    def encode(self, input_ids: Tensor,
+               attention_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """input_ids (B, S) int64 -> encoder output (B, S, D), and the mask as a bias (B, 1, 1, S):
+        0 for tokens, the lowest number for padding."""
+        if attention_mask is None:
+            attention_mask = torch.ones_like(input_ids)
+        x = self.encoder.dropout(self.shared(input_ids))
+        lowest = torch.finfo(x.dtype).min
+        mask = (attention_mask[:, None, None, :] == 0).to(x.dtype) * lowest
+        positions = torch.arange(input_ids.size(1), device=x.device)
+        bias = self.encoder.position_bias(positions, positions) + mask  # (B, H, S, S)
+        x = self.encoder(x, bias)
+        return self.encoder.dropout(self.encoder.final_layer_norm(x)), mask
 
-    @torch.no_grad()
-    def init_bigrams(self, before: Tensor, after: Tensor) -> None:
-        """Begin where counting ends. after: (N,) int64 on a CPU, tokens of answers; before: the token in front of each.
+    def decode(self, decoder_input_ids: Tensor, encoded: Tensor, mask: Tensor) -> Tensor:
+        """decoder_input_ids (B, T), with encode's output -> hidden states (B, T, D)."""
+        x = self.decoder.dropout(self.shared(decoder_input_ids))
+        positions = torch.arange(decoder_input_ids.size(1), device=x.device)
+        ahead = positions[None, :] > positions[:, None]  # (T, T)
+        bias = self.decoder.position_bias(positions, positions)
+        bias = bias.masked_fill(ahead, torch.finfo(x.dtype).min)  # (1, H, T, T)
+        return self.to_head(self.decoder(x, bias, encoded, mask))
 
-        What training finds out first is how frequent every token is, and which follows which. That can be counted. How much likelier v is
-        after u than anywhere, log p(u, v) / (p(u) p(v)) where it is above 0, is nearly a product a_u . b_v, by a singular value decomposition
-        in which the pair weighs p(u) p(v). (So Levy and Goldberg 2014 explain word2vec.) Row v of the embedding, which is the head too, is
-
-            [ constant | log p(v) | a_v: what follows v | b_v: what v follows ]
-
-        and the decoder's last layer carries the constant of the token that it reads to where log p stands, and its a to where b stands. So
-        the first logits are about log p(v) + a_u . b_v. What the other layers add, also the encoder's, is scaled by 1 / sqrt(the number of the
-        decoder's), as in GPT-2: with less they are late to learn, with more they hide the counts. A token that was not counted keeps random
-        numbers.
-
-        Raises ValueError where the head is not the embedding, or the feed-forward layers are gated or narrow.
-        """
-        c, V, last = self.config, self.config.vocab_size, self.decoder.block[-1].layer[-1].DenseReluDense
-        if last.gated or not (c.tie_word_embeddings and c.scale_decoder_outputs) or c.d_ff < 2 * c.d_model:
-            raise ValueError("init_bigrams needs a head that is the embedding, feed-forward layers of ReLU, and d_ff of twice d_model or more")
-        pairs, count = torch.unique(before * V + after, return_counts=True)
-        u, v = pairs // V, pairs % V
-        counts = torch.stack([torch.bincount(x, minlength=V) for x in (before, after)])
-        p_before, p_after = (counts + 0.3).double() / (len(after) + 0.3 * V)
-        likelier = ((count - 0.5) / len(after) / (p_before[u] * p_after[v])).log().clamp(min=0)
-        width = min(c.d_model // 2 - 1, V)
-        with warnings.catch_warnings():  # that sparse rows are a young feature of torch
-            warnings.simplefilter("ignore")
-            weighted = torch.sparse_coo_tensor(torch.stack([u, v]), likelier * (p_before[u] * p_after[v]).sqrt(), (V, V)).to_sparse_csr()
-            # in float64: where singular values are close, what float32 rounds, and threads round apart, would give quite other vectors
-            left, values, right = torch.svd_lowrank(weighted, width, niter=1)
-        spread = values.square().mean().sqrt()
-        a, b = left / p_before.sqrt()[:, None], right * values / spread / p_after.sqrt()[:, None]  # of mean square 1, by p
-        log_p = (p_after.log() - p_after @ p_after.log())[:, None]
-        constant = torch.full_like(log_p, c.d_model ** 0.5 / 4)
-        rows = F.pad(torch.cat([constant, log_p, a, b], 1), (0, c.d_model - 2 - 2 * width))
-
-        size = rows.square().mean(1).sqrt()  # the layer sees rows / size
-        carry, strength = torch.zeros(c.d_model, c.d_model, dtype=torch.float64), 2.0
-        carry[1, 0] = strength / (spread * constant[0])
-        carry[2 + width:2 + 2 * width, 2:2 + width] = strength * torch.eye(width)
-        carry -= p_before @ size * torch.eye(c.d_model)  # and the row itself leaves, or a token would be followed by its like
-        made = rows + rows / size[:, None] @ carry.T
-        self.decoder.final_layer_norm.weight.fill_(spread / strength / (p_before @ (1 / size / made.norm(dim=1))))
-        for name, p in self.named_parameters():
-            if name.endswith((".o.weight", ".wo.weight")):
-                p.mul_((3 * c.num_decoder_layers) ** -0.5)
-        eye = torch.eye(c.d_model)
-        last.wi.weight[:2 * c.d_model] = torch.cat([eye, -eye])  # relu(x) - relu(-x) = x
-        last.wo.weight[:, :2 * c.d_model] = torch.cat([carry, -carry], 1)
-        others = torch.cat([rows[:, :2], self.shared.weight[:, 2:].double().cpu()], 1)
-        self.shared.weight.copy_(torch.where(counts.any(0)[:, None], rows, others))
-
-    def num_parameters(self) -> int:
-        return sum(p.numel() for p in self.parameters())
-
-    def train_flops(self, source_tokens: int, target_tokens: int) -> float:
-        """Of the matrix products that so many tokens need, forward and backward: 6 for each weight that a token meets (attention's own
-        products, a few in a hundred more, are left out)."""
-        def size(module: nn.Module) -> int:
-            return sum(m.weight.numel() for m in module.modules() if isinstance(m, nn.Linear))
-
-        crossed = sum(size(m) for block in self.decoder.block for m in (block.layer[1].EncDecAttention.k, block.layer[1].EncDecAttention.v))
-        return 6.0 * (source_tokens * (size(self.encoder) + crossed) + target_tokens * (size(self.decoder) - crossed + self.head_weight().numel()))
+    def to_head(self, x: Tensor) -> Tensor:
+        """(..., D) -> (..., D): the last norm, and the scale that a tied head needs."""
+        x = self.decoder.dropout(self.decoder.final_layer_norm(x))
+        return x * self.config.d_model ** -0.5 if self.config.scale_decoder_outputs else x
 
     def head_weight(self) -> Tensor:
         """(V, D)"""
         return self.shared.weight if self.config.tie_word_embeddings else self.lm_head.weight
 
-    def encode(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """input_ids (B, S) int64 -> encoder output (B, S, D) and the mask as a bias (B, 1, 1, S)."""
-        if attention_mask is None:
-            attention_mask = torch.ones_like(input_ids)
-        x = self.encoder.dropout(self.shared(input_ids))
-        mask = (attention_mask[:, None, None, :] == 0).to(x.dtype) * torch.finfo(x.dtype).min
-        positions = torch.arange(input_ids.size(1), device=x.device)
-        bias = self.encoder.position_bias(positions, positions) + mask
-        return self.encoder.dropout(self.encoder.final_layer_norm(self.encoder(x, bias))), mask
-
-    def decode(self, decoder_input_ids: Tensor, encoded: Tensor, mask: Tensor) -> Tensor:
-        """decoder_input_ids (B, T) with encode's output -> hidden states (B, T, D), ready for the head."""
-        x = self.decoder.dropout(self.shared(decoder_input_ids))
-        positions = torch.arange(decoder_input_ids.size(1), device=x.device)
-        ahead = positions[None, :] > positions[:, None]
-        bias = self.decoder.position_bias(positions, positions).masked_fill(ahead, torch.finfo(x.dtype).min)
-        return self.to_head(self.decoder(x, bias, encoded, mask))
-
-    def pack(self, dtype: torch.dtype | None = None) -> None:
-        """Lay the decoder's weights out for decoding, once for all answers: what is trained or loaded later is not seen, and .to() undoes it.
-
-        dtype: torch.float16 or torch.int8, on a CPU in float32: decode with weights of 2 bytes or 1.
-        Raises ValueError where this device or processor cannot.
-        """
-        if dtype is None:
-            self.products = Products(self)
-            return
-        if self.shared.weight.dtype != torch.float32 or not self.shared.weight.is_cpu:
-            raise ValueError(f"{dtype} weights are for decoding on a CPU, from a model in float32")
-        try:
-            self.products = Products(self, dtype)
-        except (RuntimeError, AttributeError) as e:
-            raise ValueError(f"this processor, or this torch, has no products with {dtype} weights: {str(e).splitlines()[0]}") from None
-
-    def _apply(self, fn, recurse: bool = True):  # what .to() and its like go through
-        self.products = None
-        return super()._apply(fn, recurse)
-
-    def to_head(self, x: Tensor) -> Tensor:
-        x = self.decoder.dropout(self.decoder.final_layer_norm(x))
-        return x * self.config.d_model ** -0.5 if self.config.scale_decoder_outputs else x
-
     def shift_right(self, labels: Tensor) -> Tensor:
-        """labels (B, T) -> what the decoder reads to predict them: a start token, then all but the last."""
-        ids = labels.roll(1, dims=1).masked_fill(labels.roll(1, dims=1) == -100, self.config.pad_token_id)
+        """labels (B, T) -> decoder_input_ids (B, T): a start token, then all but the last."""
+        ids = labels.roll(1, dims=1)
+        ids = ids.masked_fill(ids == IGNORED, self.config.pad_token_id)
         ids[:, 0] = self.config.decoder_start_token_id
         return ids
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, decoder_input_ids: Tensor | None = None,
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None,
+                decoder_input_ids: Tensor | None = None,
                 labels: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-        """Logits of every target position, and the loss where labels are given.
+        """Logits of every target position, and the loss if there are labels.
 
-        input_ids, attention_mask: (B, S) int64, the mask 1 for tokens and 0 for padding (None: no padding).
+        input_ids, attention_mask: (B, S) int64; the mask is 0 for padding (None: no padding).
         decoder_input_ids: (B, T) int64; None: the labels, shifted right.
-        labels: (B, T) int64, -100 where there is nothing to predict.
-        Returns logits (B, T, V) and the mean nats per label, () float32, or None without labels.
+        labels: (B, T) int64, -100 for padding.
+        Returns logits (B, T, V), and the mean nats per label, () float32, or None.
         """
         if decoder_input_ids is None:
             if labels is None:
@@ -494,316 +460,418 @@ class ChatLM(nn.Module):
             decoder_input_ids = self.shift_right(labels)
         hidden = self.decode(decoder_input_ids, *self.encode(input_ids, attention_mask))
         logits = F.linear(hidden, self.head_weight())
-        loss = None if labels is None else F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), ignore_index=-100)
+        if labels is None:
+            return logits, None
+        loss = F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), ignore_index=IGNORED)
         return logits, loss
 
     def loss_sum(self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor) -> Tensor:
-        """What training uses: forward's loss summed over the labels, the logits never in memory all at once."""
-        hidden = self.decode(self.shift_right(labels), *self.encode(input_ids, attention_mask))
-        counted = labels != -100
+        """The loss for training, (): summed over the labels, without holding all logits."""
+        encoded, mask = self.encode(input_ids, attention_mask)
+        hidden = self.decode(self.shift_right(labels), encoded, mask)
+        counted = labels != IGNORED
         weight = self.head_weight()
-        if not torch.is_grad_enabled():  # or its gradient would be computed: inside an autograd.Function that cannot be told
+        if not torch.is_grad_enabled():  # or the Function would compute the weight's gradient
             weight = weight.detach()
         return LinearCrossEntropy.apply(hidden[counted], weight, labels[counted])
 
+    def num_parameters(self) -> int:
+        return sum(p.numel() for p in self.parameters())
+
+    def train_flops(self, source_tokens: int, target_tokens: int) -> float:
+        """Operations of the matrix products in a forward and a backward pass: 6 for each weight
+        that a token meets. Attention's own products, a few percent, are left out."""
+        def size(module: nn.Module) -> int:
+            return sum(m.weight.numel() for m in module.modules() if isinstance(m, nn.Linear))
+
+        cross = [block.layer[1].EncDecAttention for block in self.decoder.block]
+        crossed = sum(size(a.k) + size(a.v) for a in cross)  # the decoder's, met by source tokens
+        source = size(self.encoder) + crossed
+        target = size(self.decoder) - crossed + self.head_weight().numel()
+        return 6.0 * (source_tokens * source + target_tokens * target)
+
     @classmethod
     def from_pretrained(cls, folder, dtype: torch.dtype | None = None, device=None) -> "ChatLM":
-        """Load a Hugging Face T5 folder: config.json and model.safetensors, in one file or in shards.
-
-        dtype: None keeps the file's. The model comes back in evaluation mode.
-        Raises FileNotFoundError or ValueError with what is missing or does not fit.
-        """
-        config = ChatLMConfig.from_pretrained(folder)
-        weights = read_weights(Path(folder))
-        names = ["shared.weight", "encoder.embed_tokens.weight", "decoder.embed_tokens.weight", *(["lm_head.weight"] if config.tie_word_embeddings else [])]
-        shared = next((weights[name] for name in names if name in weights), None)  # files of tied weights keep any one of these
-        if shared is None:
-            raise ValueError(f"{folder}: the weights have no shared.weight, so they are not a T5's")
-        weights["shared.weight"], head = shared, weights.get("lm_head.weight")
-        config.tie_word_embeddings = head is None or torch.equal(head, shared)
-        drop = {"encoder.embed_tokens.weight", "decoder.embed_tokens.weight",  # copies that older T5 files carry
-                "decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight"}
-        if config.tie_word_embeddings:
-            drop.add("lm_head.weight")
-        weights = {name: w.to(dtype).to(device) for name, w in weights.items() if name not in drop}  # cast here, or a GPU holds both
-        with torch.device("meta"):
-            model = cls(config)
-        wanted = {name: p.shape for name, p in model.named_parameters()}
-        wrong = sorted(wanted.keys() ^ weights.keys()) or [n for n in wanted if weights[n].shape != wanted[n]]
-        if wrong:
-            raise ValueError(f"{folder}: config.json and the weights do not fit, first at {wrong[0]}")
-        model.load_state_dict(weights, assign=True)
-        model.generation = read_generation(folder) or model.generation
-        return model.eval()
+        """Load a Hugging Face T5 folder, see load_model. dtype None keeps the file's."""
+        return load_model(cls, folder, dtype, device)
 
     def save_pretrained(self, folder) -> None:
-        """Write config.json, generation_config.json and model.safetensors, each beside its place and then renamed."""
-        c, folder = self.config, Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        generation = {**self.generation, "decoder_start_token_id": c.decoder_start_token_id, "eos_token_id": c.eos_token_id,
-                      "pad_token_id": c.pad_token_id}
-        weights = {name: p.detach().contiguous() for name, p in self.named_parameters()}
-        replace_file(folder / "model.safetensors", lambda path: save_file(weights, path, {"format": "pt"}))
-        replace_file(folder / "generation_config.json", lambda path: path.write_text(json.dumps(generation, indent=2) + "\n"))
-        replace_file(folder / "config.json", lambda path: path.write_text(c.to_json()))
-
-
-def replace_file(path: Path, write: Callable[[Path], object]) -> None:
-    """Call write(temporary path), sync that file to disk and rename it to path. Raises OSError, with path as it was before."""
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        write(temporary)
-        with open(temporary, "rb+") as f:
-            os.fsync(f.fileno())
-        os.replace(temporary, path)
-    except (OSError, SafetensorError) as e:  # the disk is full, or fails
-        temporary.unlink(missing_ok=True)
-        code = re.search(r"os error (\d+)", str(e))  # as safetensors prints it
-        number = getattr(e, "errno", None) or (int(code[1]) if code else errno.EIO)
-        raise OSError(number, f"could not be written: {os.strerror(number)}", str(path)) from None
-
-
-# --- a token at a time -----------------------------------------------------------------------------------------------------------
-
-Product = Callable[[Tensor], Tensor]  # (N, I) -> (N, O)
-
-
-def sliced_product(weight: Tensor) -> Product:
-    """x -> x @ weight.T in float32 on a CPU: torch's own product reads the weight (O, I) with one thread where x is one row, and is slow
-    where x has some. A batch of slices of the weight (P, O / P, I) takes from a quarter to four fifths of its time: one slice a thread,
-    times x transposed, for very few rows, and more, smaller ones for others."""
-    outputs, inputs = weight.shape
-    threads = torch.get_num_threads()
-
-    def sliced(least: int, most: int) -> Tensor:
-        """Into a number of slices, between the two, that shares them evenly among the threads."""
-        divisors = (p for p in range(least, most + 1) if outputs % p == 0)
-        return weight.view(min(divisors, key=lambda p: math.ceil(p / threads) / p, default=1), -1, inputs)
-
-    large, small = sliced(1, threads), sliced(max(threads, outputs // 256), max(threads, outputs // 64))
-
-    def product(x: Tensor) -> Tensor:
-        rows = len(x)
-        if rows >= 8:
-            return torch.bmm(x.expand(len(small), rows, inputs), small.mT).transpose(0, 1).reshape(rows, outputs)
-        columns = x.contiguous().as_strided((len(large), inputs, rows), (0, 1, inputs))
-        return torch.bmm(large, columns).as_strided((rows, outputs), (1, rows)).contiguous()
-    return product
-
-
-def packed_product(weight: Tensor, dtype: torch.dtype) -> Product:
-    """x -> x @ weight.T on a CPU, the weight in the layout of torch's kernels for small numbers (FBGEMM). float16: the weight is rounded and
-    the arithmetic float32. int8: a row of the weight is scaled to -127 .. 127, x at every call to 8 bits, and integers are summed."""
-    ops = torch.ops.quantized
-    if dtype == torch.float16:
-        packed = ops.linear_prepack_fp16(weight, None)
-        return lambda x: ops.linear_dynamic_fp16(x, packed)
-    with warnings.catch_warnings():  # torch means to drop quantized tensors one day; 2.11 to 2.13 have them
-        warnings.simplefilter("ignore")
-        scale, zero = weight.abs().amax(1).clamp(min=1e-30) / 127, torch.zeros(len(weight), dtype=torch.int64)
-        packed = ops.linear_prepack(torch.quantize_per_channel(weight, scale, zero, 0, torch.qint8))
-    return lambda x: ops.linear_dynamic(x, packed, True)
-
-
-def quick_norm(norm: RMSNorm) -> Product:
-    """RMSNorm in four operations, for float32: x / sqrt(|x|^2 + D eps) * (sqrt(D) weight)."""
-    width = len(norm.weight)
-    weight, floor = norm.weight * width ** 0.5, norm.weight.new_tensor((width * norm.eps) ** 0.5)
-    return lambda x: x / torch.hypot(torch.linalg.vector_norm(x, dim=-1, keepdim=True), floor) * weight
-
-
-class Products:
-    """What a step of the decoder applies to its few rows, layer by layer, in float32 on a CPU laid out to be quick."""
-
-    def __init__(self, model: "ChatLM", dtype: torch.dtype | None = None):
-        quick = model.shared.weight.is_cpu and model.shared.weight.dtype == torch.float32
-
-        def of(weight: Tensor) -> Product:
-            if dtype:
-                return packed_product(weight.detach(), dtype)
-            return sliced_product(weight.detach()) if quick else lambda x: F.linear(x, weight)
-
-        def product(*linears: nn.Module) -> Product:
-            """What they give side by side."""
-            if all(type(m) is nn.Linear for m in linears):
-                return of(linears[0].weight if len(linears) == 1 else torch.cat([m.weight for m in linears]))
-            return lambda x: torch.cat([m(x) for m in linears], -1)  # such as LoRA's
-
-        def norm(module: RMSNorm) -> Product:
-            return quick_norm(module) if quick else module
-
-        def feed_forward(module: FeedForward) -> Product:
-            if not quick:
-                return module
-            up, down = product(*(m for name, m in module.named_children() if name.startswith("wi"))), product(module.wo)
-            return lambda x: down(module.activation(up(x)))
-
-        self.head = of(model.head_weight())
-        self.layers = []
-        for own, cross, ff in (block.layer for block in model.decoder.block):
-            a, c = own.SelfAttention, cross.EncDecAttention
-            self.layers.append((norm(own.layer_norm), product(a.q, a.k, a.v), product(a.o), norm(cross.layer_norm), product(c.q), product(c.o),
-                                norm(ff.layer_norm), feed_forward(ff.DenseReluDense)))
-
-
-@functools.cache
-def capture_stream(device: torch.device) -> "torch.cuda.Stream":
-    return torch.cuda.Stream(device)
-
-
-class Decoder:
-    """The decoder a token at a time: what ChatLM.decode computes, for the newest position of every row only.
-
-    A source may have N rows, such as the beams of a search; they share its keys and values, which are computed once. Those of the positions
-    before stand in one tensor, that grows; the bias of a position is a slice of one table, since it depends on the distance alone.
-
-        a CPU    p0 p1 p2 new                 a step attends to as much as there is
-        a GPU    new p0 p1 p2 ..  ..  ..      to the whole room, and what is empty is masked: so every step is the same operations on the
-                                              same memory, which a CUDA graph starts at once, while the rows are the same; then the
-                                              newest is copied to its place
-    """
-    holder: Callable = staticmethod(lambda: None)  # the one decoder that may hold a graph: torch may free what two share with the first
-
-    @torch.inference_mode()
-    def __init__(self, model: ChatLM, input_ids: Tensor, attention_mask: Tensor | None = None, rows_per_source: int = 1,
-                 static: bool | None = None):
-        """static: the same operations for every step, as on a GPU; None: on a GPU."""
-        self.model, self.rows, self.length = model, len(input_ids) * rows_per_source, 0
-        self.static = input_ids.is_cuda if static is None else static
-        encoded, self.mask = model.encode(input_ids, attention_mask)
-        self.products = model.products or Products(model)
-        self.sources = [block.layer[1].EncDecAttention.keys_values(encoded) for block in model.decoder.block]  # each (B, H, S, K)
-        self.own = encoded.new_empty(2 * len(self.sources), self.rows, 0, model.config.num_heads * model.config.d_kv)
-        self.bias = self.visible = encoded.new_empty(0)  # (1, H, 1, capacity), of distances capacity - 1 .. 0; the same as it is masked
-        self.graph: torch.cuda.CUDAGraph | None = None
-        self.steps_alike = 0
-
-    def make_room(self, rows: int, length: int) -> None:
-        """own: (2 * layers, rows, capacity, H * K), keys and values in turn, of which self.rows and self.length, with static one more, are used."""
-        capacity = 32 << max(0, math.ceil(math.log2(max(1, length) / 32)))
-        if self.static:
-            capacity = max(320, capacity)  # what is empty costs little, another graph more
-        before, self.own = self.own, self.own.new_zeros(len(self.own), rows, capacity, self.own.size(3))
-        self.own[:, :before.size(1), :before.size(2)] = before
-        positions = torch.arange(capacity, device=self.own.device)
-        self.bias = self.model.decoder.position_bias(positions[-1:], positions).to(self.own.dtype)
-        self.visible = torch.full_like(self.bias, torch.finfo(self.bias.dtype).min)
-        self.visible[..., 0] = self.bias[..., -1]
-        self.graph, self.steps_alike = None, 0
-
-    @torch.inference_mode()
-    def step(self, ids: Tensor) -> tuple[Tensor, Tensor]:
-        """The newest ids (B * N,) -> float32 logits (B * N, V) of what may follow, and hidden states (B * N, D)."""
-        place = self.length + self.static
-        if place >= self.own.size(2):
-            self.make_room(self.own.size(1), place + 1)
-        self.length += 1
-        if not self.static:
-            return self.layers(ids, place, self.length, self.bias[..., -self.length:])
-        self.visible[..., 1:self.length] = self.bias[..., -self.length:-1]
-        again = ids.is_cuda and self.steps_alike > 8 and Decoder.holder() in (None, self)
-        logits, hidden = self.replay(ids) if again else self.layers(ids, 0, self.own.size(2), self.visible)
-        self.own[:, :self.rows, place] = self.own[:, :self.rows, 0]
-        self.steps_alike += 1
-        return logits, hidden
-
-    def replay(self, ids: Tensor) -> tuple[Tensor, Tensor]:
-        if self.graph is None:
-            self.ids, self.graph, Decoder.holder = ids.clone(), torch.cuda.CUDAGraph(), weakref.ref(self)
-            with torch.cuda.device(ids.device), torch.cuda.graph(self.graph, stream=capture_stream(ids.device), capture_error_mode="thread_local"):
-                self.result = self.layers(self.ids, 0, self.own.size(2), self.visible)
-        self.ids.copy_(ids)
-        self.graph.replay()
-        return self.result[0].clone(), self.result[1].clone()
-
-    def layers(self, ids: Tensor, newest: int, upto: int, bias: Tensor) -> tuple[Tensor, Tensor]:
-        """ids go through the decoder, their keys and values to place newest, and they see the places before upto under bias (1, H, 1, upto)."""
-        rows, shape, attend = self.rows, (self.rows, self.model.config.num_heads, 1, self.model.config.d_kv), F.scaled_dot_product_attention
-        put = self.own[:, :rows, newest].unbind()
-        own = self.own[:, :rows, :upto].unflatten(-1, (shape[1], shape[3])).transpose(2, 3).unbind()
-        x = self.model.shared(ids)
-        for i, (norm, qkv, o, cross_norm, cross_q, cross_o, feed_norm, feed) in enumerate(self.products.layers):
-            q, k, v = qkv(norm(x)).view(rows, 3, -1).unbind(1)
-            put[2 * i].copy_(k)
-            put[2 * i + 1].copy_(v)
-            x = x + o(attend(q.view(shape), own[2 * i], own[2 * i + 1], attn_mask=bias, scale=1.0).view(rows, -1))
-            q = cross_q(cross_norm(x)).view(len(self.mask), -1, shape[1], shape[3]).transpose(1, 2)  # N queries a source
-            x = x + cross_o(attend(q, *self.sources[i], attn_mask=self.mask, scale=1.0).transpose(1, 2).reshape(rows, -1))
-            x = x + feed(feed_norm(x))
-        hidden = self.model.to_head(x)
-        return self.products.head(hidden).float(), hidden
-
-    @torch.inference_mode()
-    def select(self, rows: Tensor, sources: Tensor | None = None) -> None:
-        """From now on the rows are those named, in this order, some perhaps several times; and so the sources, where they are named.
-        On a CPU, what stays in its place is not copied."""
-        used = self.length + self.static
-        if sources is not None:
-            self.mask, self.sources = self.mask[sources], [(keys[sources], values[sources]) for keys, values in self.sources]
-        if len(rows) > self.own.size(1):
-            self.make_room(len(rows), used)
-        if rows.is_cuda:
-            self.own[:, :len(rows), :used] = self.own[:, rows, :used]
-        else:
-            moved = [(at, row) for at, row in enumerate(rows.tolist()) if at != row]
-            for (at, _), part in zip(moved, [self.own[:, row, :used].clone() for _, row in moved]):
-                self.own[:, at, :used] = part
-        if len(rows) != self.rows or sources is not None:
-            self.rows, self.graph, self.steps_alike = len(rows), None, 0
+        """Write config.json, generation_config.json and model.safetensors, each atomically."""
+        save_model(self, Path(folder))
 
 
 class LinearCrossEntropy(torch.autograd.Function):
-    """sum_i -log softmax(hidden_i @ weight.T)[labels_i], a chunk of rows at a time.
+    """sum_i -log softmax(hidden_i @ weight.T)[labels_i], one chunk of rows at a time.
 
-    hidden (N, D), weight (V, D), labels (N,) -> () float32. Softmax minus one-hot is the gradient of the logits, so
-    each chunk's gradients are finished while its logits are at hand, and backward only scales them: three matrix
-    products, as without chunks, and LOSS_CHUNK_BYTES of memory in place of N * V. Matrix products run in the
-    autocast dtype where one is set; the sum and the weight's gradient are float32.
+    hidden (N, D), weight (V, D), labels (N,) -> () float32. The gradient with respect to the logits
+    is softmax minus one-hot, so each chunk's gradients are computed while its logits are at hand,
+    and backward only scales them. This needs three matrix products, as many as without chunks, and
+    LOSS_CHUNK_BYTES of memory instead of N * V logits. Matrix products run in the autocast dtype;
+    the sum and the weight's gradient are float32.
     """
 
     @staticmethod
     def forward(ctx, hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
         device = hidden.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+        autocast = torch.is_autocast_enabled(device)
+        dtype = torch.get_autocast_dtype(device) if autocast else hidden.dtype
         grad_hidden = torch.empty_like(hidden) if hidden.requires_grad else None
-        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if weight.requires_grad else None
+        grad_weight = None
+        if weight.requires_grad:
+            grad_weight = torch.zeros_like(weight, dtype=torch.float32)
         loss = hidden.new_zeros((), dtype=torch.float32)
         with torch.autocast(device, enabled=False):
             w = weight.to(dtype)
             rows = max(1, LOSS_CHUNK_BYTES // (w.element_size() * len(w)))
-            block = max(1, CACHE_BYTES // (4 * len(w))) if device == "cpu" else rows
-            room = w.new_empty(min(rows, len(hidden)), -(-len(w) // 64) * 64)  # rows that begin on a cache line: a third less time than 29,298 wide
+            width = -(-len(w) // 64) * 64  # rows start on a cache line: a third less time
+            buffer = w.new_empty(min(rows, len(hidden)), width)
             for i in range(0, len(hidden), rows):
                 h = hidden[i:i + rows].to(dtype)
-                g = torch.mm(h, w.T, out=room[:len(h), :len(w)])  # logits, that become their own gradient
-                for part, label in zip(g.split(block), labels[i:i + rows, None].split(block)):
-                    logits = part.float()
-                    top, chosen = logits.amax(-1), logits.gather(1, label)[:, 0]
-                    p = torch.softmax(logits, -1, out=logits)
-                    loss += (top - p.amax(-1).log() - chosen).sum()  # log of the sum: the top logit less its log share
-                    part.copy_(p.scatter_add_(1, label, -torch.ones_like(label, dtype=p.dtype)))
+                logits = torch.mm(h, w.T, out=buffer[:len(h), :len(w)])
+                loss += logits_to_gradient(logits, labels[i:i + rows])
                 if grad_hidden is not None:
-                    grad_hidden[i:i + rows] = g @ w
-                if grad_weight is not None:
-                    grad_weight.addmm_(g.T, h) if dtype == torch.float32 else grad_weight.add_(g.T @ h)
+                    grad_hidden[i:i + rows] = logits @ w
+                if grad_weight is None:
+                    continue
+                if dtype == torch.float32:
+                    grad_weight.addmm_(logits.T, h)
+                else:
+                    grad_weight.add_(logits.T @ h)
         ctx.save_for_backward(grad_hidden, grad_weight)
         return loss
 
     @staticmethod
     def backward(ctx, grad: Tensor):
-        grad_hidden, grad_weight = ctx.saved_tensors
-        return None if grad_hidden is None else grad_hidden * grad, None if grad_weight is None else grad_weight * grad, None
+        return *(None if x is None else x * grad for x in ctx.saved_tensors), None
+
+
+def logits_to_gradient(logits: Tensor, labels: Tensor) -> Tensor:
+    """Replace logits (N, V) in place by their gradient, softmax - one-hot; return the loss, ().
+    On a CPU this takes as many rows at a time as fit the cache."""
+    rows = max(1, len(logits))
+    if logits.device.type == "cpu":
+        rows = max(1, CACHE_BYTES // (4 * logits.size(1)))
+    loss = logits.new_zeros((), dtype=torch.float32)
+    for part, label in zip(logits.split(rows), labels[:, None].split(rows)):
+        x = part.float()
+        top, chosen = x.amax(-1), x.gather(1, label)[:, 0]
+        p = torch.softmax(x, -1, out=x)
+        # log(sum(exp(x))) = top - log(p of top)
+        loss += (top - p.amax(-1).log() - chosen).sum()
+        part.copy_(p.scatter_add_(1, label, -torch.ones_like(label, dtype=p.dtype)))
+    return loss
+
+
+# --- initialization -------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def init_weights(model: ChatLM) -> None:
+    """T5's initialization: normal with std 1/sqrt(inputs), 1 for embeddings, and q smaller by
+    sqrt(K), for the scale that attention leaves out."""
+    c, factor = model.config, model.config.initializer_factor
+    for name, p in model.named_parameters():
+        kind = name.split(".")[-2]
+        if "norm" in kind:
+            p.fill_(factor)
+        elif kind in ("shared", "lm_head"):
+            p.normal_(std=factor)
+        elif kind == "q":
+            p.normal_(std=factor * (c.d_model * c.d_kv) ** -0.5)
+        elif kind == "relative_attention_bias":
+            p.normal_(std=factor * c.d_model ** -0.5)
+        else:
+            p.normal_(std=factor * p.size(1) ** -0.5)
+
+
+class Bigrams:
+    """Counts of which token follows which, and their best approximation of low rank.
+
+    Bigrams are the first thing that training learns, and they can be counted instead. How much
+    likelier v is after u than anywhere is the positive pointwise mutual information (Levy and
+    Goldberg 2014 show that word2vec factors it)
+
+        M[u, v] = max(0, log p(u, v) / (p(u) p(v)))  ~  a_u . b_v
+
+    a and b (V, R) are a singular value decomposition of M in which the pair (u, v) has weight
+    p(u) p(v). Both have mean square 1 under p; M is spread times their product.
+    """
+
+    def __init__(self, before: Tensor, after: Tensor, vocab_size: int, rank: int):
+        """before, after: (N,) int64 on a CPU, each token and the one that follows it."""
+        pairs, count = torch.unique(before * vocab_size + after, return_counts=True)
+        u, v = pairs // vocab_size, pairs % vocab_size
+        counts = torch.stack([torch.bincount(x, minlength=vocab_size) for x in (before, after)])
+        self.counted = counts.any(0)  # (V,)
+        # add 0.3 to each count, so that no probability is 0, and take 0.5 from pairs, which
+        # chance overstates where a pair was seen once
+        smooth = (counts + 0.3).double() / (len(after) + 0.3 * vocab_size)
+        self.p_before, self.p_after = smooth  # (V,) each
+        weight = (self.p_before[u] * self.p_after[v]).sqrt()
+        information = ((count - 0.5) / len(after) / weight ** 2).log().clamp(min=0)
+        with warnings.catch_warnings():  # torch calls its sparse rows a beta feature
+            warnings.simplefilter("ignore")
+            matrix = torch.sparse_coo_tensor(torch.stack([u, v]), information * weight,
+                                             (vocab_size, vocab_size)).to_sparse_csr()
+            # float64: close singular values make float32's rounding, which depends on the number
+            # of threads, visible in the vectors
+            left, values, right = torch.svd_lowrank(matrix, rank, niter=1)
+        self.spread = values.square().mean().sqrt()
+        self.a = left / self.p_before.sqrt()[:, None]  # (V, R)
+        self.b = right * values / self.spread / self.p_after.sqrt()[:, None]  # (V, R)
+
+
+@torch.no_grad()
+def init_bigrams(model: ChatLM, before: Tensor, after: Tensor) -> None:
+    """Initialize from unigram and bigram counts, so that the first logits are about
+
+        logits[v after u] = log p(v) + a_u . b_v            (see Bigrams for a and b)
+
+    before, after: (N,) int64 on a CPU; each token of the answers, and the one in front of it.
+
+    Row v of the embedding, which is the head too, is [constant | log p(v) | a_v | b_v]. The last
+    feed-forward layer of the decoder reads the row of token u from the stream and adds
+    carry @ row, which moves u's constant to where the head has log p, and a_u to where it has b:
+
+        row of u    constant   log p(u)   a_u   b_u        what the head multiplies
+        carried         0      constant    0    a_u        with [constant | log p(v) | a_v | b_v]
+
+    It also subtracts the row itself, or each token would predict its like. relu(x) - relu(-x) = x
+    makes a ReLU layer linear. The other layers start smaller, by 1/sqrt(their number) as in GPT-2:
+    larger ones hide the counts, smaller ones learn late. Tokens that were not counted keep random
+    values. Raises ValueError for an untied head, and gated or narrow feed-forward layers.
+    """
+    c, last = model.config, model.decoder.block[-1].layer[-1].DenseReluDense
+    tied = c.tie_word_embeddings and c.scale_decoder_outputs
+    if last.gated or not tied or c.d_ff < 2 * c.d_model:
+        raise ValueError("init_bigrams needs a tied head, ReLU layers, and d_ff >= 2 d_model")
+    rank = min(c.d_model // 2 - 1, c.vocab_size)
+    counts = Bigrams(before, after, c.vocab_size, rank)
+    p = counts.p_before
+
+    log_p = counts.p_after.log()
+    log_p = (log_p - counts.p_after @ log_p)[:, None]  # (V, 1), mean 0
+    constant = torch.full_like(log_p, c.d_model ** 0.5 / 4)
+    rows = torch.cat([constant, log_p, counts.a, counts.b], 1)
+    rows = F.pad(rows, (0, c.d_model - rows.size(1)))  # (V, D)
+
+    size = rows.square().mean(1).sqrt()  # (V,): the layer's norm makes row / size of a row
+    strength = 2.0  # of the carried row next to what other layers add
+    carry = torch.zeros(c.d_model, c.d_model, dtype=torch.float64)  # (D, D)
+    carry[1, 0] = strength / (counts.spread * constant[0])
+    carry[2 + rank:2 + 2 * rank, 2:2 + rank] = strength * torch.eye(rank)
+    carry -= p @ size * torch.eye(c.d_model)
+    stream = rows + rows / size[:, None] @ carry.T  # (V, D): after the layer, per token
+    # the last norm divides by the stream's size, and its weight restores the counts' scale
+    restored = counts.spread / strength / (p @ (1 / size / stream.norm(dim=1)))
+
+    model.decoder.final_layer_norm.weight.fill_(restored)
+    for name, parameter in model.named_parameters():
+        if name.endswith((".o.weight", ".wo.weight")):
+            parameter.mul_((3 * c.num_decoder_layers) ** -0.5)
+    eye = torch.eye(c.d_model)
+    last.wi.weight[:2 * c.d_model] = torch.cat([eye, -eye])
+    last.wo.weight[:, :2 * c.d_model] = torch.cat([carry, -carry], 1)
+    uncounted = torch.cat([rows[:, :2], model.shared.weight[:, 2:].double().cpu()], 1)
+    model.shared.weight.copy_(torch.where(counts.counted[:, None], rows, uncounted))
+
+
+# --- LoRA -----------------------------------------------------------------------------------------
+
+
+class LoRALinear(nn.Linear):
+    """W x + (alpha / rank) B A dropout(x): W (out, in) is frozen, A (rank, in) starts random and
+    B (out, rank) at 0. Hu et al. 2021 (arXiv:2106.09685)."""
+
+    def __init__(self, base: nn.Linear, rank: int, alpha: float, dropout: float = 0.0):
+        super().__init__(base.in_features, base.out_features, bias=False, device="meta")
+        self.weight = base.weight
+        self.scale, self.dropout = alpha / rank, dropout
+        like = {"bias": False, "device": base.weight.device, "dtype": base.weight.dtype}
+        self.lora_A = nn.Linear(base.in_features, rank, **like)
+        self.lora_B = nn.Linear(rank, base.out_features, **like)
+        nn.init.zeros_(self.lora_B.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        low_rank = self.lora_A(F.dropout(x, self.dropout, self.training))
+        return super().forward(x) + self.lora_B(low_rank) * self.scale
+
+
+def is_target(name: str, targets: str | list[str]) -> bool:
+    """PEFT's rule for target_modules: a regular expression that matches a module's whole name,
+    "all-linear", or a list of names or endings of names."""
+    if isinstance(targets, str):
+        return targets == "all-linear" or re.fullmatch(targets, name) is not None
+    return any(name == target or name.endswith("." + target) for target in targets)
+
+
+def add_lora(model: ChatLM, rank: int, alpha: float, targets: str | Iterable[str],
+             dropout: float = 0.0) -> None:
+    """Replace the linear layers that targets name by LoRALinear, and freeze everything else.
+
+    targets: see is_target; a list with "all" means "all-linear". Raises ValueError for a target
+    that names no layer, and for the head, whose weight is used without its layer.
+    """
+    if not isinstance(targets, str):
+        targets = list(targets)
+        targets = "all-linear" if "all" in targets else targets
+    model.requires_grad_(False)
+    found = {name: module for name, module in model.named_modules()
+             if isinstance(module, nn.Linear) and is_target(name, targets)}
+    if targets == "all-linear":
+        found.pop("lm_head", None)
+    if "lm_head" in found:
+        raise ValueError("LoRA for lm_head is not supported (target_modules, --lora_targets)")
+    missing = [] if isinstance(targets, str) else [
+        target for target in targets if not any(is_target(name, [target]) for name in found)]
+    if missing or not found:
+        raise ValueError(f"--lora_targets: the model has no linear layer "
+                         f"{', '.join(missing) or targets}")
+    for name, module in found.items():
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, LoRALinear(module, rank, alpha, dropout))
+
+
+def merge_lora(model: ChatLM) -> None:
+    """Add every low-rank product to its weight, and put plain linear layers back."""
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            if not isinstance(child, LoRALinear):
+                continue
+            plain = nn.Linear(child.in_features, child.out_features, bias=False, device="meta")
+            product = child.lora_B.weight.float() @ child.lora_A.weight.float()
+            merged = (child.weight + child.scale * product).to(child.weight.dtype)
+            plain.weight = nn.Parameter(merged.detach())
+            setattr(parent, name, plain)
+
+
+def save_adapter(model: ChatLM, folder: Path, base: str, rank: int, alpha: float,
+                 targets: list[str], dropout: float = 0.0) -> None:
+    """Write adapter_model.safetensors and adapter_config.json, as PEFT does. base: the model's
+    folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    weights = {f"base_model.model.{name}": p.detach().contiguous()
+               for name, p in model.named_parameters() if ".lora_" in name}
+    if "all" in targets:
+        targets = sorted({name.split(".")[-3] for name in weights})
+    config = {"peft_type": "LORA", "task_type": "SEQ_2_SEQ_LM", "r": rank, "lora_alpha": alpha,
+              "base_model_name_or_path": str(base), "lora_dropout": dropout, "bias": "none",
+              "target_modules": targets, "fan_in_fan_out": False, "inference_mode": True}
+    replace_file(folder / "adapter_model.safetensors",
+                 lambda path: save_file(weights, path, {"format": "pt"}))
+    replace_file(folder / "adapter_config.json",
+                 lambda path: path.write_text(json.dumps(config, indent=2) + "\n"))
+
+
+def load_adapter(model: ChatLM, folder: Path) -> None:
+    """Add the LoRA adapter of a folder, ours or PEFT's, to a model.
+
+    Raises FileNotFoundError or ValueError if it is damaged, is for another model, or has an option
+    that is not applied here.
+    """
+    files = [folder / "adapter_config.json", folder / "adapter_model.safetensors"]
+    if not all(path.is_file() for path in files):
+        raise FileNotFoundError(f"{folder} is not an adapter: it needs adapter_config.json and "
+                                "adapter_model.safetensors")
+    try:
+        config, weights = read_json(files[0]), load_file(files[1])
+    except (ValueError, SafetensorError) as e:
+        raise ValueError(f"{folder} is not a whole LoRA adapter: {e}") from None
+    check_adapter(config, files[0])
+    try:
+        add_lora(model, config["r"], config["lora_alpha"], config["target_modules"])
+    except (ValueError, re.error) as e:
+        raise ValueError(f"{files[0]}: target_modules {config['target_modules']!r} does not fit "
+                         f"the model: {e}") from None
+    weights = {name.removeprefix("base_model.model."): w for name, w in weights.items()}
+    own = {name: p.shape for name, p in model.named_parameters() if ".lora_" in name}
+    if own != {name: w.shape for name, w in weights.items()}:
+        raise ValueError(f"{folder}: the adapter is for another model, or its weights are not "
+                         "those that adapter_config.json describes")
+    model.load_state_dict(weights, strict=False)
+
+
+# Fields of adapter_config.json that load_adapter applies, or that only matter while training
+ADAPTER_FIELDS = set("""r lora_alpha target_modules peft_type task_type base_model_name_or_path
+    revision inference_mode auto_mapping peft_version lora_dropout init_lora_weights bias
+    megatron_core qalora_group_size runtime_config eva_config""".split())
+ADAPTER_INITS = (True, False, None, "gaussian", "eva", "orthogonal")  # do not change the base
+
+
+def check_adapter(config: dict, path: Path) -> None:
+    """Raise ValueError, naming the field, for an option that load_adapter does not apply."""
+    def reject(field: str, why: str) -> None:
+        shown = json.dumps(config.get(field), ensure_ascii=False)[:80]
+        raise ValueError(f"{path}: {field} {shown} {why}")
+
+    if config.get("peft_type") != "LORA":
+        reject("peft_type", "is not supported, only LORA")
+    if type(config.get("r")) is not int or config["r"] < 1:
+        reject("r", "is not a whole number of 1 or more")
+    if type(config.get("lora_alpha")) not in (int, float):
+        reject("lora_alpha", "is not a number")
+    targets = config.get("target_modules")
+    is_list = isinstance(targets, list) and all(isinstance(t, str) for t in targets)
+    if not targets or not (isinstance(targets, str) or is_list):
+        reject("target_modules", "is neither a regular expression nor a list of names")
+    if config.get("init_lora_weights", True) not in ADAPTER_INITS:
+        reject("init_lora_weights", "changes the base model too, which is not supported: convert "
+               "the adapter to plain LoRA with PEFT")
+    if config.get("bias", "none") != "none":
+        reject("bias", "is not supported, only none")
+    for field, value in config.items():
+        empty = isinstance(value, (dict, list, str)) and not value
+        if field not in ADAPTER_FIELDS and value is not None and value is not False and not empty:
+            reject(field, "is not supported")
+
+
+# --- weights in and out ---------------------------------------------------------------------------
+
+
+def load_model(cls: type[ChatLM], folder, dtype: torch.dtype | None, device) -> ChatLM:
+    """A model in evaluation mode, from a Hugging Face T5 folder: config.json and model.safetensors,
+    in one file or in shards. Raises FileNotFoundError or ValueError naming what is missing or does
+    not fit."""
+    config = ChatLMConfig.from_pretrained(folder)
+    weights = read_weights(Path(folder))
+    # a file of tied weights may keep them under any one of these names
+    names = ["shared.weight", "encoder.embed_tokens.weight", "decoder.embed_tokens.weight"]
+    names += ["lm_head.weight"] if config.tie_word_embeddings else []
+    shared = next((weights[name] for name in names if name in weights), None)
+    if shared is None:
+        raise ValueError(f"{folder}: the weights have no shared.weight, so they are not a T5's")
+    head = weights.get("lm_head.weight")
+    config.tie_word_embeddings = head is None or torch.equal(head, shared)
+    weights["shared.weight"] = shared
+    copies = [*names[1:3], "decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight"]
+    copies += ["lm_head.weight"] if config.tie_word_embeddings else []
+    weights = {name: w.to(dtype).to(device)  # cast first, or a GPU holds both
+               for name, w in weights.items() if name not in copies}
+    with torch.device("meta"):
+        model = cls(config)
+    shapes = {name: p.shape for name, p in model.named_parameters()}
+    wrong = sorted(shapes.keys() ^ weights.keys())
+    wrong = wrong or [name for name in shapes if weights[name].shape != shapes[name]]
+    if wrong:
+        raise ValueError(f"{folder}: config.json and the weights do not fit, first at {wrong[0]}")
+    model.load_state_dict(weights, assign=True)
+    model.generation = read_generation(folder) or model.generation
+    return model.eval()
 
 
 def read_weights(folder: Path) -> dict[str, Tensor]:
-    """Every tensor of model.safetensors, or of the shards that model.safetensors.index.json names, mapped from disk."""
+    """All tensors of model.safetensors, or of the shards that model.safetensors.index.json names,
+    mapped from disk."""
     index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
     if single.is_file():
         files = [single]
     elif index.is_file():
-        files = sorted({folder / name for name in json.loads(index.read_text())["weight_map"].values()})
+        names = read_json(index).get("weight_map")
+        if not isinstance(names, dict) or not all(isinstance(n, str) for n in names.values()):
+            raise ValueError(f"{index} is damaged: it has no weight_map")
+        files = sorted({folder / name for name in names.values()})
     else:
-        raise FileNotFoundError(f"{folder} has no model.safetensors (other weight formats are not read)")
+        raise FileNotFoundError(f"{folder} has no model.safetensors (other formats are not read)")
     weights = {}
     for path in files:
         try:
@@ -812,3 +880,50 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
         except (SafetensorError, OSError) as e:
             raise ValueError(f"{path} is missing or damaged: {e}") from None
     return weights
+
+
+def save_model(model: ChatLM, folder: Path) -> None:
+    """Write config.json, generation_config.json and model.safetensors."""
+    folder.mkdir(parents=True, exist_ok=True)
+    ids = ("decoder_start_token_id", "eos_token_id", "pad_token_id")
+    generation = model.generation | {name: getattr(model.config, name) for name in ids}
+    weights = {name: p.detach().contiguous() for name, p in model.named_parameters()}
+    replace_file(folder / "model.safetensors",
+                 lambda path: save_file(weights, path, {"format": "pt"}))
+    replace_file(folder / "generation_config.json",
+                 lambda path: path.write_text(json.dumps(generation, indent=2) + "\n"))
+    replace_file(folder / "config.json", lambda path: path.write_text(model.config.to_json()))
+
+
+def replace_file(path: Path, write: Callable[[Path], object]) -> None:
+    """Call write(temporary path), sync that file to disk and rename it to path. Raises OSError if
+    the disk is full or fails; path is then as it was before."""
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        write(temporary)
+        with open(temporary, "rb+") as f:
+            os.fsync(f.fileno())
+        os.replace(temporary, path)
+    except (OSError, SafetensorError) as e:
+        temporary.unlink(missing_ok=True)
+        code = re.search(r"os error (\d+)", str(e))  # as safetensors prints it
+        number = getattr(e, "errno", None) or (int(code[1]) if code else errno.EIO)
+        message = f"could not be written: {os.strerror(number)}"
+        raise OSError(number, message, str(path)) from None
+
+
+def read_json(path: Path) -> dict:
+    """A JSON object. Raises ValueError, naming the file, for anything else."""
+    try:
+        value = json.loads(path.read_text("utf-8"))
+    except (ValueError, RecursionError):
+        value = None
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} is damaged: not a JSON object")
+    return value
+
+
+def read_generation(folder) -> dict:
+    """The content of generation_config.json, if there is one."""
+    path = Path(folder) / "generation_config.json"
+    return read_json(path) if path.is_file() else {}

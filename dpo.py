@@ -27,9 +27,9 @@ from torch.utils.checkpoint import checkpoint
 import data
 import sample
 import train
-from chatlm import LOSS_CHUNK_BYTES, ChatLM
+from chatlm import LOSS_CHUNK_BYTES, ChatLM, load_adapter, merge_lora
 from data import PairStream
-from tokenizer import ArgumentParser, Tokenizer, memory_hint, number, run
+from tokenizer import ArgumentParser, Tokenizer, atomic_write, memory_hint, number, run, write_errors
 
 COLUMNS = data.PREFERENCE
 
@@ -129,7 +129,7 @@ def reference_logps(args: argparse.Namespace, ranks: train.Ranks, model: ChatLM,
     ranks.sum(logps)  # every row is one rank's, and zero on the others
     if ranks.first:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with train.atomic_write(path) as temporary, train.write_errors(path, SafetensorError):
+        with atomic_write(path) as temporary, write_errors(path, SafetensorError):
             save_file({"logps": logps.cpu()}, temporary, identity)
     ranks.wait()
     return logps
@@ -271,8 +271,8 @@ def merge(argv: list[str]) -> None:
     parser.add_argument("--out", required=True, metavar="DIR", help="folder of the merged model")
     args = parser.parse_args(argv)
     model = ChatLM.from_pretrained(args.model)
-    train.load_adapter(model, Path(args.adapter))
-    train.merge_lora(model)
+    load_adapter(model, Path(args.adapter))
+    merge_lora(model)
     model.save_pretrained(args.out)
     Tokenizer.from_pretrained(args.model).save_pretrained(args.out)
     print(f"{args.out}: a plain model folder")

@@ -16,20 +16,288 @@ import os
 import re
 import sys
 import time
+import warnings
+import weakref
 from collections import Counter, deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 import xxhash
-from torch import Tensor
+from torch import Tensor, nn
 
-from chatlm import ChatLM, ChatLMConfig, Decoder
+from chatlm import ChatLM, ChatLMConfig, FeedForward, RMSNorm
 from tokenizer import ArgumentParser, Tokenizer, input_files, memory_hint, number, read_rows, run, whole_rows, write_errors, write_file
 
 FINISHED = -1e9  # what a beam that may not go on, or has not ended, scores: finite, as in transformers
 WINDOW = 4096  # prompts of a file that are sorted by length together
+
+
+# --- the decoder, one token at a time -------------------------------------------------------------
+
+Product = Callable[[Tensor], Tensor]  # (N, in) -> (N, out), for few rows N
+
+
+def sliced_product(weight: Tensor) -> Product:
+    """x -> x @ weight.T in float32 on a CPU, for a weight (O, I).
+
+    torch's own product reads the weight with one thread if x has one row, and is slow for a few
+    rows. A batched product over slices of the weight (P, O / P, I) takes between a quarter and four
+    fifths of that time: one slice per thread for very few rows, more and smaller slices for others.
+    """
+    outputs, inputs = weight.shape
+    threads = torch.get_num_threads()
+
+    def slices(least: int, most: int) -> Tensor:
+        """The number of slices from least to most that keeps all threads equally busy."""
+        divisors = (p for p in range(least, most + 1) if outputs % p == 0)
+        parts = min(divisors, key=lambda p: math.ceil(p / threads) / p, default=1)
+        return weight.view(parts, -1, inputs)
+
+    large = slices(1, threads)
+    small = slices(max(threads, outputs // 256), max(threads, outputs // 64))
+
+    def product(x: Tensor) -> Tensor:
+        rows = len(x)
+        if rows >= 8:
+            y = torch.bmm(x.expand(len(small), rows, inputs), small.mT)
+            return y.transpose(0, 1).reshape(rows, outputs)
+        columns = x.contiguous().as_strided((len(large), inputs, rows), (0, 1, inputs))
+        return torch.bmm(large, columns).as_strided((rows, outputs), (1, rows)).contiguous()
+    return product
+
+
+def packed_product(weight: Tensor, dtype: torch.dtype) -> Product:
+    """x -> x @ weight.T on a CPU, with the weight packed for FBGEMM.
+
+    float16: the weight is rounded, and the arithmetic is float32. int8: each row of the weight is
+    scaled to -127 .. 127, x is quantized to 8 bits at every call, and integers are summed.
+    """
+    ops = torch.ops.quantized
+    if dtype == torch.float16:
+        packed = ops.linear_prepack_fp16(weight, None)
+        return lambda x: ops.linear_dynamic_fp16(x, packed)
+    with warnings.catch_warnings():  # quantized tensors are deprecated; 2.11 to 2.13 have them
+        warnings.simplefilter("ignore")
+        scale = weight.abs().amax(1).clamp(min=1e-30) / 127
+        zero = torch.zeros(len(weight), dtype=torch.int64)
+        quantized = torch.quantize_per_channel(weight, scale, zero, 0, torch.qint8)
+        packed = ops.linear_prepack(quantized)
+    return lambda x: ops.linear_dynamic(x, packed, True)
+
+
+def quick_norm(norm: RMSNorm) -> Product:
+    """RMSNorm in four operations, for float32: x / sqrt(|x|^2 + D eps) * (sqrt(D) weight)."""
+    width = len(norm.weight)
+    weight = norm.weight * width ** 0.5
+    floor = norm.weight.new_tensor((width * norm.eps) ** 0.5)
+
+    def normalize(x: Tensor) -> Tensor:
+        size = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+        return x / torch.hypot(size, floor) * weight
+    return normalize
+
+
+class LayerProducts(NamedTuple):
+    """What one decoder block applies to its rows."""
+    norm: Product
+    qkv: Product  # query, key and value side by side
+    out: Product
+    cross_norm: Product
+    cross_q: Product
+    cross_out: Product
+    feed_norm: Product
+    feed_forward: Product
+
+
+class Products:
+    """The decoder's layers and head as products for few rows. In float32 on a CPU the weights are
+    laid out for speed; dtype float16 or int8 packs them. Later weight updates are not picked up."""
+
+    def __init__(self, model: ChatLM, dtype: torch.dtype | None = None):
+        weight = model.shared.weight
+        self.dtype, self.quick = dtype, weight.is_cpu and weight.dtype == torch.float32
+        self.head = self.of(model.head_weight())
+        self.layers = [self.layer(*block.layer) for block in model.decoder.block]
+
+    def of(self, weight: Tensor) -> Product:
+        if self.dtype:
+            return packed_product(weight.detach(), self.dtype)
+        return sliced_product(weight.detach()) if self.quick else lambda x: F.linear(x, weight)
+
+    def side_by_side(self, *linears: nn.Module) -> Product:
+        """The outputs of several linear layers, concatenated."""
+        if not all(type(module) is nn.Linear for module in linears):  # LoRALinear
+            return lambda x: torch.cat([module(x) for module in linears], -1)
+        weights = [module.weight for module in linears]
+        return self.of(weights[0] if len(weights) == 1 else torch.cat(weights))
+
+    def norm(self, module: RMSNorm) -> Product:
+        return quick_norm(module) if self.quick else module
+
+    def feed_forward(self, module: FeedForward) -> Product:
+        if not self.quick:
+            return module
+        names = ("wi_0", "wi_1") if module.gated else ("wi",)
+        up = self.side_by_side(*(getattr(module, name) for name in names))
+        down = self.side_by_side(module.wo)
+        return lambda x: down(module.activation(up(x)))
+
+    def layer(self, own: nn.Module, cross: nn.Module, feed: nn.Module) -> LayerProducts:
+        a, c = own.SelfAttention, cross.EncDecAttention
+        return LayerProducts(
+            self.norm(own.layer_norm), self.side_by_side(a.q, a.k, a.v), self.side_by_side(a.o),
+            self.norm(cross.layer_norm), self.side_by_side(c.q), self.side_by_side(c.o),
+            self.norm(feed.layer_norm), self.feed_forward(feed.DenseReluDense))
+
+
+packed_models: weakref.WeakKeyDictionary[ChatLM, Products] = weakref.WeakKeyDictionary()
+
+
+def pack(model: ChatLM, dtype: torch.dtype | None = None) -> None:
+    """Lay the decoder's weights out once, for all answers of a model that will not change.
+
+    dtype: torch.float16 or torch.int8 decode with weights of 2 bytes or 1; the model must be
+    float32 on a CPU. Raises ValueError if the model or the processor cannot.
+    """
+    weight = model.shared.weight
+    if dtype and (weight.dtype != torch.float32 or not weight.is_cpu):
+        raise ValueError(f"{dtype} weights are for decoding on a CPU, from a model in float32")
+    try:
+        packed_models[model] = Products(model, dtype)
+    except (RuntimeError, AttributeError) as e:
+        raise ValueError(f"this processor, or this torch, has no products with {dtype} weights: "
+                         f"{str(e).splitlines()[0]}") from None
+
+
+class Decoder:
+    """ChatLM.decode one token at a time: it computes the newest position of every row only.
+
+    Each source has N rows, such as the beams of a search. They share the source's keys and values,
+    which are computed once. The keys and values of earlier answer tokens are in the KV cache. The
+    position bias depends on the distance only, so each step uses a slice of one table.
+
+        on a CPU   p0 p1 p2 new                 the cache grows, and a step attends to all of it
+        on a GPU   new p0 p1 p2 --  --  --      a step attends to the whole cache, with the empty
+                                                part masked: every step runs the same kernels on the
+                                                same memory, so a CUDA graph can replay it; then the
+                                                newest keys and values move to their place
+    """
+    graph_owner: Callable = staticmethod(lambda: None)  # one decoder has a graph: they share memory
+
+    @torch.inference_mode()
+    def __init__(self, model: ChatLM, input_ids: Tensor, attention_mask: Tensor | None = None,
+                 rows_per_source: int = 1, static: bool | None = None):
+        """input_ids, attention_mask: (B, S). static: the GPU's layout; None: on a GPU."""
+        c = model.config
+        self.model, self.heads = model, (c.num_heads, c.d_kv)
+        self.rows, self.length = len(input_ids) * rows_per_source, 0
+        self.static = input_ids.is_cuda if static is None else static
+        self.products = packed_models.get(model) or Products(model)
+        encoded, self.mask = model.encode(input_ids, attention_mask)
+        self.sources = [block.layer[1].EncDecAttention.keys_values(encoded)  # (B, H, S, K) each
+                        for block in model.decoder.block]
+        # keys and values in turn for each layer: (2 * layers, rows, capacity, H * K)
+        self.cache = encoded.new_empty(2 * len(self.sources), self.rows, 0, c.num_heads * c.d_kv)
+        self.bias = self.visible = encoded.new_empty(0)  # (1, H, 1, capacity); visible is masked
+        self.graph: torch.cuda.CUDAGraph | None = None
+        self.same_steps = 0  # steps since the number of rows or the cache changed
+
+    def grow_cache(self, rows: int, length: int) -> None:
+        """Make room for so many rows and positions. The capacity is a power of two of at least 32;
+        of at least 320 with static, where empty positions cost less than another graph."""
+        capacity = 32 << max(0, math.ceil(math.log2(max(1, length) / 32)))
+        if self.static:
+            capacity = max(320, capacity)
+        old, self.cache = self.cache, self.cache.new_zeros(
+            len(self.cache), rows, capacity, self.cache.size(3))
+        self.cache[:, :old.size(1), :old.size(2)] = old
+        positions = torch.arange(capacity, device=self.cache.device)
+        bias = self.model.decoder.position_bias(positions[-1:], positions)
+        self.bias = bias.to(self.cache.dtype)  # of distances capacity - 1 .. 0
+        self.visible = torch.full_like(self.bias, torch.finfo(self.bias.dtype).min)
+        self.visible[..., 0] = self.bias[..., -1]
+        self.graph, self.same_steps = None, 0
+
+    @torch.inference_mode()
+    def step(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+        """The newest ids (rows,) -> float32 logits (rows, V) of the next, hidden (rows, D)."""
+        place = self.length + self.static
+        if place >= self.cache.size(2):
+            self.grow_cache(self.cache.size(1), place + 1)
+        self.length += 1
+        if not self.static:
+            return self.forward(ids, place, self.length, self.bias[..., -self.length:])
+        self.visible[..., 1:self.length] = self.bias[..., -self.length:-1]
+        replays = ids.is_cuda and self.same_steps > 8 and Decoder.graph_owner() in (None, self)
+        if replays:
+            logits, hidden = self.replay(ids)
+        else:
+            logits, hidden = self.forward(ids, 0, self.cache.size(2), self.visible)
+        self.cache[:, :self.rows, place] = self.cache[:, :self.rows, 0]
+        self.same_steps += 1
+        return logits, hidden
+
+    def replay(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+        """The static step as a CUDA graph, captured at the first call."""
+        if self.graph is None:
+            self.ids, self.graph = ids.clone(), torch.cuda.CUDAGraph()
+            Decoder.graph_owner = weakref.ref(self)
+            # thread_local: other threads, such as TensorBoard's, may use the GPU meanwhile
+            with torch.cuda.device(ids.device), torch.cuda.graph(
+                    self.graph, capture_error_mode="thread_local"):
+                self.result = self.forward(self.ids, 0, self.cache.size(2), self.visible)
+        self.ids.copy_(ids)
+        self.graph.replay()
+        logits, hidden = self.result
+        return logits.clone(), hidden.clone()
+
+    def forward(self, ids: Tensor, place: int, end: int, bias: Tensor) -> tuple[Tensor, Tensor]:
+        """Run ids (rows,) through the decoder. Their keys and values go to `place` in the cache,
+        and they attend to the positions before `end` with bias (1, H, 1, end)."""
+        rows, attend = self.rows, F.scaled_dot_product_attention
+        heads = (rows, self.heads[0], 1, self.heads[1])  # (rows, H, 1, K)
+        newest = self.cache[:, :rows, place].unbind()
+        past = self.cache[:, :rows, :end].unflatten(-1, self.heads).transpose(2, 3).unbind()
+        x = self.model.shared(ids)  # (rows, D)
+        for i, layer in enumerate(self.products.layers):
+            q, k, v = layer.qkv(layer.norm(x)).view(rows, 3, -1).unbind(1)
+            newest[2 * i].copy_(k)
+            newest[2 * i + 1].copy_(v)
+            y = attend(q.view(heads), past[2 * i], past[2 * i + 1], attn_mask=bias, scale=1.0)
+            x = x + layer.out(y.view(rows, -1))
+            q = layer.cross_q(layer.cross_norm(x)).view(len(self.mask), -1, *self.heads)
+            q = q.transpose(1, 2)  # (B, H, N, K): the N rows of a source are its queries
+            y = attend(q, *self.sources[i], attn_mask=self.mask, scale=1.0)
+            x = x + layer.cross_out(y.transpose(1, 2).reshape(rows, -1))
+            x = x + layer.feed_forward(layer.feed_norm(x))
+        hidden = self.model.to_head(x)
+        return self.products.head(hidden).float(), hidden
+
+    @torch.inference_mode()
+    def select(self, rows: Tensor, sources: Tensor | None = None) -> None:
+        """Keep these rows, in this order, some perhaps several times; and these sources."""
+        used = self.length + self.static
+        if sources is not None:
+            self.mask = self.mask[sources]
+            self.sources = [(k[sources], v[sources]) for k, v in self.sources]
+        if len(rows) > self.cache.size(1):
+            self.grow_cache(len(rows), used)
+        if rows.is_cuda:
+            self.cache[:, :len(rows), :used] = self.cache[:, rows, :used]
+        else:  # copy only the rows that move
+            moved = [(to, row) for to, row in enumerate(rows.tolist()) if to != row]
+            copies = [self.cache[:, row, :used].clone() for _, row in moved]
+            for (to, _), copy in zip(moved, copies):
+                self.cache[:, to, :used] = copy
+        if len(rows) != self.rows or sources is not None:
+            self.rows, self.graph, self.same_steps = len(rows), None, 0
+
+
+# --- strategies -----------------------------------------------------------------------------------
 
 
 @dataclass
@@ -220,12 +488,12 @@ def contrastive_search(model: ChatLM, input_ids: Tensor, attention_mask: Tensor 
     ids[:, 0] = c.decoder_start_token_id
     rows = torch.arange(len(ids), device=ids.device)  # those that go on
     logits, hidden = decoder.step(ids[:, 0])
-    before = torch.nn.functional.normalize(hidden.float(), dim=-1)[:, None]  # (B, L, D)
+    before = F.normalize(hidden.float(), dim=-1)[:, None]  # (B, L, D)
     for length in range(1, config.max_new_tokens + 1):
         p, tokens = config.process(logits, ids[rows, :length], c.eos_token_id).softmax(-1).topk(n)  # (B, N)
         decoder.select(torch.arange(len(rows), device=ids.device).repeat_interleave(n))
         logits, hidden = decoder.step(tokens.flatten())
-        unit = torch.nn.functional.normalize(hidden.float(), dim=-1).view(len(rows), n, -1)
+        unit = F.normalize(hidden.float(), dim=-1).view(len(rows), n, -1)
         best = ((1 - alpha) * p - alpha * (unit @ before.mT).amax(-1)).argmax(1)
         at = torch.arange(len(rows), device=ids.device)
         chosen = tokens[at, best]
@@ -371,7 +639,7 @@ def load(folder: str, dtype: str | None, device: torch.device) -> ChatLM:
     wanted: torch.dtype | None = getattr(torch, dtype) if dtype else None
     packed = device.type == "cpu" and dtype in ("float16", "int8")
     model = ChatLM.from_pretrained(folder, torch.float32 if packed else wanted, device).requires_grad_(False)
-    model.pack(wanted if packed else None)
+    pack(model, wanted if packed else None)
     return model
 
 

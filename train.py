@@ -22,7 +22,6 @@ import itertools
 import json
 import math
 import os
-import re
 import shlex
 import signal
 import sys
@@ -36,18 +35,15 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 import xxhash
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import data
 import sample
-from chatlm import PRESETS, ChatLM, ChatLMConfig, read_json
+from chatlm import PRESETS, ChatLM, ChatLMConfig, add_lora, init_bigrams, save_adapter
 from data import PairStream
-from tokenizer import (AgreedError, ArgumentParser, Corpus, Tokenizer, atomic_write, memory_hint, number, run, write_errors,
+from tokenizer import (AgreedError, ArgumentParser, Corpus, Tokenizer, memory_hint, number, run, write_errors,
                        write_file)
 
 try:
@@ -230,124 +226,6 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
     native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     return torch.bfloat16 if native else torch.float32
-
-
-# --- LoRA: Hu et al. 2021 (arXiv:2106.09685), in PEFT's files ------------------------------------------------------------------
-
-class LoRALinear(nn.Linear):
-    """W x + (alpha / rank) B A dropout(x), with W frozen, A (rank, in) random and B (out, rank) zero at first."""
-
-    def __init__(self, base: nn.Linear, rank: int, alpha: float, dropout: float = 0.0):
-        super().__init__(base.in_features, base.out_features, bias=False, device="meta")
-        self.weight = base.weight
-        self.scale, self.dropout = alpha / rank, dropout
-        make = {"bias": False, "device": base.weight.device, "dtype": base.weight.dtype}
-        self.lora_A = nn.Linear(base.in_features, rank, **make)
-        self.lora_B = nn.Linear(rank, base.out_features, **make)
-        nn.init.zeros_(self.lora_B.weight)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x) + self.lora_B(self.lora_A(F.dropout(x, self.dropout, self.training))) * self.scale
-
-
-def is_target(name: str, targets: str | list[str]) -> bool:
-    """PEFT's rule for target_modules: a regular expression for the module's whole name, or a list of names or their ends."""
-    if isinstance(targets, str):
-        return targets == "all-linear" or re.fullmatch(targets, name) is not None
-    return any(name == target or name.endswith("." + target) for target in targets)
-
-
-def add_lora(model: ChatLM, rank: int, alpha: float, targets: str | Iterable[str], dropout: float = 0.0) -> None:
-    """Put LoRALinear in place of the linear layers that targets name (see is_target; a list with "all": every one), and freeze
-    all else. Raises ValueError for a target that names no layer, or the head, whose weight the loss uses without its layer."""
-    if not isinstance(targets, str):
-        targets = [t for t in targets if t != "all"] if "all" not in (targets := list(targets)) else "all-linear"
-    model.requires_grad_(False)
-    places = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear) and is_target(name, targets)}
-    if targets == "all-linear":
-        places.pop("lm_head", None)
-    if "lm_head" in places:
-        raise ValueError("LoRA for lm_head is not supported (target_modules, --lora_targets)")
-    missing = [t for t in targets if not any(is_target(name, [t]) for name in places)] if isinstance(targets, list) else []
-    if missing or not places:
-        raise ValueError(f"--lora_targets: the model has no linear layer {', '.join(missing) or targets}")
-    for name, module in places.items():
-        parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, LoRALinear(module, rank, alpha, dropout))
-
-
-def save_adapter(model: ChatLM, folder: Path, base: str, rank: int, alpha: float, targets: list[str], dropout: float = 0.0) -> None:
-    """adapter_config.json and adapter_model.safetensors, as PEFT writes them."""
-    folder.mkdir(parents=True, exist_ok=True)
-    weights = {f"base_model.model.{n}": p.detach().contiguous() for n, p in model.named_parameters() if ".lora_" in n}
-    path = folder / "adapter_model.safetensors"
-    with atomic_write(path) as temporary, write_errors(path, SafetensorError):
-        save_file(weights, temporary, {"format": "pt"})
-    if "all" in targets:
-        targets = sorted({n.split(".")[-3] for n in weights})
-    write_file(folder / "adapter_config.json", json.dumps({
-        "peft_type": "LORA", "task_type": "SEQ_2_SEQ_LM", "base_model_name_or_path": str(base), "r": rank, "lora_alpha": alpha,
-        "lora_dropout": dropout, "target_modules": targets, "bias": "none", "fan_in_fan_out": False, "inference_mode": True}, indent=2) + "\n")
-
-
-def load_adapter(model: ChatLM, folder: Path) -> None:
-    """The twin of save_adapter, also for folders that PEFT wrote. Raises ValueError where it does not fit the model."""
-    if not (folder / "adapter_config.json").is_file() or not (folder / "adapter_model.safetensors").is_file():
-        raise FileNotFoundError(f"{folder} is not an adapter: it needs adapter_config.json and adapter_model.safetensors")
-    try:
-        config = read_json(folder / "adapter_config.json")
-        weights = {n.removeprefix("base_model.model."): w for n, w in load_file(folder / "adapter_model.safetensors").items()}
-    except (ValueError, SafetensorError) as e:
-        raise ValueError(f"{folder} is not a whole LoRA adapter: {e}") from None
-    check_adapter(config, folder)
-    try:
-        add_lora(model, config["r"], config["lora_alpha"], config["target_modules"])
-    except (ValueError, re.error) as e:
-        raise ValueError(f"{folder}: target_modules {config['target_modules']!r} does not fit the model: {e}") from None
-    own = {n: p.shape for n, p in model.named_parameters() if ".lora_" in n}
-    if own != {n: w.shape for n, w in weights.items()}:
-        raise ValueError(f"{folder}: the adapter is for another model, or of another rank than its configuration says")
-    model.load_state_dict(weights, strict=False)
-
-
-ADAPTER_FIELDS = {"r", "lora_alpha", "target_modules", "peft_type", "task_type", "base_model_name_or_path", "revision", "inference_mode",
-                  "auto_mapping", "peft_version", "lora_dropout", "init_lora_weights", "bias", "megatron_core", "qalora_group_size",
-                  "runtime_config", "eva_config"}  # that are applied, or that change nothing once an adapter is trained
-
-
-def check_adapter(config: dict, folder: Path) -> None:
-    """Raises ValueError, naming the field, for an adapter_config.json with an option that load_adapter does not apply."""
-    def reject(field: str, why: str) -> None:
-        raise ValueError(f"{folder}/adapter_config.json: {field} {json.dumps(config.get(field), ensure_ascii=False)[:80]} {why}")
-
-    if config.get("peft_type") != "LORA":
-        reject("peft_type", "is not supported, only LORA")
-    if type(config.get("r")) is not int or config["r"] < 1:
-        reject("r", "is not a whole number of 1 or more")
-    if type(config.get("lora_alpha")) not in (int, float):
-        reject("lora_alpha", "is not a number")
-    targets = config.get("target_modules")
-    if not targets or not (isinstance(targets, str) or isinstance(targets, list) and all(isinstance(t, str) for t in targets)):
-        reject("target_modules", "is neither a regular expression nor a list of names")
-    if config.get("init_lora_weights", True) not in (True, False, None, "gaussian", "eva", "orthogonal"):
-        reject("init_lora_weights", "changes the base model too, which is not supported: convert the adapter to plain LoRA with PEFT")
-    if config.get("bias", "none") != "none":
-        reject("bias", "is not supported, only none")
-    for name, value in config.items():
-        neutral = value is None or value is False or value in ({}, [], "") and type(value) is not int
-        if name not in ADAPTER_FIELDS and not neutral:
-            reject(name, "is not supported")
-
-
-def merge_lora(model: ChatLM) -> None:
-    """Add every addition to its weight, and put plain linear layers back."""
-    for parent in list(model.modules()):
-        for name, child in list(parent.named_children()):
-            if isinstance(child, LoRALinear):
-                plain = nn.Linear(child.in_features, child.out_features, bias=False, device="meta")
-                added = child.scale * (child.lora_B.weight.float() @ child.lora_A.weight.float())
-                plain.weight = nn.Parameter((child.weight + added).to(child.weight.dtype).detach())
-                setattr(parent, name, plain)
 
 
 # --- optimizer and schedule -----------------------------------------------------------------------------------------------------
@@ -800,7 +678,7 @@ def response_loss(args: argparse.Namespace, ranks: Ranks, model: ChatLM, tokeniz
         before, after = stream.successions()
         if ranks.first and len(after):  # a window may hold no text at all
             random, random_loss = [p.detach().cpu().clone() for p in model.parameters()], first_loss(stream)
-            model.init_bigrams(torch.from_numpy(before), torch.from_numpy(after))
+            init_bigrams(model, torch.from_numpy(before), torch.from_numpy(after))
             counts_loss = first_loss(stream)
             if counts_loss < random_loss:
                 print(f"initialized from counts of {len(after):,} token pairs", flush=True)

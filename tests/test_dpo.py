@@ -18,12 +18,11 @@ from transformers import AutoModelForSeq2SeqLM
 
 import dpo
 import train
-from chatlm import ChatLM, ChatLMConfig
+from chatlm import ChatLM, ChatLMConfig, add_lora, load_adapter, merge_lora, save_adapter
 from data import demo_facts, make_demo, read_rows, write_pairs
 from dpo import COLUMNS, dpo_loss, pair_logps
 from sample import answer, bleu4
 from tokenizer import Tokenizer, run
-from train import add_lora, load_adapter, merge_lora, save_adapter
 
 
 @pytest.fixture(scope="module")
@@ -355,7 +354,7 @@ def test_an_adapter_is_written_whole_or_not_at_all(folder, tmp_path):
     add_lora(model, 64, 8.0, ["all"])
     save_adapter(model, tmp_path, str(folder), 64, 8.0, ["all"])
     before = {p: p.read_bytes() for p in tmp_path.iterdir()}
-    script = (f"import resource, sys\nfrom pathlib import Path\nfrom chatlm import ChatLM\nfrom tokenizer import run\nfrom train import add_lora, save_adapter\n"
+    script = (f"import resource, sys\nfrom pathlib import Path\nfrom chatlm import ChatLM\nfrom tokenizer import run\nfrom chatlm import add_lora, save_adapter\n"
               f"model = ChatLM.from_pretrained({str(folder)!r})\nadd_lora(model, 128, 8.0, ['all'])\nresource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))\n"
               f"run(lambda: save_adapter(model, Path({str(tmp_path)!r}), '', 128, 8.0, ['all']))")
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)

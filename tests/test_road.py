@@ -21,10 +21,9 @@ import bench
 import data
 import dpo
 import sample
-from chatlm import ChatLM, ChatLMConfig
+from chatlm import ChatLM, ChatLMConfig, add_lora, save_adapter
 from data import make_demo, read_rows, write_pairs
 from tokenizer import Tokenizer, run
-from train import add_lora, save_adapter
 
 ROOT = Path(__file__).parents[1]
 TINY = "--preset demo --batch_tokens 1024 --micro_batch_tokens 512 --max_len 64 --eval_every 10000 --dtype float32 --device cpu --workers 0"

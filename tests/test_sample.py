@@ -18,8 +18,8 @@ from transformers import T5Config, T5ForConditionalGeneration
 from transformers.generation import logits_process
 
 import sample
-from chatlm import ChatLM, ChatLMConfig, Decoder, sliced_product
-from sample import GenerationConfig, bleu4, generate, triples
+from chatlm import ChatLM, ChatLMConfig
+from sample import Decoder, GenerationConfig, bleu4, generate, pack, sliced_product, triples
 from tokenizer import Tokenizer, run
 
 GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -83,7 +83,7 @@ def test_rows_of_a_batch_get_what_they_get_alone(tmp_path):
 def test_packed_weights_decode_nearly_the_same(tmp_path, feed_forward_proj, dtype, most):
     _, ours = make_models(tmp_path, 0, d_model=64, d_kv=16, d_ff=128, feed_forward_proj=feed_forward_proj)
     packed = ChatLM.from_pretrained(tmp_path)
-    packed.pack(dtype)
+    pack(packed, dtype)
     ids, mask = make_prompts()
     decoders = Decoder(ours, ids, mask), Decoder(packed, ids, mask)
     for said in generate(ours, ids, mask, max_new_tokens=40, min_new_tokens=40).T[:-1]:  # over a growth of the room for keys
@@ -91,7 +91,7 @@ def test_packed_weights_decode_nearly_the_same(tmp_path, feed_forward_proj, dtyp
         assert 0 < (near - exact).abs().max() < most * exact.abs().max()
     assert generate(packed, ids, mask, max_new_tokens=5, num_beams=3).shape[1] > 1
     with pytest.raises(ValueError, match="float32"):
-        ours.bfloat16().pack(dtype)
+        pack(ours.bfloat16(), dtype)
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=GPU)])
@@ -132,7 +132,7 @@ def test_half_a_model_decodes_as_it_computes(tmp_path, device, dtype):
     said = torch.randint(0, 60, (len(ids), 20), device=device)
     decoder = Decoder(model, ids, mask, static=True)
     steps = torch.stack([decoder.step(column)[0] for column in said.T], 1)
-    assert decoder.mask.dtype == decoder.visible.dtype == decoder.own.dtype == dtype and decoder.visible.stride(-1) == 1  # or a GPU's kernels refuse them
+    assert decoder.mask.dtype == decoder.visible.dtype == decoder.cache.dtype == dtype and decoder.visible.stride(-1) == 1  # or a GPU's kernels refuse them
     with torch.no_grad():
         whole = torch.nn.functional.linear(model.decode(said, *model.encode(ids, mask)), model.head_weight()).float()
     torch.testing.assert_close(steps, whole, rtol=0.05, atol=0.05 * float(whole.abs().max()))
