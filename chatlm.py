@@ -77,6 +77,9 @@ PRESETS = {  # parameters with 29,298 tokens: small 14.8 million, 0.2b 187.7 mil
 }
 T5_DEFAULTS = {"vocab_size": 32128, "d_model": 512, "d_kv": 64, "d_ff": 2048, "num_layers": 6,
                "num_heads": 8}  # what transformers assumes where a config.json leaves a field out
+T5_ALIASES = {"hidden_size": "d_model", "num_attention_heads": "num_heads",
+              "num_hidden_layers": "num_layers", "head_dim": "d_kv"}
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 IGNORED = -100  # the label of padding
 LOSS_CHUNK_BYTES = 1 << 26  # logits that the loss holds at once
 CACHE_BYTES = 1 << 23  # logits that stay in a CPU's cache while several operations pass over them
@@ -122,7 +125,7 @@ class ChatLMConfig:
     def check_field(self, name: str, kind: type) -> None:
         """Raise ValueError if a field is not of its kind, or out of range."""
         value, least = getattr(self, name), 0 if name.endswith("_token_id") else 1
-        if kind is int and (type(value) is not int or value < least):
+        if kind is int and (type(value) is not int or not least <= value < 1 << 31):
             raise ValueError(f"{name} must be a whole number of {least} or more, not {value!r}")
         if kind is float and (type(value) not in (int, float) or not 0 <= value < math.inf):
             raise ValueError(f"{name} must be a number of 0 or more, not {value!r}")
@@ -131,6 +134,11 @@ class ChatLMConfig:
         if name.endswith("_token_id") and value >= self.vocab_size:
             raise ValueError(f"{name} is {value}, and the vocabulary has only "
                              f"{self.vocab_size} tokens")
+        if name == "relative_attention_max_distance":
+            buckets = self.relative_attention_num_buckets
+            if buckets < 4 or value <= buckets // 2:
+                raise ValueError(f"{name} {value} needs fewer than {2 * value} relative_attention_"
+                                 f"num_buckets, and at least 4, not {buckets}")
 
     @classmethod
     def preset(cls, name: str, **changes) -> "ChatLMConfig":
@@ -157,25 +165,39 @@ class ChatLMConfig:
         if fields.get("model_type") != "t5":
             raise ValueError(f"{path}: model_type is {fields.get('model_type')!r}, and only 't5' "
                              "can be loaded")
+        fields = {T5_ALIASES.get(name, name): value for name, value in fields.items()}
         known = {field.name for field in dataclasses.fields(cls)}
         values = T5_DEFAULTS | {name: value for name, value in fields.items() if name in known}
+        if "scale_decoder_outputs" in values:
+            values["scale_decoder_outputs"] = bool(values["scale_decoder_outputs"])
         for name in ("pad_token_id", "eos_token_id", "decoder_start_token_id"):
             if generation.get(name) is not None:
+                both = {str(fields.get(name, generation[name])), str(generation[name]), "None"}
+                if name != "eos_token_id" and len(both) > 2:
+                    raise ValueError(f"{folder}: config.json and generation_config.json have "
+                                     f"different values of {name}")
                 values[name] = generation[name]
             if isinstance(values.get(name), list) and len(values[name]) == 1:
                 values[name] = values[name][0]
         try:
-            return cls(**values)
+            config = cls(**values)
         except ValueError as e:
             raise ValueError(f"{path}: {e}") from None
+        for name, derived in config.derived().items():
+            if name in ("dense_act_fn", "is_gated_act") and fields.get(name, derived) != derived:
+                raise ValueError(f"{path}: {name} {fields[name]!r} is not supported with "
+                                 f"feed_forward_proj {config.feed_forward_proj!r}")
+        return config
+
+    def derived(self) -> dict:
+        """The fields of config.json that transformers derives from ours."""
+        gated = self.feed_forward_proj == "gated-gelu"
+        return {"architectures": ["T5ForConditionalGeneration"], "model_type": "t5",
+                "is_encoder_decoder": True, "is_gated_act": gated, "use_cache": True,
+                "dense_act_fn": "gelu_new" if gated else "relu"}
 
     def to_json(self) -> str:
-        """config.json, with the fields that transformers derives."""
-        gated = self.feed_forward_proj == "gated-gelu"
-        derived = {"architectures": ["T5ForConditionalGeneration"], "model_type": "t5",
-                   "is_encoder_decoder": True, "is_gated_act": gated, "use_cache": True,
-                   "dense_act_fn": "gelu_new" if gated else "relu"}
-        return json.dumps({**derived, **dataclasses.asdict(self)}, indent=2) + "\n"
+        return json.dumps({**self.derived(), **dataclasses.asdict(self)}, indent=2) + "\n"
 
 
 # --- norm, attention, feed-forward ----------------------------------------------------------------
@@ -524,7 +546,8 @@ class LinearCrossEntropy(torch.autograd.Function):
             w = weight.to(dtype)
             rows = max(1, LOSS_CHUNK_BYTES // (w.element_size() * len(w)))
             width = -(-len(w) // 64) * 64  # rows start on a cache line: a third less time
-            buffer = w.new_empty(min(rows, len(hidden)), width)
+            # zeros, not empty: bfloat16 kernels on CPUs also read the padding, which may hold NaN
+            buffer = w.new_zeros(min(rows, len(hidden)), width)
             for i in range(0, len(hidden), rows):
                 h = hidden[i:i + rows].to(dtype)
                 logits = torch.mm(h, w.T, out=buffer[:len(h), :len(w)])
@@ -806,9 +829,10 @@ def check_adapter(config: dict, path: Path) -> None:
 
     if config.get("peft_type") != "LORA":
         reject("peft_type", "is not supported, only LORA")
-    if type(config.get("r")) is not int or config["r"] < 1:
+    if type(config.get("r")) is not int or not 1 <= config["r"] <= 1 << 20:
         reject("r", "is not a whole number of 1 or more")
-    if type(config.get("lora_alpha")) not in (int, float):
+    alpha = config.get("lora_alpha")
+    if type(alpha) not in (int, float) or not abs(alpha) < 1e30:
         reject("lora_alpha", "is not a number")
     targets = config.get("target_modules")
     is_list = isinstance(targets, list) and all(isinstance(t, str) for t in targets)
@@ -840,6 +864,11 @@ def load_model(cls: type[ChatLM], folder, dtype: torch.dtype | None, device) -> 
     shared = next((weights[name] for name in names if name in weights), None)
     if shared is None:
         raise ValueError(f"{folder}: the weights have no shared.weight, so they are not a T5's")
+    for name in names[1:3]:
+        if name in weights and not torch.equal(weights[name], shared):
+            raise ValueError(f"{folder}: {name} differs from the shared embedding: such models are "
+                             "not supported")
+    dtype = dtype or common_dtype(weights, folder)
     head = weights.get("lm_head.weight")
     config.tie_word_embeddings = head is None or torch.equal(head, shared)
     weights["shared.weight"] = shared
@@ -857,6 +886,17 @@ def load_model(cls: type[ChatLM], folder, dtype: torch.dtype | None, device) -> 
     model.load_state_dict(weights, assign=True)
     model.generation = read_generation(folder) or model.generation
     return model.eval()
+
+
+def common_dtype(weights: dict[str, Tensor], folder) -> torch.dtype:
+    """The dtype of most numbers: transformers keeps some weights of half a model in float32. Raises
+    ValueError for weights that are not floats of 16 bits or more."""
+    numbers: dict[torch.dtype, int] = {}
+    for name, w in weights.items():
+        if w.dtype not in FLOATS:
+            raise ValueError(f"{folder}: {name} has dtype {w.dtype}: quantized weights are not read")
+        numbers[w.dtype] = numbers.get(w.dtype, 0) + w.numel()
+    return max(numbers, key=numbers.get)
 
 
 def read_weights(folder: Path) -> dict[str, Tensor]:

@@ -384,7 +384,7 @@ def joined(first, second) -> str | None:
 
 def webtext(row: dict):
     try:
-        if int(row.get("star") or 0) < 5:
+        if int(float(row.get("star") or 0)) < 5:
             return "fewer than 5 stars"
     except (TypeError, ValueError, OverflowError):
         return "star is not a number"
@@ -412,8 +412,9 @@ def belle(row: dict):
 
 
 def unescaped(text):
-    """Line breaks for the two characters \\n, with which some published files write them, where there is no real line break."""
-    return text.replace("\\n", "\n") if isinstance(text, str) and "\n" not in text else text
+    """Line breaks for the two characters \\n, with which some published files write them, in a text without real ones. Before a
+    letter they stay: \\neq and \\nu are LaTeX."""
+    return re.sub(r"\\n(?![A-Za-z])", "\n", text) if isinstance(text, str) and "\n" not in text else text
 
 
 def preference(row: dict):
@@ -442,6 +443,8 @@ def wiki(row: dict):
     title, text = row.get("title"), row.get("text")
     if not isinstance(title, str) or not isinstance(text, str):
         return "a field is missing or not text"
+    if not title.strip():
+        return "entry without a title"
     first, _, rest = text.strip().partition("\n")
     text = rest.strip() if first.strip() == title else text.strip()  # the name stands above the text once more
     answer = ""
@@ -553,7 +556,10 @@ def raw_rows(path: Path, source: str, problems: Problems) -> Iterator[dict]:
     if source == "wiki":
         return wiki_entries(path, problems)
     if source == "chinese_medical" and kind_of(path) == ".csv":
-        return medical_rows(path, problems)
+        with open_text(path, Problems()) as f:
+            header = f.readline().strip().split(",")
+        if header == ["department", "title", "ask", "answer"] or not {"title", "ask", "answer"} <= set(header):
+            return medical_rows(path, problems)
     return read_rows([path], problems)
 
 
@@ -849,6 +855,8 @@ class Rows:
         check_outputs(paths, self.outputs)
         head = next(read_rows(paths, Problems(), self.outputs), {})
         self.columns = PREFERENCE if set(PREFERENCE) <= head.keys() else PAIR
+        if others := [str(column) for column in head if column not in self.columns]:
+            print(f"data.py: note: only {', '.join(self.columns)} are kept, not {', '.join(others)}", file=sys.stderr)
 
     def __iter__(self) -> Iterator[dict]:
         self.problems = Problems()
@@ -965,6 +973,8 @@ def open_parquet(path, columns: tuple[str, ...]) -> pq.ParquetFile:
         raise ValueError(f"{path} is not a whole Parquet file: {e}") from None
     for column in columns:
         index = file.schema_arrow.get_field_index(column)
+        if file.schema_arrow.names.count(column) > 1:
+            raise ValueError(f"{path} has the column {column!r} twice")
         if index < 0:
             raise ValueError(f"{path} has no column {column!r}; it has {', '.join(file.schema_arrow.names)}")
         kind = file.schema_arrow.field(index).type
@@ -1298,8 +1308,8 @@ def main() -> None:
     demo.add_argument("--seed", type=number(int, 0), default=0, help="of the shuffling and of what is held out")
     sub = command("clean", "a public dump becomes clean pairs", out="X.parquet")
     sub.add_argument("--source", required=True, choices=sorted(SOURCES), help="whose fields and filters to use")
-    sub.add_argument("--prompt_field", default="prompt", help="column of the prompt (source pairs)")
-    sub.add_argument("--response_field", default="response", help="column of the response (source pairs)")
+    sub.add_argument("--prompt_field", help="column of the prompt, for --source pairs (default: prompt)")
+    sub.add_argument("--response_field", help="column of the response, for --source pairs (default: response)")
     sub.add_argument("--min_chars", type=number(int, 1), default=5, help="shortest response, in characters")
     sub.add_argument("--max_chars", type=number(int, 1), default=1024, help="longest prompt and response, in characters")
     sub.add_argument("--to_simplified", action="store_true", help="convert traditional characters to simplified ones (needs OpenCC)")
@@ -1314,11 +1324,13 @@ def main() -> None:
     sub = command("stats", "rows, characters, lengths, tokens")
     sub.add_argument("--tokenizer", metavar="DIR", help="count its tokens, too")
     args = parser.parse_args()
+    if args.command == "clean" and args.source != "pairs" and (args.prompt_field or args.response_field):
+        parser.error("--prompt_field and --response_field are for --source pairs")
     if args.command == "demo":
         for path, pairs in write_demo(args.out, args.seed).items():
             print(f"{path}: {pairs:,} pairs")
     elif args.command == "clean":
-        clean(args.input, args.source, args.out, [args.prompt_field, args.response_field], args.min_chars, args.max_chars, args.workers,
+        clean(args.input, args.source, args.out, [args.prompt_field or "prompt", args.response_field or "response"], args.min_chars, args.max_chars, args.workers,
               args.to_simplified)
     elif args.command == "dedup":
         dedup(args.input, args.out, args.threshold, args.against, args.workers)

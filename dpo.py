@@ -29,7 +29,7 @@ import sample
 import train
 from chatlm import LOSS_CHUNK_BYTES, ChatLM, load_adapter, merge_lora
 from data import PairStream
-from tokenizer import ArgumentParser, Tokenizer, atomic_write, memory_hint, number, run, write_errors
+from tokenizer import ArgumentParser, Tokenizer, atomic_write, check_folder, memory_hint, number, run, write_errors
 
 COLUMNS = data.PREFERENCE
 
@@ -87,9 +87,9 @@ def find_triples(paths: list[str], ranks: train.Ranks, folder: Path) -> list[str
     for i, path in enumerate(paths):
         target = path
         if Path(path).suffix.lower() != ".parquet" or Path(path).is_dir():
-            target = str(folder / f"triples-{i}-{data.footprint(data.input_files([path]))}.parquet")
+            target = str(folder / f"triples-{i}-{data.footprint(data.input_files([path], [folder.parent]))}.parquet")
             if ranks.first and not Path(target).is_file():
-                data.write_pairs(target, data.whole_rows([path], COLUMNS), COLUMNS)
+                data.refuse_nothing(data.write_pairs(target, data.whole_rows([path], COLUMNS, outputs=[folder.parent]), COLUMNS), [path], data.Problems())
             ranks.wait()
             ranks.check(None if Path(target).is_file() else
                         f"{target} is not on this machine: --out_dir must be on a file system that all machines share")
@@ -197,7 +197,7 @@ def tune(argv: list[str]) -> None:
         if not saved and not (args.data and args.init_from):
             parser.error("--init_from and --data are needed")
         resolve_tune(args, ranks, saved)
-        tokenizer = train.find_tokenizer(args, ranks)
+        tokenizer = train.find_tokenizer(args, ranks, saved)
         model = train.make_model(args, ranks, tokenizer)
         identity = train.run_identity(args, model, tokenizer, "beta", "loss", "label_smoothing", "sft_alpha")
         train.check_identity(identity, saved, args.out_dir, ranks)
@@ -205,7 +205,8 @@ def tune(argv: list[str]) -> None:
         train.report_shares(args, ranks, group)
         stream = PairStream(args.data_files, tokenizer, args.micro_batch_tokens, args.max_len, args.seed, ranks.rank, ranks.world_size,
                             group=group, columns=COLUMNS, workers=args.workers)
-        state = train.fit(args, ranks, model, stream, preference(args, ranks, model, tokenizer), identity, saved)
+        objective = preference(args, ranks, model, tokenizer)
+        state = train.Trainer(args, ranks, model, stream, objective, identity).fit(saved)
         ranks.leave()
         if ranks.first:
             print(f"finished: {args.out_dir} ({state.step:,} steps, {train.duration(state.elapsed_s)})" + (
@@ -233,13 +234,17 @@ def reject(argv: list[str]) -> None:
     add("--data", required=True, metavar="A.parquet", help="prompts and the responses to prefer; also .jsonl, .json, .csv")
     add("--out", required=True, metavar="P.parquet", help="prompt, chosen, rejected")
     add("--num_samples", type=number(int, 1, 100), default=1, help="1: the greedy answer; more: of so many sampled ones that which has the least BLEU")
-    add("--temperature", type=number(float, 0, above=True), default=1.0, help="of the samples")
-    add("--seed", type=int, default=0, help="of the samples")
+    add("--temperature", type=number(float, 1e-3, 1e3), help="of the samples (default: 1)")
+    add("--seed", type=number(int, 0, 2 ** 63 - 1), help="of the samples (default: 0)")
     add("--batch_size", type=number(int, 1), default=32, help="prompts at a time")
     add("--max_new_tokens", type=number(int, 1), default=256, help="tokens of an answer")
     add("--max_len", type=number(int, 2), default=320, help="tokens of a prompt; what is longer is cut")
     add("--device", help="cpu, cuda or cuda:N; none: a GPU if there is one")
     args = parser.parse_args(argv)
+    for name in ("temperature", "seed"):
+        if getattr(args, name) is not None and args.num_samples == 1:
+            print(f"note: --{name} has no effect without --num_samples", file=sys.stderr)
+    args.temperature, args.seed = args.temperature or 1.0, args.seed or 0
     answers = f"{args.out}.answers.jsonl"  # continued when the command runs again
     rows = list(data.whole_rows([args.data], data.PAIR, outputs=[args.out, answers]))
     data.check_parquet_path(Path(args.out))
@@ -258,6 +263,7 @@ def reject(argv: list[str]) -> None:
         if others:
             rejected = min(others, key=lambda a: sample.bleu4([a], [row["response"]]))
             triples.append({"prompt": row["prompt"], "chosen": row["response"], "rejected": rejected})
+    data.refuse_nothing(len(triples), [args.data], data.Problems())
     data.write_pairs(args.out, triples, COLUMNS)
     print(f"{args.out}: {len(triples):,} triples; {len(rows) - len(triples):,} dropped, where every answer was the chosen one or empty")
     os.unlink(answers)
@@ -270,6 +276,9 @@ def merge(argv: list[str]) -> None:
     parser.add_argument("--adapter", required=True, metavar="DIR", help="folder of the adapter")
     parser.add_argument("--out", required=True, metavar="DIR", help="folder of the merged model")
     args = parser.parse_args(argv)
+    if Path(args.out).resolve() in (Path(args.model).resolve(), Path(args.adapter).resolve()):
+        raise ValueError(f"--out {args.out} is --model or --adapter, which would be overwritten: choose another")
+    check_folder(args.out)
     model = ChatLM.from_pretrained(args.model)
     load_adapter(model, Path(args.adapter))
     merge_lora(model)

@@ -29,8 +29,8 @@ import torch.nn.functional as F
 import xxhash
 from torch import Tensor, nn
 
-from chatlm import ChatLM, ChatLMConfig, FeedForward, RMSNorm
-from tokenizer import ArgumentParser, Tokenizer, input_files, memory_hint, number, read_rows, run, whole_rows, write_errors, write_file
+from chatlm import ChatLM, ChatLMConfig, FeedForward, RMSNorm, read_json
+from tokenizer import ArgumentParser, Tokenizer, input_files, locked, memory_hint, number, read_rows, run, whole_rows, write_errors, write_file
 
 FINISHED = -1e9  # what a beam that may not go on, or has not ended, scores: finite, as in transformers
 WINDOW = 4096  # prompts of a file that are sorted by length together
@@ -300,6 +300,15 @@ class Decoder:
 # --- strategies -----------------------------------------------------------------------------------
 
 
+RANGES = {"max_new_tokens": (1, 1 << 20), "min_new_tokens": (0, 1 << 20), "num_beams": (1, 1000), "num_return_sequences": (1, 10 ** 6),
+          "temperature": (1e-3, 1e3), "top_k": (0, 1 << 31), "top_p": (1e-9, 1), "repetition_penalty": (1e-3, 1e3),
+          "no_repeat_ngram_size": (0, 1 << 20), "length_penalty": (-100, 100), "penalty_alpha": (0, 1)}
+# Options of transformers that change answers and that we do not have; a value of None, 0, 1 or [] is none
+UNSUPPORTED = set("""max_length min_length min_p typical_p epsilon_cutoff eta_cutoff suppress_tokens begin_suppress_tokens bad_words_ids
+    force_words_ids forced_bos_token_id forced_eos_token_id num_beam_groups diversity_penalty encoder_repetition_penalty
+    encoder_no_repeat_ngram_size sequence_bias guidance_scale exponential_decay_length_penalty stop_strings max_time dola_layers""".split())
+
+
 @dataclass
 class GenerationConfig:
     """transformers' names and meanings."""
@@ -320,18 +329,26 @@ class GenerationConfig:
     def __post_init__(self):
         if self.temperature == 0:  # as people mean it
             self.do_sample, self.temperature = False, 1.0
-        for name, good, must in (
-                ("max_new_tokens", self.max_new_tokens >= 1, "at least 1"), ("num_beams", self.num_beams >= 1, "at least 1"),
-                ("temperature", self.temperature > 0, "0 or more"), ("top_k", self.top_k >= 0, "0 or more"),
-                ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1"),
-                ("repetition_penalty", self.repetition_penalty > 0, "above 0"),
-                ("no_repeat_ngram_size", self.no_repeat_ngram_size >= 0, "0 or more"),
-                ("penalty_alpha", 0 <= self.penalty_alpha <= 1, "0 to 1"),
-                ("early_stopping", self.early_stopping in (True, False, "never"), "True, False or 'never'"),
-                ("num_return_sequences", 1 <= self.num_return_sequences <= (self.num_beams if not self.do_sample else 10 ** 6),
-                 "at least 1, and without sampling at most num_beams")):
-            if not good:
-                raise ValueError(f"{name} must be {must}, not {getattr(self, name)}")
+        for field in fields(self):
+            self.check_field(field.name, type(field.default))
+        if self.early_stopping not in (True, False, "never"):
+            raise ValueError(f"early_stopping must be True, False or 'never', not {self.early_stopping!r}")
+        if self.num_return_sequences > self.num_beams and not self.do_sample:
+            raise ValueError(f"num_return_sequences must be at most num_beams without sampling, not {self.num_return_sequences}")
+        if self.min_new_tokens > self.max_new_tokens:
+            raise ValueError(f"min_new_tokens must be at most max_new_tokens ({self.max_new_tokens}), not {self.min_new_tokens}")
+
+    def check_field(self, name: str, kind: type) -> None:
+        """Raise ValueError if a field is not of its kind, or out of range."""
+        value = getattr(self, name)
+        if name == "do_sample" and type(value) is not bool:
+            raise ValueError(f"do_sample must be true or false, not {value!r}")
+        if name not in RANGES:
+            return
+        low, high = RANGES[name]
+        if type(value) is not int and (kind is int or type(value) is not float) or not low <= value <= high:
+            what = "a whole number" if kind is int else "a number"
+            raise ValueError(f"{name} must be {what} from {low:g} to {high:g}, not {value!r}")
 
     @property
     def contrastive(self) -> bool:
@@ -386,6 +403,14 @@ def generate(model: ChatLM, input_ids: Tensor, attention_mask: Tensor | None = N
     return ids.clone()  # a tensor like any other
 
 
+def draw(scores: Tensor, count: int) -> Tensor:
+    """Sample indices (N, count) from scores (N, V). Raises ValueError if every token is forbidden."""
+    try:
+        return torch.multinomial(scores.softmax(-1), count)
+    except RuntimeError:
+        raise ValueError("no token is left to choose: lower --no_repeat_ngram_size or --min_new_tokens") from None
+
+
 @torch.inference_mode()
 def steps(model: ChatLM, input_ids: Tensor, attention_mask: Tensor | None, config: GenerationConfig) -> Iterator[Tensor]:
     """Greedy decoding or sampling; yields ids (B, L) after every new token."""
@@ -396,7 +421,7 @@ def steps(model: ChatLM, input_ids: Tensor, attention_mask: Tensor | None, confi
     rows = torch.arange(len(ids), device=ids.device)  # those that go on
     for length in range(1, config.max_new_tokens + 1):
         scores = config.process(decoder.step(ids[rows, length - 1])[0], ids[rows, :length], c.eos_token_id)
-        chosen = torch.multinomial(scores.softmax(-1), 1)[:, 0] if config.do_sample else scores.argmax(-1)
+        chosen = draw(scores, 1)[:, 0] if config.do_sample else scores.argmax(-1)
         ids[rows, length] = chosen
         yield ids[:, :length + 1]
         going = (chosen != c.eos_token_id).nonzero()[:, 0]
@@ -433,7 +458,7 @@ def beam_search(model: ChatLM, input_ids: Tensor, attention_mask: Tensor | None,
         new = config.process(logits.log_softmax(-1), flat, c.eos_token_id)
         total = (new.view(len(prompts), n, -1) + scores[:, :, None]).flatten(1)
         if config.do_sample:
-            index = torch.multinomial(total.softmax(-1), 2 * n)
+            index = draw(total, 2 * n)
             best = total.gather(1, index)
         else:
             best, index = total.topk(2 * n)
@@ -482,7 +507,7 @@ def contrastive_search(model: ChatLM, input_ids: Tensor, attention_mask: Tensor 
 
     h being the decoder's last hidden state: likely, and unlike all that was said. Every candidate is fed to see its h.
     """
-    c, n, alpha = model.config, config.top_k, config.penalty_alpha
+    c, n, alpha = model.config, min(config.top_k, model.config.vocab_size), config.penalty_alpha
     decoder = Decoder(model, input_ids, attention_mask)
     ids = input_ids.new_full((len(input_ids), config.max_new_tokens + 1), c.pad_token_id)
     ids[:, 0] = c.decoder_start_token_id
@@ -614,6 +639,8 @@ def pick_device(name: str | None) -> torch.device:
         os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     try:
         device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+        if device.type not in ("cpu", "cuda"):
+            raise RuntimeError("only cpu and cuda can be used")
         if device.type == "cuda" and device.index is None:
             device = torch.device("cuda", 0)
         if device.type == "cuda" and device.index >= torch.cuda.device_count():
@@ -656,7 +683,8 @@ def read_prompts(source: str, outputs: Iterable[str]) -> Iterator[str]:
 
 def model_hash(folder: str) -> str:
     """A hash of a model folder's weights, configuration and tokenizer."""
-    files = [*sorted(Path(folder).glob("*.safetensors")), Path(folder) / "config.json", Path(folder) / "tokenizer.json"]
+    names = ("config.json", "generation_config.json", "tokenizer.json")
+    files = [*sorted(Path(folder).glob("*.safetensors")), *(Path(folder) / name for name in names if (Path(folder) / name).is_file())]
     digest = xxhash.xxh3_64()
     for path in files:
         with open(path, "rb") as f:
@@ -667,12 +695,12 @@ def model_hash(folder: str) -> str:
 def count_answers(prompts: Iterator[str], target: Path, record: Path, made_by: dict) -> int:
     """How many answers target holds already: to the first of the prompts, by the model and settings of made_by. Raises ValueError,
     and changes nothing, where target holds something else. A last line that was cut off is not counted."""
-    if not target.exists() or not target.stat().st_size:
+    if not target.stat().st_size:
         return 0
     other = f"delete it, or name another file than {target}"
-    if not target.is_file() or not record.is_file():
+    if not record.is_file():
         raise ValueError(f"{target} was not written by this command, or its {record.name} is lost: {other}")
-    before = json.loads(record.read_text("utf-8"))
+    before = read_json(record)
     if changed := [name for name in made_by if before.get(name) != made_by[name]]:
         raise ValueError(f"{target} holds answers with another {changed[0]} ({before.get(changed[0])}, now {made_by[changed[0]]}): {other}")
     done = 0
@@ -697,11 +725,26 @@ def answer_file(model: ChatLM, tokenizer: Tokenizer, source: str, target: str, b
     others are never mixed in; outputs: more files not to be read. Returns the rows written; raises ValueError where target is another file."""
     out = Path(target)
     record = out.with_name(f".{out.name}.settings")
-    outputs = [target, *outputs]
-    done = count_answers(read_prompts(source, outputs), out, record, made_by)
-    total = sum(1 for _ in read_prompts(source, outputs))
+    outputs, is_new = [target, *outputs], not out.exists()
+    if not is_new and not out.is_file():
+        raise ValueError(f"--output {target} is not a file")
     out.parent.mkdir(parents=True, exist_ok=True)
-    write_file(record, json.dumps(made_by) + "\n")
+    out.touch()  # something to lock
+    try:
+        with locked(out, f"another process is writing {target}: wait for its end, or choose another file"):
+            done = count_answers(read_prompts(source, outputs), out, record, made_by)
+            total = sum(1 for _ in read_prompts(source, outputs))
+            write_file(record, json.dumps(made_by) + "\n")
+            return write_answers(model, tokenizer, source, out, done, total, batch_size, max_len, options, outputs)
+    finally:
+        if is_new and not out.stat().st_size:
+            out.unlink()
+            record.unlink(missing_ok=True)
+
+
+def write_answers(model: ChatLM, tokenizer: Tokenizer, source: str, out: Path, done: int, total: int, batch_size: int, max_len: int,
+                  options: dict, outputs: list[str]) -> int:
+    """answer_file's work: the answers after the first `done`."""
     with open(out, "ab+") as f:  # drop a line that was cut off
         f.seek(0)
         f.truncate(sum(len(line) for line in f if line.endswith(b"\n")))
@@ -712,7 +755,7 @@ def answer_file(model: ChatLM, tokenizer: Tokenizer, source: str, target: str, b
         per = len(answers) // len(window)
         rows = [{"prompt": prompt, "response": answers[i]} if per == 1 else {"prompt": prompt, "responses": answers[i * per:(i + 1) * per]}
                 for i, prompt in enumerate(window)]
-        with write_errors(target), open(out, "a", encoding="utf-8", errors="backslashreplace") as f:  # half a surrogate pair as JSON escapes it
+        with write_errors(out), open(out, "a", encoding="utf-8", errors="backslashreplace") as f:  # half a surrogate pair as JSON escapes it
             f.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
             f.flush()
             os.fsync(f.fileno())
@@ -803,6 +846,9 @@ def decoding_options(args, model: ChatLM) -> dict:
     said = {name: model.generation[name] for name in names if model.generation.get(name) is not None}
     if args.reference_settings:
         said |= REFERENCE
+    if ignored := sorted(name for name in UNSUPPORTED if model.generation.get(name) not in (None, False, 0, 1, [], {})):
+        print(f"note: {', '.join(ignored)} of the model's generation_config.json {'is' if len(ignored) == 1 else 'are'} not supported and "
+              "ignored", file=sys.stderr)
     said |= {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     contrastive = said.get("penalty_alpha", 0) > 0
     for names, works, needs in ((("temperature", "top_p"), said.get("do_sample"), "--do_sample"),
@@ -812,7 +858,12 @@ def decoding_options(args, model: ChatLM) -> dict:
         for name in names:
             if getattr(args, name, None) is not None and not works:
                 print(f"note: --{name} changes nothing without {needs}", file=sys.stderr)
-    return asdict(GenerationConfig(**said))
+    try:
+        return asdict(GenerationConfig(**said))
+    except ValueError as e:
+        name = str(e).split()[0]
+        of_model = name in model.generation and getattr(args, name, None) is None
+        raise ValueError(f"{args.model}/generation_config.json: {e}" if of_model else str(e)) from None
 
 
 def main() -> None:
@@ -826,8 +877,8 @@ def main() -> None:
     add("--output", metavar="G.jsonl", help="where the answers to --input go; a file that is there is continued")
     add("--model", default="out", metavar="DIR", help="model folder")
     add("--batch_size", type=number(int, 1), help="prompts at a time, of a file; lower it if memory runs out (default: 32)")
-    add("--max_len", type=number(int, 2), default=512, help="tokens of a prompt; what is longer is cut")
-    add("--max_new_tokens", type=number(int, 1), help="tokens of an answer; 256")
+    add("--max_len", type=number(int, 2, 1 << 20), default=512, help="tokens of a prompt; what is longer is cut")
+    add("--max_new_tokens", type=number(int, 1, 1 << 20), help="tokens of an answer; 256")
     add("--min_new_tokens", type=number(int, 0), help="tokens of an answer; 0")
     add("--num_beams", type=number(int, 1), help="1: no beam search; 1")
     add("--num_return_sequences", type=number(int, 1), help="answers a prompt; 1")
@@ -838,12 +889,12 @@ def main() -> None:
     add("--penalty_alpha", type=number(float, 0, 1), help="above 0, with --top_k: contrastive search, likely and unlike what was said; 0")
     add("--repetition_penalty", type=number(float, 0, above=True), help="above 1: tokens already there become less likely; 1")
     add("--no_repeat_ngram_size", type=number(int, 0), help="n: no n tokens in a row twice, 0: off; 0")
-    add("--length_penalty", type=float, help="beam search, above 0 favours longer answers; 1")
+    add("--length_penalty", type=number(float, -100, 100), help="beam search, above 0 favours longer answers; 1")
     add("--early_stopping", type=early_stopping, nargs="?", const=True, metavar="true|false|never",
         help="beam search, true: end when num_beams answers have ended, never: only when none can do better; false")
     add("--reference_settings", action="store_true", help="as ChatLM-mini-Chinese answers: 5 beams, sampled, top-k 50, top-p 0.95, no 4 tokens twice")
     add("--dtype", choices=["float32", "bfloat16", "float16", "int8"], help="of the weights; float16 and int8 are quick on a CPU; none: as in the file")
-    add("--seed", type=int, help="of sampling")
+    add("--seed", type=number(int, 0, 2 ** 63 - 1), help="of sampling")
     add("--device", help="cpu, cuda or cuda:N; none: a GPU if there is one")
     args = parser.parse_args()
     if bool(args.input) != bool(args.output):
@@ -851,6 +902,8 @@ def main() -> None:
     if args.prompt is not None and not args.prompt.strip():
         parser.error("--prompt is empty")
     many = args.input or args.score
+    if args.score and (args.num_return_sequences or 1) > 1:
+        parser.error("--num_return_sequences has no place in --score")
     if args.batch_size and not many:
         parser.error("--batch_size is for --input and --score")
     args.batch_size = args.batch_size or 32

@@ -22,6 +22,7 @@ import gzip
 import heapq
 import io
 import json
+import math
 import multiprocessing
 import os
 import re
@@ -39,6 +40,11 @@ from typing import NamedTuple
 
 import numpy as np
 import xxhash
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
 
 SPECIAL_TOKENS = ["[PAD]", "[EOS]", "[SEP]", "[BOS]", "[CLS]", "[MASK]", "[UNK]"]  # ids 0 to 6
 PAD, EOS, UNK = 0, 1, 6
@@ -956,6 +962,30 @@ def write_file(path, text: str) -> None:
 
 
 @contextlib.contextmanager
+def locked(path, message: str, patience_s: float = 0.0) -> Iterator[None]:
+    """Hold a lock on a file or folder that is there, so that two processes do not write to one place. Raises ValueError(message)
+    if another process still holds it after patience_s."""
+    if fcntl is None:
+        yield
+        return
+    handle, begin_s = os.open(path, os.O_RDONLY), time.monotonic()
+    try:
+        while True:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() - begin_s >= patience_s:
+                    raise ValueError(message) from None
+                time.sleep(0.1)
+            except OSError:  # a file system without locks
+                break
+        yield
+    finally:
+        os.close(handle)
+
+
+@contextlib.contextmanager
 def memory_hint(flag: str) -> Iterator[None]:
     """Turn every kind of out-of-memory error, of Python, numpy, torch or CUDA, into a MemoryError that names the flag to lower."""
     try:
@@ -1127,7 +1157,9 @@ def read_csv(f, bad: Callable[[str, int, str], None]) -> Iterator[dict]:
             begins, reader = begins + 1, csv.reader(lines(), strict=True)
             continue
         if header is None:
-            header = fields
+            header = fields if any(fields) else None  # blank lines may come first
+            if header and (twice := [name for name, n in Counter(header).items() if n > 1]):
+                raise ValueError(f"the header has the column {twice[0]!r} twice")
         elif len(fields) > len(header):
             bad("record with more fields than the header, skipped", begins, f"{len(fields)} fields, and the header has {len(header)}")
         elif fields:
@@ -1197,7 +1229,7 @@ def kind_of(path: Path) -> str:
     return next((kind for kind in KINDS if name.endswith(kind)), ".txt" if re.fullmatch(r"wiki_\d+", name) else "")
 
 
-NOT_DATA = {*MODEL_FILES, "dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"}  # of models and datasets
+NOT_DATA = {*MODEL_FILES, "dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json", "adapter_config.json"}  # of models and datasets
 reported_skips: set[str] = set()
 
 
@@ -1236,6 +1268,9 @@ def folder_files(folder: Path, written: set[str]) -> list[Path]:
         seen.add(real)
         skipped["hidden"] += sum(map(hidden, folders + names))
         folders[:] = sorted(name for name in folders if not hidden(name))
+        for name in [name for name in folders if os.path.realpath(os.path.join(place, name)) in written]:
+            folders.remove(name)
+            skipped["that this command writes"] += 1
         for name in names:
             file = Path(place, name)
             real = os.path.realpath(file)
@@ -1244,7 +1279,7 @@ def folder_files(folder: Path, written: set[str]) -> list[Path]:
             if name in NOT_DATA:
                 skipped["of a model or data set description"] += 1
             elif not file.is_file():
-                skipped["broken links"] += 1
+                skipped["broken links or special files"] += 1
             elif real in written:
                 skipped["that this command writes"] += 1
             elif not kind_of(file):
@@ -1267,6 +1302,8 @@ def read_texts(paths: Iterable[str | Path], problems: Problems | None = None) ->
     """The texts of files: of pairs their prompts and responses, of other rows every string."""
     for row in read_rows(paths, Problems() if problems is None else problems):
         chosen = [row[c] for c in ("prompt", "response")] if {"prompt", "response"} <= row.keys() else row.values()
+        if isinstance(row.get("conversations"), list):  # of turns, each {"from": ..., "value": text}
+            chosen = [turn.get("value") for turn in row["conversations"] if isinstance(turn, dict)]
         yield from (value for value in chosen if isinstance(value, str) and value)
 
 
@@ -1295,6 +1332,14 @@ class ArgumentParser(argparse.ArgumentParser):
     def __init__(self, *args, **kwargs):
         super().__init__(*args, formatter_class=HelpFormatter, allow_abbrev=False, **kwargs)
 
+    def parse_known_args(self, args=None, namespace=None):
+        found, rest = super().parse_known_args(args, namespace)
+        for action in self._actions:  # such as of a shell variable that is not set
+            value = getattr(found, action.dest, None)
+            if "" in (value if isinstance(value, list) else [value]) and action.dest not in ("prompt", "freeze"):
+                self.error(f"{'/'.join(action.option_strings) or action.dest} is empty")
+        return found, rest
+
     def error(self, message: str):
         print(f"{self.prog}: error: {message} (see --help)", file=sys.stderr)
         sys.exit(2)
@@ -1307,7 +1352,7 @@ def number(kind: type, low: float, high: float = float("inf"), above: bool = Fal
             value = kind(text)
         except ValueError:
             raise argparse.ArgumentTypeError(f"{text!r} is not {'a whole number' if kind is int else 'a number'}") from None
-        if not (low < value if above else low <= value) or not value <= high:
+        if not (low < value if above else low <= value) or not value <= high or not math.isfinite(value):
             limit = f"more than {low:g}" if above else f"{low:g} or more"
             raise argparse.ArgumentTypeError(f"{text} is out of range: {limit}" + (f", {high:.10g} at most" if high < 1e300 else ""))
         return value

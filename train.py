@@ -1,14 +1,39 @@
 """Training: pre-training and fine-tuning (SFT) are one loop.
 
-    python train.py                                              the demo: data, tokenizer, model, answers
+    python train.py                                  the demo: data, tokenizer, model, answers
     python train.py --data A.parquet --valid V.parquet --preset small --out_dir out
-    python train.py --init_from out --data S.parquet --valid V.parquet --freeze shared,encoder --lr 1e-4 --out_dir sft
-    torchrun --nproc_per_node=2 train.py ...                     the same on two GPUs, or two CPU processes
+    python train.py --init_from out --data S.parquet --valid V.parquet --lr 1e-4 --out_dir sft
+    python train.py --out_dir out                    resume a run with its own settings
+    torchrun --standalone --nproc_per_node=2 train.py ...           the same, in two processes
 
-A step takes a fixed group of micro-batches from the one global sequence that PairStream defines, shares them among the
-ranks, sums their gradients, divides by the number of target tokens in the whole group, and updates once. What a step
-computes is a function of the checkpoint before it: dropout is seeded by (seed, step, micro-batch), so neither the
-number of ranks nor a restart changes it, and a run that was killed goes on bit for bit.
+The model predicts the next token of a response, given the prompt and the tokens before it. The loss
+is the mean of -log p(right token), in nats. Training repeats one step:
+
+    loss      how wrong are the predictions on a group of pairs?
+    backward  the gradient: how does the loss change with each weight?
+    step      move every weight a little against its gradient
+
+PairStream defines one sequence of batches, a function of the files, the seed and the epoch. A step
+takes the next group of them, its micro-batches, and shares them among the processes (ranks):
+
+    sequence   b0 b1 b2 b3 | b4 b5 b6 b7 | ...       rank 0 of 2 takes b0 b2, rank 1 takes b1 b3
+    gradient = sum of the gradients of all micro-batches / target tokens in the group
+
+For example, micro-batches with 30 and 10 target tokens and loss sums of 90 and 50 nats: the loss is
+(90 + 50) / 40 = 3.5 nats per token, whether one rank computes both or two ranks one each. So the
+result does not depend on the number of ranks, nor on restarts: a checkpoint holds the weights, the
+optimizer's state and the position in the sequence, and dropout is seeded by the step. A run that was
+killed continues with exactly the same losses.
+
+The learning rate rises during warmup and then falls (cosine):
+
+    lr |   .--.
+       |  /     '-.            warmup: the optimizer first has to learn the size of the gradients
+       | /          '-.        decay: small steps at the end settle into a minimum
+       +----------------- step
+
+Read Trainer first. Try next: change --lr by a factor of 3 in both directions and compare log.jsonl;
+stop a run with Ctrl-C, start it again and compare the losses with a run that was not stopped.
 """
 import argparse
 import contextlib
@@ -22,6 +47,8 @@ import itertools
 import json
 import math
 import os
+import pickle
+import re
 import shlex
 import signal
 import sys
@@ -43,13 +70,8 @@ import data
 import sample
 from chatlm import PRESETS, ChatLM, ChatLMConfig, add_lora, init_bigrams, save_adapter
 from data import PairStream
-from tokenizer import (AgreedError, ArgumentParser, Corpus, Tokenizer, memory_hint, number, run, write_errors,
+from tokenizer import (AgreedError, ArgumentParser, Corpus, Tokenizer, check_folder, locked, memory_hint, number, run, write_errors,
                        write_file)
-
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None  # type: ignore[assignment]
 
 # What a new run takes where no flag says otherwise; resolve_args chooses the other defaults, which depend on model and machine.
 DEFAULTS = {"freeze": "", "max_len": 320, "schedule": "cosine", "warmup_steps": 100, "optimizer": "adafactor", "weight_decay": 0.01,
@@ -66,62 +88,264 @@ BF16_TERAFLOPS = {"H200": 989, "H100 PCIe": 756, "H100": 989, "A100": 312, "L40S
 os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")  # its kernels for a thousand shapes take gigabytes on a CPU
 
 
-def parser_for(description: str, defaults: dict | None = None) -> ArgumentParser:
-    """The flags that train.py and dpo.py share. They are None where they are not given: see resolve_args."""
-    p = ArgumentParser(description=description)
-    defaults = {**DEFAULTS, **(defaults or {})}
-
-    def add(flag: str, help: str, **options) -> None:
-        default = defaults.get(flag[2:])
-        p.add_argument(flag, help=help + (f" (default: {default})" if default not in (None, False, "") else ""), **options)
-
-    add("--data", nargs="+", metavar="A.parquet", help="training pairs: Parquet files, or folders of Parquet shards (default: the demo)")
-    add("--valid", metavar="V.parquet", help="held-out pairs to validate on (default: no validation)")
-    add("--tokenizer", metavar="DIR", help="folder with tokenizer.json (default: that of --init_from, else one is trained on --data)")
-    add("--init_from", metavar="MODEL_DIR", help="model folder to start from")
-    p.add_argument("--out_dir", default="out", help="folder for the model, best/, checkpoint/ and log.jsonl")
-    add("--freeze", metavar="shared,encoder", help="parts that are not trained: shared, encoder, decoder")
-    limit = p.add_mutually_exclusive_group()
-    limit.add_argument("--max_steps", type=number(int, 1), help="stop after N steps, counting those of earlier runs")
-    limit.add_argument("--epochs", type=number(float, 0, above=True), help="stop after N passes over the data (default: 1)")
-    limit.add_argument("--time_limit", type=number(float, 0, above=True), metavar="SECONDS",
-                       help="stop after N seconds of training, counting earlier runs")
-    add("--batch_tokens", type=number(int, 1), help="prompt and response tokens per step, over all processes (default: 65536 on a GPU, "
-        "2560 on a CPU, more where that leaves a process without work)")
-    add("--micro_batch_tokens", type=number(int, 1), help="padded tokens per forward pass, B * (S + T); lower it if memory runs out "
-        "(default: up to 16384, as the GPU's free memory allows; 1280 on a CPU)")
-    add("--max_len", type=number(int, 2), help="tokens per side, longer ones are cut")
-    add("--lr", type=number(float, 0, above=True), help="peak learning rate; Adafactor caps it at 1/sqrt(step) "
-        + ("(default: 1e-5, with LoRA 1e-4)" if "beta" in defaults else
-           "(default: 0.02, for 0.2b 0.005, with --init_from 0.002; other optimizers 0.002, with --init_from 1e-4)"))
-    add("--min_lr", type=number(float, 0), help="learning rate at the end, and at the beginning of onecycle (default: --lr / 100)")
-    add("--schedule", choices=["cosine", "onecycle", "wsd", "constant"], help="how the learning rate changes")
-    add("--warmup_steps", type=number(int, 0), help="ramp the learning rate up over N steps, at most a tenth of the training")
-    add("--optimizer", choices=["adamw", "adafactor", "muon"], help="muon is for the hidden matrices, with AdamW for the rest")
-    add("--weight_decay", type=number(float, 0), help="weight decay of matrices, not of norms and embeddings")
-    add("--grad_clip", type=number(float, 0, above=True), help="largest norm of the gradient")
-    add("--dropout", type=number(float, 0, 1), help="dropout rate, wherever T5 has it")
-    add("--dtype", choices=["auto", "float32", "bfloat16", "float16"], help="dtype of the matrix products; auto: what the device is fast at")
-    add("--compile", action=argparse.BooleanOptionalAction, help="torch.compile the model")
-    add("--checkpoint_activations", action=argparse.BooleanOptionalAction,
-        help="recompute activations in backward: less memory, a quarter slower")
-    add("--eval_every", type=number(int, 1), help="validate every N steps")
-    add("--save_every", type=number(int, 1), help="save a checkpoint every N steps")
-    add("--keep", type=number(int, 1), help="checkpoints to keep")
-    p.add_argument("--resume", default="auto", metavar="auto|never|CHECKPOINT",
-                   help="auto: resume from the newest checkpoint of --out_dir, if there is one, with its settings; never: start anew and "
-                   "delete them")
-    add("--seed", type=int, help="seed of the weights, the order of the data and dropout")
-    add("--device", help="cpu, cuda or cuda:N (default: a GPU if there is one)")
-    add("--workers", type=number(int, 0), help="tokenizing processes per training process")
-    add("--lora_rank", type=number(int, 1), help="train low-rank additions to --lora_targets, and nothing else")
-    add("--lora_alpha", type=number(float, 0, above=True), help="the additions are scaled by alpha / rank")
-    add("--lora_dropout", type=number(float, 0, 1), help="dropout on LoRA inputs")
-    add("--lora_targets", metavar="q,k,v,o,wi,wo", help="linear layers that get LoRA, or all")
-    return p
+# --- the loop -------------------------------------------------------------------------------------
 
 
-# --- devices and ranks -------------------------------------------------------------------------------------------------------
+@dataclass
+class Objective:
+    """What is trained: the responses' loss in train.py, the preference of one answer in dpo.py."""
+    # batch -> (loss sum, normalizer, *extra sums): () each, on the batch's device
+    loss: Callable[[dict], tuple[Tensor, ...]]
+    evaluate: Callable[[], dict]  # values to log, val_loss among them
+    export: Callable[[Path], None]  # write a folder that can be used
+    extra: tuple[str, ...] = ()  # names of the extra sums, which are logged as means
+    answers: Callable[[], dict] | None = None  # scores of answers to held-out prompts
+    initialize: Callable[[PairStream], None] | None = None  # weights of a new run
+
+
+class Trainer:
+    """One training run. `fit` trains until a limit is reached or a signal asks for an end.
+
+    A step, which every rank takes together:
+
+        for micro-batch in this rank's share of the next group:
+            loss, normalizer = objective.loss(micro-batch)     # sums over the micro-batch
+            gradient += d loss
+        all-reduce gradient, loss and normalizer               # the only communication
+        clip(gradient / normalizer); optimizer.step()
+
+    The normalizer is the number of target tokens (SFT) or of pairs (DPO) of the whole group, so the
+    result does not depend on how the group is split. Dropout is seeded by seed, step and place.
+    """
+
+    def __init__(self, args: argparse.Namespace, ranks: "Ranks", model: ChatLM, stream: PairStream,
+                 objective: Objective, identity: dict):
+        self.args, self.ranks, self.model, self.stream = args, ranks, model, stream
+        self.objective, self.identity = objective, identity
+        self.out_dir, self.device = Path(args.out_dir), ranks.device
+        self.dtype = getattr(torch, args.dtype)
+        self.optimizers = make_optimizers(model, args.optimizer, args.lr, args.weight_decay)
+        self.state = State(stream=dict(stream.state))
+        self.bad_in_a_row = 0
+        flops = (1e12 * tera for name, tera in BF16_TERAFLOPS.items()
+                 if name in device_name(self.device))
+        self.peak_flops = ranks.world_size * next(flops, 0)
+        self.kernels = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+        if self.device.type == "cpu":  # where the backward pass of flash attention is slower
+            self.kernels = [SDPBackend.MATH]
+
+    def autocast(self) -> torch.autocast:
+        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
+
+    def start(self, saved: dict | None) -> None:
+        """Resume from the content of a checkpoint, or initialize a new run."""
+        if saved:
+            self.state = load_checkpoint(saved, self.model, self.optimizers)
+            if saved["settings"].get("valid_hash") != self.args.valid_hash:
+                self.state.best_val = math.inf  # of another --valid
+            self.stream.state = dict(self.state.stream)
+        self.ranks.wait()
+        if self.ranks.first:
+            drop_checkpoints_after(self.out_dir / "checkpoint", self.state.step if saved else -1)
+        self.report = Report(self.out_dir, self.ranks.first, self.state.step)
+        if saved:
+            self.report.say(f"resuming from {saved['path']}: step {self.state.step:,}, "
+                            f"{self.state.tokens:,} tokens")
+            saved.clear()
+        elif self.objective.initialize:
+            self.objective.initialize(self.stream)
+        keep_freed_memory()  # only now, so that the memory of initialization is returned first
+        # one flat gradient (P,), of which every p.grad is a view: one all-reduce, one norm
+        parameters = [p for p in self.model.parameters() if p.requires_grad]
+        sizes = [p.numel() for p in parameters]
+        self.gradient = torch.zeros(sum(sizes), device=self.device)
+        for p, part in zip(parameters, self.gradient.split(sizes)):
+            p.grad = part.view_as(p)
+
+    def fit(self, saved: dict | None) -> "State":
+        """Train; weights change in place. saved: the checkpoint to resume from. Returns the final
+        state; exits with status 128 + N after signal N."""
+        args, stop = self.args, Stop()
+        self.start(saved)
+        done = self.progress()
+        if done >= 1 and self.ranks.first:  # killed after the last checkpoint, before its export
+            self.objective.export(self.out_dir)
+        done_before, elapsed_before_s = done, self.state.elapsed_s
+        self.tick_s = time.perf_counter()
+        stopping = False
+        while done < 1 and not stopping:
+            values, stopping = self.train_step(done, stop.signal > 0)
+            done = self.progress()
+            if values["loss"] is not None:
+                elapsed_s = self.state.elapsed_s - elapsed_before_s
+                self.report.show(values, (1 - done) * elapsed_s / max(done - done_before, 1e-9))
+            if args.valid and (self.due(args.eval_every) or done >= 1):
+                self.evaluate()
+            if self.objective.answers and self.due(args.bleu_every) and done < 1:
+                self.score()
+            if self.due(args.save_every) or done >= 1 or stopping:
+                self.save()
+        self.stream.close()
+        self.report.close()
+        stop.restore()
+        if stopping:
+            self.report.say(f"stopped at step {self.state.step:,} and saved; the same command "
+                            "resumes the run")
+            self.ranks.leave()
+            sys.exit(128 + (stop.signal or signal.SIGTERM))
+        return self.state
+
+    def due(self, every: int | None) -> bool:
+        return bool(every) and self.state.step % every == 0
+
+    def progress(self) -> float:
+        """The share of the training that is done, 0 to 1 or a little more."""
+        if self.args.max_steps:
+            return self.state.step / self.args.max_steps
+        if self.args.time_limit:
+            return self.state.elapsed_s / self.args.time_limit
+        return self.stream.epoch / self.args.epochs
+
+    def train_step(self, done: float, stop: bool) -> tuple[dict, bool]:
+        """Take one step. done: the share of the training before it; stop: this rank was asked to
+        stop. Returns the values to log, and whether any rank was asked to stop."""
+        args, state, start_s = self.args, self.state, time.perf_counter()
+        min_lr = args.lr / 100 if args.min_lr is None else args.min_lr
+        lr = learning_rate(args.schedule, done, state.step, args.lr, min_lr, args.warmup_steps)
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+        # float16 needs a loss of moderate size: batch_tokens stands in for the normalizer, which is
+        # known only after the step
+        scale = (state.loss_scale if self.dtype == torch.float16 else 1.0) / args.batch_tokens
+        total = self.accumulate(scale, stop)
+        normalizer = max(1.0, total["normalizer"])
+        norm = float(clip_gradient(self.gradient, normalizer * scale, args.grad_clip))
+        finite, overflow = math.isfinite(total["loss"]), not math.isfinite(norm)
+        if finite and not overflow:
+            for optimizer in self.optimizers:
+                optimizer.step()
+        if self.dtype == torch.float16 and finite:
+            self.adapt_loss_scale(overflow)
+        tokens = int(total["source"] + total["target"])
+        state.step += 1
+        state.tokens += tokens
+        state.elapsed_s += total["seconds"]
+        state.stream = dict(self.stream.state)
+        step_s = time.perf_counter() - start_s
+        values = {"step": state.step, "loss": total["loss"] / normalizer if finite else None,
+                  "lr": lr, "tokens": state.tokens, "tok_per_s": tokens / step_s,
+                  "elapsed": state.elapsed_s,
+                  **{name: total[name] / normalizer for name in self.objective.extra}}
+        if self.peak_flops:
+            flops = self.model.train_flops(total["source"], total["target"])
+            values["mfu"] = flops / step_s / self.peak_flops
+        self.report.log(values)
+        can_adapt = self.dtype == torch.float16 and state.loss_scale >= 1
+        self.count_bad_steps(not finite or overflow and not can_adapt)
+        return values, total["stops"] > 0
+
+    def accumulate(self, scale: float, stop: bool) -> dict[str, float]:
+        """Sum loss * scale's gradient over the group, of all ranks, into self.gradient. Returns the
+        sums over the ranks: loss, normalizer, extras, tokens, seconds, and ranks asked to stop."""
+        self.model.train()
+        self.gradient.zero_()
+        names = ["loss", "normalizer", *self.objective.extra, "source", "target"]
+        sums = torch.zeros(len(names), dtype=torch.float64, device=self.device)
+        ranks = self.ranks
+        places = itertools.count(ranks.rank, ranks.world_size)  # of this rank's share in the group
+        for place, batch in zip(places, self.stream.next_group()):
+            batch = {k: v.to(self.device, non_blocking=True) for k, v in batch.items()}
+            seed = f"{self.args.seed} {self.state.step} {place}".encode()
+            torch.manual_seed(xxhash.xxh3_64_intdigest(seed) >> 1)
+            with sdpa_kernel(self.kernels):  # also for backward, which may recompute activations
+                with self.autocast():
+                    loss, *others = self.objective.loss(batch)
+                (loss * scale).backward()
+            labels = [v for k, v in batch.items() if k.endswith("labels")]
+            target = sum((x != data.IGNORED).sum() for x in labels)
+            source = batch["attention_mask"].sum()
+            sums += torch.stack([x.detach().double() for x in (loss, *others, source, target)])
+        ranks.sum(self.gradient)
+        now_s = time.perf_counter()
+        seconds, self.tick_s = now_s - self.tick_s, now_s
+        clock = torch.tensor([seconds if ranks.first else 0.0, float(stop)], dtype=torch.float64)
+        sums = ranks.sum(torch.cat([sums, clock.to(self.device)]))
+        return dict(zip([*names, "seconds", "stops"], sums.tolist()))
+
+    def adapt_loss_scale(self, overflow: bool) -> None:
+        """float16: an overflow halves the loss scale, 1,000 steps without one double it."""
+        state = self.state
+        state.scaled_steps = 0 if overflow else state.scaled_steps + 1
+        if overflow or state.scaled_steps % 1000 == 0:
+            state.loss_scale *= 0.5 if overflow else 2.0
+
+    def count_bad_steps(self, bad: bool) -> None:
+        """Report a step that was skipped. Raises ValueError after MAX_BAD_STEPS in a row."""
+        self.bad_in_a_row = self.bad_in_a_row + 1 if bad else 0
+        self.state.bad_steps += bad
+        if bad:
+            self.report.say(f"step {self.state.step:,}: the loss or its gradient is not finite; "
+                            "the step was skipped")
+        if self.bad_in_a_row == MAX_BAD_STEPS:
+            raise ValueError(f"no finite loss in {MAX_BAD_STEPS} steps in a row: lower --lr or "
+                             "choose another --dtype; the checkpoints in "
+                             f"{self.out_dir / 'checkpoint'} are from before")
+
+    def evaluate(self) -> None:
+        """Validate, and export the model to best/ if its loss is the lowest so far."""
+        self.model.eval()
+        with torch.no_grad(), self.autocast():
+            values = self.objective.evaluate()
+        step = self.state.step
+        self.report.log({"step": step, **values, "elapsed": self.state.elapsed_s})
+        best = values["val_loss"] < self.state.best_val
+        shown = "  ".join(f"{name} {value:.4f}" for name, value in values.items())
+        self.report.say(f"step {step:,}  {shown}" + ("  (best)" if best else ""))
+        if best:
+            self.state.best_val = values["val_loss"]
+            if self.ranks.first:
+                self.objective.export(self.out_dir / "best")
+
+    def score(self) -> None:
+        """Score answers to held-out prompts, on the first rank."""
+        self.model.eval()
+        if self.ranks.first:
+            values = self.objective.answers()
+            self.report.log({"step": self.state.step, **values})
+            shown = "  ".join(f"{name} {value:.2f}" for name, value in values.items())
+            self.report.say(f"step {self.state.step:,}  {shown}")
+        self.ranks.wait()
+
+    def save(self) -> None:
+        """Save a checkpoint, then export: a model without a checkpoint could not be resumed."""
+        if self.ranks.first:
+            settings = {name: getattr(self.args, name) for name in self.args.stored}
+            save_checkpoint(self.out_dir / "checkpoint", self.args.keep, self.model,
+                            self.optimizers, self.state, self.identity, settings)
+            self.objective.export(self.out_dir)
+        self.ranks.wait()
+
+
+class Stop:
+    """The first Ctrl-C or SIGTERM asks for an end after the running step; a second ends at once."""
+
+    def __init__(self):
+        self.signal = 0
+        for name in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(name, self.ask)
+
+    def ask(self, number: int, frame) -> None:
+        self.signal = number
+        self.restore()
+
+    def restore(self) -> None:
+        """Let signals end the process again."""
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+# --- devices and ranks ----------------------------------------------------------------------------
 
 @dataclass
 class Ranks:
@@ -228,7 +452,7 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if native else torch.float32
 
 
-# --- optimizer and schedule -----------------------------------------------------------------------------------------------------
+# --- optimizer and schedule -----------------------------------------------------------------------
 
 def make_optimizers(model: nn.Module, name: str, lr: float, weight_decay: float) -> list[torch.optim.Optimizer]:
     """Weight decay is for the matrices of linear layers: norms, embeddings and position biases are left alone."""
@@ -272,7 +496,7 @@ def learning_rate(schedule: str, progress: float, step: int, lr: float, min_lr: 
     return (min_lr + (lr - min_lr) * share) * min(1.0, max((step + 1) / max(1, warmup_steps), progress / 0.1))
 
 
-# --- checkpoints -------------------------------------------------------------------------------------------------------------------
+# --- checkpoints ----------------------------------------------------------------------------------
 
 @dataclass
 class State:
@@ -311,7 +535,10 @@ def load_checkpoint(saved: dict, model: nn.Module, optimizers: list) -> State:
     """The twin of save_checkpoint: put what it saved into model and optimizers."""
     model.load_state_dict(saved["model"], strict=False)
     for optimizer, s in zip(optimizers, saved["optimizers"]):
+        decays = [group["weight_decay"] for group in optimizer.param_groups]  # which may be another now
         optimizer.load_state_dict(copy.deepcopy(s))  # copied, as `saved` is mapped from the file
+        for group, decay in zip(optimizer.param_groups, decays):
+            group["weight_decay"] = decay
     return State(**saved["state"])
 
 
@@ -331,28 +558,16 @@ def check_identity(identity: dict, saved: dict | None, out_dir: str, ranks: Rank
 
 
 @contextlib.contextmanager
-def claimed(folder: Path, ranks: Ranks, patience_s: float = 5.0) -> Iterator[None]:
-    """Keep other runs out of the folder meanwhile. Raises ValueError where another is at work there, and has not ended within
-    patience_s: one that was killed takes a moment."""
-    if fcntl is None or not ranks.first:
+def claimed(folder: Path, ranks: Ranks) -> Iterator[None]:
+    """Keep other runs out of the folder. Raises ValueError if another one is at work there, or if it is no folder."""
+    if not ranks.first:
         yield
         return
+    check_folder(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    handle, begin_s = os.open(folder, os.O_RDONLY), time.monotonic()
-    try:
-        while True:
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if time.monotonic() - begin_s > patience_s:
-                    raise ValueError(f"another run is at work in {folder}: wait for its end, or choose another --out_dir") from None
-                time.sleep(0.1)
-            except OSError:  # a file system without locks
-                break
+    # a run that was killed takes a moment to end
+    with locked(folder, f"another run is at work in {folder}: wait for its end, or choose another --out_dir", patience_s=5.0):
         yield
-    finally:
-        os.close(handle)
 
 
 def hash_file(path: Path) -> str:
@@ -361,6 +576,13 @@ def hash_file(path: Path) -> str:
         while block := f.read(1 << 24):
             digest.update(block)
     return digest.hexdigest()
+
+
+def drop_checkpoints_after(folder: Path, step: int) -> None:
+    """Delete checkpoints newer than a step: after a resume from that step they would be taken for the newest."""
+    for path in list_checkpoints(folder):
+        if int(path.name.split("-")[1]) > step:
+            path.unlink()
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
@@ -373,9 +595,15 @@ def newest_checkpoint(out_dir: Path, resume: str) -> Path | None:
     if resume == "never":
         return None
     if resume != "auto":
-        candidates = [Path(resume)] if Path(resume).is_file() else list_checkpoints(Path(resume))
+        given = Path(resume)
+        candidates = [given] if given.is_file() else list_checkpoints(given) or list_checkpoints(given / "checkpoint")
         if not candidates:
             raise FileNotFoundError(f"--resume {resume}: no checkpoint there")
+        if not re.fullmatch(r"step-\d+-[0-9a-f]{16}\.pt", candidates[0].name):
+            raise ValueError(f"--resume {resume}: a checkpoint's name is step-NUMBER-HASH.pt, and must stay so")
+        own = list_checkpoints(out_dir / "checkpoint")
+        if own and candidates[0].name not in [path.name for path in own]:
+            raise ValueError(f"--resume {resume} is not of the run in {out_dir}, which would be lost: choose another --out_dir")
     else:
         candidates = list_checkpoints(out_dir / "checkpoint")
     for path in candidates:
@@ -394,31 +622,24 @@ def find_checkpoint(out_dir: str, resume: str, ranks: Ranks) -> dict | None:
     if name is None:
         return None
     if path is None:
-        given = Path(resume)
-        folder = Path(out_dir) / "checkpoint" if resume == "auto" else given if given.is_dir() else given.parent
-        path = folder / name
+        given, folder = Path(resume), Path(out_dir) / "checkpoint"
+        if resume != "auto":
+            folder = given.parent if given.is_file() else given
+        path = folder / name if (folder / name).is_file() else folder / "checkpoint" / name
     same = path.is_file() and (ranks.first or hash_file(path) == path.stem.rpartition("-")[2])
     ranks.check(None if same else f"{path.parent} has no {name}, from which the first process resumes: --out_dir must be on a file "
                                   "system that all machines share")
-    saved = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    try:
+        saved = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except (RuntimeError, EOFError, pickle.UnpicklingError, ValueError, KeyError):
+        raise AgreedError(f"{path} is not a checkpoint") from None
     if "settings" not in saved:
         raise AgreedError(f"{path} was written by an earlier version, whose runs cannot be resumed: start anew from the model with "
                           f"--init_from {out_dir} and another --out_dir")
     return saved | {"path": str(path)}
 
 
-# --- the loop ------------------------------------------------------------------------------------------------------------------------
-
-@dataclass
-class Objective:
-    """What is trained: train.py's is the loss of the responses, dpo.py's the preference between two."""
-    # batch -> (quantity to minimise, summed over the batch; what to divide it by; the sums named in `extra`)
-    loss: Callable[[dict], tuple[Tensor, ...]]
-    evaluate: Callable[[], dict]  # the values to log at an evaluation, val_loss among them
-    export: Callable[[Path], None]  # write a folder that can be used
-    extra: tuple[str, ...] = ()  # other means to log
-    answers: Callable[[], dict] | None = None  # bleu4 of answers to held-out prompts
-    begin: Callable[[PairStream], None] | None = None  # what a new run does to its weights first
+# --- reporting ------------------------------------------------------------------------------------
 
 
 class Report:
@@ -483,168 +704,7 @@ def duration(seconds: float) -> str:
     return f"{h}h{m:02d}m" if h else f"{m}m{s:02d}s"
 
 
-class Stop:
-    """Ctrl-C and SIGTERM ask for an end after the running step; a second one ends at once."""
-
-    def __init__(self):
-        self.signal = 0
-        for s in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(s, self.ask)
-
-    def ask(self, number: int, frame) -> None:
-        self.signal = number
-        self.leave()
-
-    def leave(self) -> None:
-        """Back to what signals do otherwise."""
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-
-
-def fit(args: argparse.Namespace, ranks: Ranks, model: ChatLM, stream: PairStream, objective: Objective, identity: dict,
-        saved: dict | None) -> State:
-    """Train until a limit is reached or someone asks for an end. Weights change in place; returns the final state.
-    saved: the content of the checkpoint to resume from."""
-    out_dir, device, stop = Path(args.out_dir), ranks.device, Stop()
-    optimizers = make_optimizers(model, args.optimizer, args.lr, args.weight_decay)
-    min_lr = args.lr / 100 if args.min_lr is None else args.min_lr
-    dtype = getattr(torch, args.dtype)
-    state = State(stream=dict(stream.state))
-    if saved:
-        state = load_checkpoint(saved, model, optimizers)
-        stream.state = dict(state.stream)
-    settings = {name: value for name, value in vars(args).items() if name in args.stored}
-    ranks.wait()
-    if ranks.first:  # checkpoints newer than the one to resume from would be taken for the newest later
-        for path in list_checkpoints(out_dir / "checkpoint"):
-            if int(path.name.split("-")[1]) > state.step or not saved:
-                path.unlink()
-    report = Report(out_dir, ranks.first, state.step)
-    if saved:
-        report.say(f"resuming from {saved['path']}: step {state.step:,}, {state.tokens:,} tokens")
-        saved.clear()
-    elif objective.begin:
-        objective.begin(stream)
-    keep_freed_memory()  # only now, so that the memory of initialization is returned to the system first
-
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    gradient = torch.zeros(sum(p.numel() for p in parameters), device=device)  # one vector, of which p.grad are views
-    for p, part in zip(parameters, gradient.split([p.numel() for p in parameters])):
-        p.grad = part.view_as(p)
-    kernels = [SDPBackend.MATH] if device.type == "cpu" else [  # on a CPU flash attention's backward is the slower one
-        SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
-
-    def progress() -> float:
-        if args.max_steps:
-            return state.step / args.max_steps
-        return state.elapsed_s / args.time_limit if args.time_limit else stream.epoch / args.epochs
-
-    def save() -> None:
-        if ranks.first:
-            save_checkpoint(out_dir / "checkpoint", args.keep, model, optimizers, state, identity, settings)
-            objective.export(out_dir)  # after it: killed between the two, a model without a checkpoint could not go on
-        ranks.wait()
-
-    def evaluate() -> None:
-        model.eval()
-        with torch.no_grad(), torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            values = objective.evaluate()
-        report.log({"step": state.step, **values, "elapsed": state.elapsed_s})
-        better = values["val_loss"] < state.best_val
-        report.say(f"step {state.step:,}  " + "  ".join(f"{k} {v:.4f}" for k, v in values.items()) + ("  (best)" if better else ""))
-        if better:
-            state.best_val = values["val_loss"]
-            if ranks.first:
-                objective.export(out_dir / "best")
-
-    def score() -> None:
-        model.eval()
-        if ranks.first:
-            values = objective.answers()
-            report.log({"step": state.step, **values})
-            report.say(f"step {state.step:,}  " + "  ".join(f"{k} {v:.2f}" for k, v in values.items()))
-        ranks.wait()
-
-    names = ["loss", "units", *objective.extra, "source", "target", "seconds", "asked"]  # what is summed over the ranks
-    peak_flops = ranks.world_size * next((1e12 * tera for name, tera in BF16_TERAFLOPS.items() if name in device_name(device)), 0)
-    bad_in_a_row, asked, done = 0, False, progress()
-    done_before, elapsed_before_s = done, state.elapsed_s
-    if done >= 1 and ranks.first:  # killed after the last checkpoint, perhaps before its export
-        objective.export(out_dir)
-    tick_s = time.perf_counter()
-    while done < 1 and not asked:
-        model.train()
-        step_s = time.perf_counter()
-        lr = learning_rate(args.schedule, done, state.step, args.lr, min_lr, args.warmup_steps)
-        for group in (g for optimizer in optimizers for g in optimizer.param_groups):
-            group["lr"] = lr
-        scale = (state.loss_scale if dtype == torch.float16 else 1.0) / args.batch_tokens
-        sums = torch.zeros(len(names), dtype=torch.float64, device=device)
-        gradient.zero_()
-        for j, batch in zip(itertools.count(ranks.rank, ranks.world_size), stream.next_group()):
-            batch = {k: v.to(device, non_blocking=True) for k, v in batch.items()}
-            torch.manual_seed(xxhash.xxh3_64_intdigest(f"{args.seed} {state.step} {j}".encode()) >> 1)
-            with sdpa_kernel(kernels):  # for backward too, which may compute activations again
-                with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-                    loss, units, *extra = objective.loss(batch)
-                (loss * scale).backward()
-            targets = sum((v != data.IGNORED).sum() for k, v in batch.items() if k.endswith("labels"))
-            sums[:-2] += torch.stack([x.detach().double() for x in (loss, units, *extra, batch["attention_mask"].sum(), targets)])
-        if ranks.first:
-            sums[-2] = time.perf_counter() - tick_s
-            tick_s = time.perf_counter()
-        sums[-1] = float(stop.signal > 0)
-        ranks.sum(gradient)
-        total = dict(zip(names, ranks.sum(sums).tolist()))
-        units = max(1.0, total["units"])
-        norm = float(clip_gradient(gradient, units * scale, args.grad_clip))
-        finite, overflow = math.isfinite(total["loss"]), not math.isfinite(norm)
-        if finite and not overflow:
-            for optimizer in optimizers:
-                optimizer.step()
-        if dtype == torch.float16 and finite:  # an overflow halves the scale; 1,000 steps without one double it
-            state.scaled_steps = 0 if overflow else state.scaled_steps + 1
-            if overflow or state.scaled_steps % 1000 == 0:
-                state.loss_scale *= 0.5 if overflow else 2.0
-        state.step += 1
-        tokens = int(total["source"] + total["target"])
-        state.tokens += tokens
-        state.elapsed_s += total["seconds"]
-        state.stream = dict(stream.state)
-        bad = not finite or overflow and (dtype != torch.float16 or state.loss_scale < 1)
-        bad_in_a_row = bad_in_a_row + 1 if bad else 0
-        state.bad_steps += bad
-        values = {"step": state.step, "loss": total["loss"] / units if finite else None, "lr": lr, "tokens": state.tokens,
-                  "tok_per_s": tokens / (time.perf_counter() - step_s), "elapsed": state.elapsed_s,
-                  **{name: total[name] / units for name in objective.extra}}
-        if peak_flops:
-            values["mfu"] = model.train_flops(total["source"], total["target"]) / (time.perf_counter() - step_s) / peak_flops
-        report.log(values)
-        if bad:
-            report.say(f"step {state.step:,}: the loss or its gradient is not finite; nothing was changed")
-        if bad_in_a_row == MAX_BAD_STEPS:
-            raise ValueError(f"no finite loss in {MAX_BAD_STEPS} steps in a row: lower --lr or choose another --dtype; "
-                             f"the checkpoints in {out_dir / 'checkpoint'} are from before")
-        done, asked = progress(), total["asked"] > 0
-        if finite:
-            report.show(values, (1 - done) * (state.elapsed_s - elapsed_before_s) / max(done - done_before, 1e-9))
-        if args.valid and (state.step % args.eval_every == 0 or done >= 1):
-            evaluate()
-        if objective.answers and args.bleu_every and state.step % args.bleu_every == 0 and done < 1:
-            score()
-        if state.step % args.save_every == 0 or done >= 1 or asked:
-            save()
-    stream.close()
-    report.close()
-    stop.leave()
-    if asked:
-        report.say(f"stopped at step {state.step:,} and saved; the same command goes on from there")
-        ranks.leave()
-        sys.exit(128 + (stop.signal or signal.SIGTERM))
-    return state
-
-
-# --- pre-training and SFT ---------------------------------------------------------------------------------------------------------------
+# --- pre-training and SFT -------------------------------------------------------------------------
 
 def response_loss(args: argparse.Namespace, ranks: Ranks, model: ChatLM, tokenizer: Tokenizer) -> Objective:
     """The mean nats of the responses' tokens, and on --valid also their perplexity and nats per character."""
@@ -674,7 +734,7 @@ def response_loss(args: argparse.Namespace, ranks: Ranks, model: ChatLM, tokeniz
             nats, tokens = loss(batch)
         return float(nats / tokens)
 
-    def begin(stream: PairStream) -> None:
+    def initialize(stream: PairStream) -> None:
         before, after = stream.successions()
         if ranks.first and len(after):  # a window may hold no text at all
             random, random_loss = [p.detach().cpu().clone() for p in model.parameters()], first_loss(stream)
@@ -694,7 +754,7 @@ def response_loss(args: argparse.Namespace, ranks: Ranks, model: ChatLM, tokeniz
         return {"bleu4": sample.score(model, tokenizer, rows, args.max_len, max_new_tokens=min(128, args.max_len))[0]["bleu4"]}
 
     return Objective(loss, evaluate, exporter(args, model, tokenizer), answers=answers if args.valid else None,
-                     begin=None if args.init_from or args.freeze else begin)
+                     initialize=None if args.init_from or args.freeze else initialize)
 
 
 def held_out(args: argparse.Namespace) -> list[dict]:
@@ -715,6 +775,63 @@ def exporter(args: argparse.Namespace, model: ChatLM, tokenizer: Tokenizer) -> C
     return export
 
 
+# --- settings -------------------------------------------------------------------------------------
+
+def parser_for(description: str, defaults: dict | None = None) -> ArgumentParser:
+    """The flags that train.py and dpo.py share. They are None where they are not given: see resolve_args."""
+    p = ArgumentParser(description=description)
+    defaults = {**DEFAULTS, **(defaults or {})}
+
+    def add(flag: str, help: str, **options) -> None:
+        default = defaults.get(flag[2:])
+        p.add_argument(flag, help=help + (f" (default: {default})" if default not in (None, False, "") else ""), **options)
+
+    add("--data", nargs="+", metavar="A.parquet", help="training pairs: Parquet files, or folders of Parquet shards (default: the demo)")
+    add("--valid", metavar="V.parquet", help="held-out pairs to validate on (default: no validation)")
+    add("--tokenizer", metavar="DIR", help="folder with tokenizer.json (default: that of --init_from, else one is trained on --data)")
+    add("--init_from", metavar="MODEL_DIR", help="model folder to start from")
+    p.add_argument("--out_dir", default="out", help="folder for the model, best/, checkpoint/ and log.jsonl")
+    add("--freeze", metavar="shared,encoder", help="parts that are not trained: shared, encoder, decoder")
+    limit = p.add_mutually_exclusive_group()
+    limit.add_argument("--max_steps", type=number(int, 1), help="stop after N steps, counting those of earlier runs")
+    limit.add_argument("--epochs", type=number(float, 0, above=True), help="stop after N passes over the data (default: 1)")
+    limit.add_argument("--time_limit", type=number(float, 0, above=True), metavar="SECONDS",
+                       help="stop after N seconds of training, counting earlier runs")
+    add("--batch_tokens", type=number(int, 1), help="prompt and response tokens per step, over all processes (default: 65536 on a GPU, "
+        "2560 on a CPU, more where that leaves a process without work)")
+    add("--micro_batch_tokens", type=number(int, 1), help="padded tokens per forward pass, B * (S + T); lower it if memory runs out "
+        "(default: up to 16384, as the GPU's free memory allows; 1280 on a CPU)")
+    add("--max_len", type=number(int, 2, 1 << 20), help="tokens per side, longer ones are cut")
+    add("--lr", type=number(float, 0, above=True), help="peak learning rate; Adafactor caps it at 1/sqrt(step) "
+        + ("(default: 1e-5, with LoRA 1e-4)" if "beta" in defaults else
+           "(default: 0.02, for 0.2b 0.005, with --init_from 0.002; other optimizers 0.002, with --init_from 1e-4)"))
+    add("--min_lr", type=number(float, 0), help="learning rate at the end, and at the beginning of onecycle (default: --lr / 100)")
+    add("--schedule", choices=["cosine", "onecycle", "wsd", "constant"], help="how the learning rate changes")
+    add("--warmup_steps", type=number(int, 0), help="ramp the learning rate up over N steps, at most a tenth of the training")
+    add("--optimizer", choices=["adamw", "adafactor", "muon"], help="muon is for the hidden matrices, with AdamW for the rest")
+    add("--weight_decay", type=number(float, 0), help="weight decay of matrices, not of norms and embeddings")
+    add("--grad_clip", type=number(float, 0, above=True), help="largest norm of the gradient")
+    add("--dropout", type=number(float, 0, 1), help="dropout rate, wherever T5 has it")
+    add("--dtype", choices=["auto", "float32", "bfloat16", "float16"], help="dtype of the matrix products; auto: what the device is fast at")
+    add("--compile", action=argparse.BooleanOptionalAction, help="torch.compile the model")
+    add("--checkpoint_activations", action=argparse.BooleanOptionalAction,
+        help="recompute activations in backward: less memory, a quarter slower")
+    add("--eval_every", type=number(int, 1), help="validate every N steps")
+    add("--save_every", type=number(int, 1), help="save a checkpoint every N steps")
+    add("--keep", type=number(int, 1), help="checkpoints to keep")
+    p.add_argument("--resume", default="auto", metavar="auto|never|CHECKPOINT",
+                   help="auto: resume from the newest checkpoint of --out_dir, if there is one, with its settings; never: start anew and "
+                   "delete them")
+    add("--seed", type=number(int, 0, 2 ** 63 - 1), help="seed of the weights, the order of the data and dropout")
+    add("--device", help="cpu, cuda or cuda:N (default: a GPU if there is one)")
+    add("--workers", type=number(int, 0), help="tokenizing processes per training process")
+    add("--lora_rank", type=number(int, 1), help="train low-rank additions to --lora_targets, and nothing else")
+    add("--lora_alpha", type=number(float, 0, above=True), help="the additions are scaled by alpha / rank")
+    add("--lora_dropout", type=number(float, 0, 1), help="dropout on LoRA inputs")
+    add("--lora_targets", metavar="q,k,v,o,wi,wo", help="linear layers that get LoRA, or all")
+    return p
+
+
 def resolve_args(args: argparse.Namespace, ranks: Ranks, saved: dict | None, columns: tuple[str, ...] = ("prompt", "response"),
                  defaults: dict | None = None, find_files: Callable | None = None) -> None:
     """Decide every setting once, when a run starts: by its flag, else by the checkpoint that it resumes, else by default.
@@ -723,7 +840,7 @@ def resolve_args(args: argparse.Namespace, ranks: Ranks, saved: dict | None, col
     what cannot work, before anything is written.
     """
     args.given = {name for name, value in vars(args).items() if value is not None} - {"resume", "out_dir"}
-    args.stored = {*vars(args), "demo"} - {"given", "stored", "resume", "out_dir", "device"}
+    args.stored = {*vars(args), "demo", "valid_hash"} - {"given", "resume", "out_dir", "device"}
     for name, value in (saved["settings"] if saved else {}).items():
         if getattr(args, name, None) is None and not (name in LIMITS and args.given & set(LIMITS)):
             setattr(args, name, value)
@@ -739,7 +856,8 @@ def resolve_args(args: argparse.Namespace, ranks: Ranks, saved: dict | None, col
     if args.lora_rank and not args.init_from:
         raise ValueError("--lora_rank adds to a model: name it with --init_from")
     if args.init_from and args.preset:
-        raise ValueError("--preset is for a new model; --init_from brings its own shape")
+        raise ValueError("--preset is for a new model; --init_from brings its own shape" if not saved else
+                         f"--preset and --init_from exclude each other, and the run in {args.out_dir} began with the other one")
     defaults = {**DEFAULTS, "preset": "small", "vocab_size": 29298, **(defaults or {})}
     batch_tokens = defaults.pop("batch_tokens", 65536 if ranks.device.type == "cuda" else 2560)
     for name, value in defaults.items():
@@ -757,19 +875,25 @@ def resolve_args(args: argparse.Namespace, ranks: Ranks, saved: dict | None, col
     if args.batch_tokens is None:
         group = max(1, round(batch_tokens / args.micro_batch_tokens))
         args.batch_tokens = -(-group // ranks.world_size) * ranks.world_size * args.micro_batch_tokens  # equal shares
-    for name, value in ranks.all_gather({name: getattr(args, name) for name in args.stored - set(PATHS)})[0].items():
+    for name, value in ranks.all_gather({name: getattr(args, name) for name in args.stored - {*PATHS, "valid_hash"}})[0].items():
         setattr(args, name, value)  # machines may differ in what they are fast at: the first decides
     for part in filter(None, args.freeze.split(",")):
         if part not in ("shared", "encoder", "decoder"):
             raise ValueError(f"--freeze {part!r}: only shared, encoder and decoder can be frozen")
-    find_files = find_files or training_files
+    find_files = find_files or (lambda paths, columns: training_files(paths, columns, [args.out_dir]))
     args.data_files, args.valid_files = find_files(args.data, columns), find_files([args.valid] if args.valid else [], columns)
+    args.valid_hash = data.footprint(args.valid_files)
     out = Path(args.out_dir)
+    if args.init_from and Path(args.init_from).resolve() == out.resolve():
+        raise ValueError(f"--out_dir {out} is --init_from, which would be overwritten: choose another")
     if args.resume == "auto" and not saved and (out / "config.json").exists():
         raise ValueError(f"{out} holds a model and no checkpoint to resume from: choose another --out_dir, or --resume never to replace it")
-    for name in ("eval_every", "bleu_every"):
-        if name in args.given and not args.valid and ranks.first:
-            print(f"note: --{name} has no effect without --valid", file=sys.stderr)
+    for name, works, why in (("eval_every", args.valid, "without --valid"), ("bleu_every", args.valid, "without --valid"),
+                             ("min_lr", args.schedule != "constant", "with --schedule constant"),
+                             ("warmup_steps", args.schedule != "onecycle", "with --schedule onecycle"),
+                             ("batch_tokens", args.batch_tokens >= args.micro_batch_tokens, "below --micro_batch_tokens: a step takes one micro-batch")):
+        if name in args.given and not works and ranks.first:
+            print(f"note: --{name} has no effect {why}", file=sys.stderr)
     if args.valid and ranks.first and (found := overlap(args.data_files, args.valid_files)):
         print(f"warning: {found:,} prompts of --valid are in --data too, and measure memory (data.py split keeps them apart)", file=sys.stderr)
 
@@ -779,6 +903,8 @@ def check_given(args: argparse.Namespace) -> None:
     for name in ("lora_alpha", "lora_dropout", "lora_targets"):
         if name in args.given and not args.lora_rank:
             raise ValueError(f"--{name} has no effect without --lora_rank")
+    if args.lora_rank and args.freeze:
+        raise ValueError("--freeze has no effect with --lora_rank, which trains nothing but the additions: choose --lora_targets")
     if "vocab_size" in args.given and (args.tokenizer or args.init_from):
         raise ValueError(f"--vocab_size is for a tokenizer that is trained here; --{'tokenizer' if args.tokenizer else 'init_from'} brings its own")
 
@@ -828,7 +954,7 @@ def activation_bytes(config: ChatLMConfig, args: argparse.Namespace) -> int:
     return layers * 4 * config.d_model + layer if args.checkpoint_activations else layers * layer
 
 
-def training_files(paths: list[str], columns: tuple[str, ...]) -> list[str]:
+def training_files(paths: list[str], columns: tuple[str, ...], outputs: Iterable[str] = ()) -> list[str]:
     """Parquet files, and those in folders, in a fixed order. Raises ValueError, naming the command that converts it, for any other file,
     and where a column is missing."""
     files = []
@@ -837,7 +963,7 @@ def training_files(paths: list[str], columns: tuple[str, ...]) -> list[str]:
             source = "preference" if "chosen" in columns else "pairs"
             raise ValueError(f"{path} is not Parquet: convert it with  python data.py clean --source {source} {shlex.quote(path)} --out "
                              f"{shlex.quote(Path(path).name.partition('.')[0] + '.parquet')}")
-        found = data.input_files([path]) if Path(path).is_dir() else [Path(path)]
+        found = data.input_files([path], outputs) if Path(path).is_dir() else [Path(path)]
         shards = [str(file) for file in found if file.suffix.lower() == ".parquet" or not Path(path).is_dir()]
         if not shards:
             raise ValueError(f"{path} has no Parquet files: convert what it has with  python data.py clean --source pairs "
@@ -873,15 +999,17 @@ def overlap(files: list[str], valid_files: list[str]) -> int:
     return len(found - {None, ""})
 
 
-def find_tokenizer(args: argparse.Namespace, ranks: Ranks) -> Tokenizer:
+def find_tokenizer(args: argparse.Namespace, ranks: Ranks, saved: dict | None = None) -> Tokenizer:
     """The one named, or the starting model's, or the one that this run, or a user, has put into the out_dir; else one is trained on the
     data and put there. checkpoint/tokenizer.json tells what it was trained from."""
     if args.tokenizer or args.init_from:
         return Tokenizer.from_pretrained(args.tokenizer or args.init_from, append_eos=True)
     out = Path(args.out_dir)
-    if ranks.first:
+    if ranks.first and not saved:  # a resumed run has one, whatever the flags say: check_identity compares them
         train_tokenizer(args, out)
     ranks.wait()
+    if saved and not (out / "tokenizer.json").is_file():  # --resume from another folder
+        out = Path(saved["path"]).parent.parent
     if not (out / "tokenizer.json").is_file():
         raise ValueError(f"{out} has no tokenizer.json, which the first process wrote: --out_dir must be on a file system that all machines share")
     return Tokenizer.from_pretrained(out)
@@ -1003,7 +1131,7 @@ def run_training(args: argparse.Namespace) -> None:
     with claimed(Path(args.out_dir), ranks):
         saved = find_checkpoint(args.out_dir, args.resume, ranks)
         resolve_args(args, ranks, saved)
-        tokenizer = find_tokenizer(args, ranks)
+        tokenizer = find_tokenizer(args, ranks, saved)
         model = make_model(args, ranks, tokenizer)
         group = max(1, round(args.batch_tokens / args.micro_batch_tokens))
         if ranks.first:
@@ -1014,7 +1142,8 @@ def run_training(args: argparse.Namespace) -> None:
         check_identity(identity, saved, args.out_dir, ranks)
         stream = PairStream(args.data_files, tokenizer, args.micro_batch_tokens, args.max_len, args.seed, ranks.rank, ranks.world_size,
                             group=group, workers=args.workers)
-        state = fit(args, ranks, model, stream, response_loss(args, ranks, model, tokenizer), identity, saved)
+        objective = response_loss(args, ranks, model, tokenizer)
+        state = Trainer(args, ranks, model, stream, objective, identity).fit(saved)
         ranks.leave()  # the others need not wait while the first scores answers
         if ranks.first:
             closing(args, model, tokenizer, state)

@@ -1,6 +1,7 @@
 """The model is transformers' T5: the same logits, loss and text from the same folder, in both directions."""
 import itertools
 import json
+import math
 
 import numpy as np
 import pytest
@@ -297,3 +298,67 @@ def test_a_loss_without_gradients_is_one_product():
     with Products() as trained:
         model.loss_sum(**inputs)
     assert trained.count - layers.count == 3
+
+
+def test_padding_of_the_logits_never_reaches_a_gradient(monkeypatch):
+    """bfloat16 products on CPUs read the padding of rows too: it must be finite."""
+    empty = torch.Tensor.new_empty
+    monkeypatch.setattr(torch.Tensor, "new_empty", lambda self, *size, **options: empty(self, *size, **options).fill_(math.nan))
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(40, 128, requires_grad=True), torch.randn(794, 128, requires_grad=True)
+    for dtype in (torch.float32, torch.bfloat16):
+        hidden.grad = weight.grad = None
+        with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+            LinearCrossEntropy.apply(hidden, weight, torch.arange(40)).backward()
+        assert hidden.grad.isfinite().all() and weight.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_models_that_transformers_saved_load_and_answer(tmp_path, dtype):
+    """It keeps some weights of a float16 T5 in float32."""
+    torch.manual_seed(0)
+    T5ForConditionalGeneration(T5Config(**TINY, decoder_start_token_id=0)).save_pretrained(tmp_path / "full")
+    theirs = AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "full", dtype=dtype).eval()
+    theirs.save_pretrained(tmp_path / "half")
+    ours = ChatLM.from_pretrained(tmp_path / "half")
+    assert {p.dtype for p in ours.parameters()} == {dtype}
+    ids = torch.randint(3, 300, (2, 7))
+    expected = theirs(input_ids=ids, labels=ids).logits.float()
+    assert (ours(ids, labels=ids)[0].float() - expected).abs().max() < 0.05 * expected.abs().max()
+    weights = load_file(tmp_path / "full" / "model.safetensors")
+    weights["encoder.block.0.layer.0.SelfAttention.q.weight"] = torch.zeros(64, 64, dtype=torch.int8)
+    save_file(weights, tmp_path / "full" / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match="quantized weights are not read"):
+        ChatLM.from_pretrained(tmp_path / "full")
+
+
+@pytest.mark.parametrize(("change", "message"), [
+    ({"dense_act_fn": "gelu"}, "dense_act_fn 'gelu' is not supported"), ({"is_gated_act": True}, "is_gated_act True is not supported"),
+    ({"relative_attention_max_distance": 8}, "relative_attention_max_distance 8 needs"), ({"relative_attention_num_buckets": 2}, "relative_attention_max_distance"),
+    ({"vocab_size": 10 ** 30}, "vocab_size must be"), ({"decoder_start_token_id": 3}, "different values of decoder_start_token_id")], ids=str)
+def test_configs_with_another_meaning_are_refused(tmp_path, change, message):
+    (tmp_path / "config.json").write_text(json.dumps({**T5Config(**TINY).to_dict(), "decoder_start_token_id": 0, **change}))
+    (tmp_path / "generation_config.json").write_text('{"decoder_start_token_id": 0}')
+    with pytest.raises(ValueError, match=message):
+        ChatLMConfig.from_pretrained(tmp_path)
+
+
+def test_t5s_other_field_names_and_null_scale_mean_the_same(tmp_path):
+    torch.manual_seed(0)
+    theirs = T5ForConditionalGeneration(T5Config(**TINY, decoder_start_token_id=0)).eval()
+    theirs.save_pretrained(tmp_path)
+    fields = json.loads((tmp_path / "config.json").read_text())
+    for name, alias in (("d_model", "hidden_size"), ("num_heads", "num_attention_heads"), ("num_layers", "num_hidden_layers")):
+        fields[alias] = fields.pop(name)
+    (tmp_path / "config.json").write_text(json.dumps(fields))
+    ids = torch.randint(3, 300, (2, 7))
+    assert (ChatLM.from_pretrained(tmp_path)(ids, labels=ids)[0] - theirs(input_ids=ids, labels=ids).logits).abs().max() < 1e-4
+
+
+def test_an_index_without_a_map_is_one_line(theirs, tmp_path):
+    _, folder = theirs
+    (folder / "model.safetensors").unlink()
+    for content in ("{}", "[]", "{", '{"weight_map": []}', '{"weight_map": {"a": null}}', '{"weight_map": {"a": "nowhere.safetensors"}}'):
+        (folder / "model.safetensors.index.json").write_text(content)
+        with pytest.raises(ValueError, match="damaged"):
+            ChatLM.from_pretrained(folder)

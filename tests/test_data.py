@@ -763,3 +763,37 @@ def test_a_full_disk_is_named_and_nothing_changes(tmp_path):
     line = done.stderr.splitlines()[-1]
     assert done.returncode == 1 and f"{tmp_path}/o.parquet: could not be written: File too large" in line, done.stderr
     assert sorted(p.name for p in tmp_path.iterdir()) == ["o.parquet", "x.jsonl"] and (tmp_path / "o.parquet").read_bytes() == b"before"
+
+
+def test_medical_tables_are_read_by_their_header(tmp_path):
+    (tmp_path / "x.csv").write_text(",department,title,ask,answer\n0,心血管科,高血压怎么办,我头晕,应该少吃盐，多运动\n", "utf-8")
+    (tmp_path / "y.csv").write_text("title,ask,answer,department\n心慌怎么办,睡不好,注意休息按时吃药,心血管科\n", "utf-8")
+    rows, _ = cleaned(tmp_path, "chinese_medical", tmp_path / "x.csv", tmp_path / "y.csv")
+    assert rows == [{"prompt": "高血压怎么办\n我头晕", "response": "应该少吃盐，多运动"}, {"prompt": "心慌怎么办\n睡不好", "response": "注意休息按时吃药"}]
+
+
+def test_only_line_breaks_are_unescaped():
+    for text, expected in (("第一\\n第二", "第一\n第二"), ("1. 一\\n\\n2. 二", "1. 一\n\n2. 二"), ("$a \\neq b$，其中 \\nu 是频率", "$a \\neq b$，其中 \\nu 是频率"),
+                           ("真\n的 \\n 换行", "真\n的 \\n 换行"), (None, None)):
+        assert data.unescaped(text) == expected
+
+
+def test_oddities_of_tables_are_named(tmp_path, capsys):
+    assert rows_of("x.csv", "\n\nprompt,response\n一,甲\n", tmp_path) == ([{"prompt": "一", "response": "甲"}], {})
+    with pytest.raises(ValueError, match="the column 'prompt' twice"):
+        rows_of("x.csv", "prompt,response,prompt\n一,甲,乙\n", tmp_path)
+    with pytest.raises(ValueError, match="it is empty"):
+        rows_of("x.csv", "", tmp_path)
+    pq.write_table(pa.table([["a"], ["b"], ["c"]], names=["prompt", "prompt", "response"]), tmp_path / "x.parquet")
+    with pytest.raises(ValueError, match="has the column 'prompt' twice"):
+        data.open_parquet(tmp_path / "x.parquet", data.PAIR)
+    assert data.webtext({"star": "5.0", "title": "a", "content": "b"}) == ("a", "b") and data.wiki({"title": " ", "text": "b"}) == "entry without a title"
+    write_pairs(tmp_path / "y.parquet", [{"prompt": "a", "response": "b", "system": "c"}], ("prompt", "response", "system"))
+    done = call("dedup", str(tmp_path / "y.parquet"), "--out", str(tmp_path / "z.parquet"))
+    assert done.returncode == 0 and "only prompt, response are kept, not system" in done.stderr
+
+
+@pytest.mark.parametrize("args", [["stats", ""], ["clean", "--source", "alpaca", "x", "--out", ""], ["clean", "--source", "alpaca", "x", "--out", "y", "--prompt_field", "q"]], ids=str)
+def test_empty_and_useless_flags_are_refused(args):
+    done = call(*args)
+    assert done.returncode == 2 and ("is empty" in done.stderr or "are for --source pairs" in done.stderr) and len(done.stderr.splitlines()) == 1

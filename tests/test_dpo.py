@@ -424,3 +424,33 @@ def test_triples_and_references_follow_their_files(folder, tmp_path):
     path.write_text(content, "utf-8")
     (second,) = dpo.find_triples([str(path)], ranks, tmp_path / "cache")
     assert first != second and [row["prompt"] for row in read_rows([second])][7] == "第8问"
+
+
+def test_merge_does_not_overwrite_what_it_reads(folder, adapter, tmp_path):
+    shutil.copytree(folder, tmp_path / "base")
+    before = (tmp_path / "base" / "model.safetensors").read_bytes()
+    for out in (tmp_path / "base", adapter, tmp_path / "adapter" / ".." / "base"):
+        done = call("merge", "--model", str(tmp_path / "base"), "--adapter", str(adapter), "--out", str(out))
+        assert done.returncode == 2 and "would be overwritten" in done.stderr
+    assert (tmp_path / "base" / "model.safetensors").read_bytes() == before and not (adapter / "config.json").exists()
+
+
+def test_a_run_inside_its_data_folder_is_resumed(folder, triples, tmp_path):
+    (tmp_path / "prefs").mkdir()
+    shutil.copy(triples, tmp_path / "prefs")
+    args = [*flags(folder, tmp_path / "prefs", tmp_path / "prefs" / "run"), "--lora_rank", "2"]
+    i = args.index("--valid")
+    for steps in ("2", "4"):
+        done = call(*args[:i], *args[i + 2:], "--max_steps", steps)
+        assert done.returncode == 0, done.stderr
+    assert [line["step"] for line in log_of(tmp_path / "prefs" / "run")] == [1, 2, 3, 4]
+
+
+def test_nothing_to_reject_writes_nothing(folder, tmp_path):
+    prompts = [p for p, _ in make_demo()[0][:3]]
+    answers = answer(ChatLM.from_pretrained(folder), Tokenizer.from_pretrained(folder, append_eos=True), prompts, max_new_tokens=4)
+    (tmp_path / "x.jsonl").write_text("".join(json.dumps(dict(prompt=p, response=a or "空")) + "\n" for p, a in zip(prompts, answers)), "utf-8")
+    write_pairs(tmp_path / "p.parquet", [dict(prompt="a", chosen="b", rejected="c")], COLUMNS)
+    before = (tmp_path / "p.parquet").read_bytes()
+    done = call("reject", "--model", str(folder), "--data", str(tmp_path / "x.jsonl"), "--out", str(tmp_path / "p.parquet"), "--max_new_tokens", "4")
+    assert done.returncode == 2 and "no row can be used" in done.stderr and (tmp_path / "p.parquet").read_bytes() == before

@@ -20,7 +20,7 @@ from transformers.generation import logits_process
 import sample
 from chatlm import ChatLM, ChatLMConfig
 from sample import Decoder, GenerationConfig, bleu4, generate, pack, sliced_product, triples
-from tokenizer import Tokenizer, run
+from tokenizer import Tokenizer, locked, run
 
 GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 PENALTIES = [{}, {"repetition_penalty": 1.3}, {"no_repeat_ngram_size": 2}, {"min_new_tokens": 7},
@@ -481,3 +481,58 @@ def test_nats_per_character_count_the_characters_that_were_scored(folder):
     result, _ = sample.score(model, tokenizer, rows, max_len=20, max_new_tokens=2)
     ids = tokenizer.encode(rows[0]["response"])[:19]
     assert math.isclose(result["nats_per_char"], result["loss"] * 20 / len(tokenizer.decode(ids)), rel_tol=1e-6)
+
+
+@pytest.mark.parametrize(("content", "message"), [
+    ({"max_new_tokens": "8"}, "max_new_tokens must be a whole number"), ({"max_new_tokens": 8.0}, "max_new_tokens must be"), ({"top_k": 50.0}, "top_k must be"),
+    ({"temperature": "x"}, "temperature must be a number"), ({"do_sample": "false"}, "do_sample must be true or false"), ({"length_penalty": "1"}, "length_penalty must be"),
+    ({"top_p": 0}, "top_p must be"), ({"min_new_tokens": 300}, "min_new_tokens must be at most max_new_tokens"), ({"early_stopping": "soon"}, "early_stopping must be")], ids=str)
+def test_settings_of_a_model_are_checked(folder, tmp_path, content, message):
+    import shutil
+    shutil.copytree(folder, tmp_path / "model")
+    (tmp_path / "model" / "generation_config.json").write_text(json.dumps(content))
+    code, line = run_here(["--prompt", "你好", "--model", str(tmp_path / "model")])
+    assert code == 2 and f"model/generation_config.json: {message}" in line
+
+
+def test_settings_that_we_do_not_have_are_reported(folder, tmp_path):
+    import shutil
+    shutil.copytree(folder, tmp_path / "model")
+    (tmp_path / "model" / "generation_config.json").write_text(json.dumps({"max_new_tokens": 3, "min_p": 0.1, "suppress_tokens": [9], "num_beam_groups": 1, "max_length": None}))
+    code, line = run_here(["--prompt", "你好", "--model", str(tmp_path / "model")])
+    assert code == 0 and "note: min_p, suppress_tokens of the model's generation_config.json are not supported" in line
+
+
+@pytest.mark.parametrize("flags", [["--num_beams", "2", "--length_penalty", "1e308"], ["--length_penalty", "nan"], ["--do_sample", "--temperature", "1e-42"],
+                                   ["--do_sample", "--repetition_penalty", "1e-300"], ["--max_new_tokens", "99999999999999999999"], ["--device", "meta"], ["--seed", "-1"],
+                                   ["--do_sample", "--seed", "99999999999999999999"], ["--do_sample", "--no_repeat_ngram_size", "1", "--min_new_tokens", "900", "--max_new_tokens", "900"]], ids=str)
+def test_numbers_out_of_range_are_one_line(folder, flags):
+    code, line = run_here(["--prompt", "你好", "--model", str(folder), *flags])
+    assert code == 2 and "error: " in line
+    assert run_here(["--prompt", "你好", "--model", str(folder), "--penalty_alpha", "0.6", "--top_k", "5000", "--max_new_tokens", "2"])[0] == 0
+
+
+def test_an_output_that_is_no_file_or_in_use_is_refused(answered, tmp_path):
+    args, out = answered
+    for device in ("/dev/full", "/dev/null", str(tmp_path)):
+        code, line = run_here(replaced(args, "--output", device))
+        assert code == 2 and "is not a file" in line
+    assert not Path("/dev/.null.settings").exists()
+    before = out.read_bytes()
+    out.write_bytes(before[:20])
+    with locked(out, ""):
+        code, line = run_here(args)
+    assert code == 2 and "another process is writing" in line and out.read_bytes() == before[:20]
+
+
+def test_token_ids_of_the_generation_config_are_a_part_of_the_model(answered):
+    args, out = answered
+    before = out.read_bytes()
+    path = Path(args[5]) / "generation_config.json"
+    kept = path.read_text()
+    try:
+        path.write_text(json.dumps({**json.loads(kept), "eos_token_id": 9}))
+        code, line = run_here(args)
+    finally:
+        path.write_text(kept)
+    assert code == 2 and "another model" in line and out.read_bytes() == before

@@ -23,7 +23,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from bench import our_pieces, rss_bytes
 from data import make_demo
 from tokenizer import (BEGINS, BYTE_TOKENS, CLASSES, ENDS, SPECIAL_TOKENS, ArgumentParser, Problems, Tokenizer, in_order, input_files, normalize,
-                       number, piece_starts, read_rows, to_codepoints)
+                       number, piece_starts, read_rows, read_texts, to_codepoints)
 
 CORPUS = [text for pair in make_demo()[0][:4000] for text in pair] + ["Hello, world! 3.14 def f(x):\n    return x + 1", "哈哈哈哈哈哈哈"]
 
@@ -480,3 +480,9 @@ def test_number_types(capsys):
             parser.parse_args(["--n", bad])
         assert e.value.code == 2
         assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_conversations_are_text(tmp_path):
+    rows = [{"id": f"identity_{i}", "conversations": [{"from": "human", "value": "今天天气怎么样"}, {"from": "assistant", "value": "今天天气很好"}]} for i in range(20)]
+    (tmp_path / "x.jsonl").write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), "utf-8")
+    assert list(read_texts([tmp_path / "x.jsonl"]))[:2] == ["今天天气怎么样", "今天天气很好"] and len(list(read_texts([tmp_path / "x.jsonl"]))) == 40

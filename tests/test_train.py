@@ -781,3 +781,57 @@ def test_the_schedules_clock_starts_after_the_beginning(base, call_here, tmp_pat
     assert done.returncode == 0, done.stderr
     steps = [r for r in log(tmp_path / "out") if "loss" in r]
     assert steps[0]["elapsed"] < 2.5 and steps[1]["lr"] < 0.02 / 0.1 * (steps[0]["elapsed"] + 0.5) / 3 and len(steps) > 5
+
+
+def test_a_refused_resume_changes_nothing(base, call_here, tmp_path):
+    """Also not the tokenizer that the run trained."""
+    out, half = tmp_path / "out", tmp_path / "half.parquet"
+    pq.write_table(pq.read_table(base[1]).slice(0, 1500), half)
+    common = ["--preset", "demo", "--max_len", "40", "--workers", "0", "--device", "cpu", "--dtype", "float32", "--vocab_size", "1100", "--out_dir", str(out)]
+    assert call_here("--data", base[1], "--max_steps", "2", *common).returncode == 0
+    before = {p: p.read_bytes() for p in out.rglob("*") if p.is_file()}
+    done = call_here("--data", str(half), "--max_steps", "4", *common)
+    assert done.returncode == 2 and "--data is not what it was" in done.stderr
+    assert {p: p.read_bytes() for p in out.rglob("*") if p.is_file()} == before
+
+
+def test_a_checkpoint_of_another_run_does_not_replace_a_run(base, call_here, refused, straight, tmp_path):
+    newest = list_checkpoints(straight / "checkpoint")[0]
+    assert call_here(*base, "--max_steps", "2", "--seed", "5", "--out_dir", str(tmp_path / "other")).returncode == 0
+    before = {p: p.read_bytes() for p in (tmp_path / "other").rglob("*") if p.is_file()}
+    assert "is not of the run in" in refused("--resume", str(newest), "--out_dir", str(tmp_path / "other"), "--max_steps", "26")
+    assert {p: p.read_bytes() for p in (tmp_path / "other").rglob("*") if p.is_file()} == before
+    done = call_here("--resume", str(straight), "--out_dir", str(tmp_path / "copy"), "--max_steps", "25")  # its folder; to a new place
+    assert done.returncode == 0 and [r["step"] for r in log(tmp_path / "copy") if "loss" in r] == [25], done.stderr
+    shutil.copy(newest, tmp_path / "backup.pt")
+    assert "must stay so" in refused("--resume", str(tmp_path / "backup.pt"), "--out_dir", str(tmp_path / "new"), "--max_steps", "26")
+    junk = tmp_path / "step-00000001-.pt"
+    junk.write_bytes(b"junk")
+    junk = junk.rename(tmp_path / f"step-00000001-{train.hash_file(junk)}.pt")
+    assert "is not a checkpoint" in refused("--resume", str(junk), "--out_dir", str(tmp_path / "new"), "--max_steps", "26")
+
+
+def test_the_starting_model_is_not_overwritten(base, refused, straight, tmp_path):
+    shutil.copytree(straight / "best", tmp_path / "model")
+    before = (tmp_path / "model" / "model.safetensors").read_bytes()
+    line = refused("--data", base[1], "--init_from", str(tmp_path / "model"), "--out_dir", str(tmp_path / "model"), "--resume", "never", "--max_steps", "1")
+    assert "is --init_from, which would be overwritten" in line and (tmp_path / "model" / "model.safetensors").read_bytes() == before
+
+
+def test_weight_decay_and_validation_may_change(base, call_here, tmp_path):
+    out = tmp_path / "out"
+    args = [*base, "--optimizer", "adamw", "--lr", "1e-3", "--save_every", "2", "--out_dir", str(out)]
+    assert call_here(*args, "--max_steps", "2").returncode == 0
+    pq.write_table(pq.read_table(base[1]).slice(0, 20), tmp_path / "v.parquet")
+    best = (out / "best" / "model.safetensors").read_bytes()
+    done = call_here(*args, "--valid", str(tmp_path / "v.parquet"), "--max_steps", "3", "--weight_decay", "0.5")
+    assert done.returncode == 0 and (out / "best" / "model.safetensors").read_bytes() != best  # the best on the new file
+    saved = torch.load(list_checkpoints(out / "checkpoint")[0], weights_only=True)
+    assert [group["weight_decay"] for group in saved["optimizers"][0]["param_groups"]] == [0.5, 0.0]
+
+
+@pytest.mark.parametrize("flags", [["--lr", "inf"], ["--lr", "nan"], ["--weight_decay", "inf"], ["--seed", "-1"], ["--max_len", "1000000000000000000"], ["--init_from", ""], ["--valid", ""],
+                                   ["--out_dir", ""], ["--data", ""], ["--device", "meta"], ["--lora_rank", "2", "--freeze", "encoder", "--init_from", "x"]], ids=str)
+def test_nonsense_is_one_line(base, refused, tmp_path, flags):
+    refused("--data", base[1], "--out_dir", str(tmp_path / "new"), "--max_steps", "1", *flags)
+    assert not (tmp_path / "new" / "log.jsonl").exists()
