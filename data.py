@@ -855,7 +855,8 @@ class Rows:
         check_outputs(paths, self.outputs)
         head = next(read_rows(paths, Problems(), self.outputs), {})
         self.columns = PREFERENCE if set(PREFERENCE) <= head.keys() else PAIR
-        if others := [str(column) for column in head if column not in self.columns]:
+        others = [str(column) for column in head if column not in self.columns]
+        if others and set(self.columns) <= head.keys():
             print(f"data.py: note: only {', '.join(self.columns)} are kept, not {', '.join(others)}", file=sys.stderr)
 
     def __iter__(self) -> Iterator[dict]:

@@ -854,6 +854,8 @@ def decoding_options(args, model: ChatLM) -> dict:
     for names, works, needs in ((("temperature", "top_p"), said.get("do_sample"), "--do_sample"),
                                 (("top_k",), said.get("do_sample") or contrastive, "--do_sample or --penalty_alpha"),
                                 (("seed",), said.get("do_sample"), "--do_sample"),
+                                (("penalty_alpha",), contrastive and said.get("top_k", 0) > 1 and said.get("num_beams", 1) == 1 and not said.get("do_sample"),
+                                 "--top_k of 2 or more, or with --num_beams or --do_sample"),
                                 (("length_penalty", "early_stopping"), said.get("num_beams", 1) > 1, "--num_beams")):
         for name in names:
             if getattr(args, name, None) is not None and not works:

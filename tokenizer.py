@@ -433,6 +433,8 @@ class Tokenizer:
             raise ValueError(f"{path} is damaged: {type(e).__name__}: {e}") from None
         if append_eos is not None:
             tokenizer.append_eos = append_eos
+        if (config := Path(folder) / "tokenizer_config.json").is_file():
+            check_added_tokens(config, tokenizer)
         return tokenizer
 
     def save_pretrained(self, folder) -> None:
@@ -479,6 +481,21 @@ class Tokenizer:
         vocab = SPECIAL_TOKENS + BYTE_TOKENS + [chr(c) for c in alphabet]
         merges = learn_merges(*pieces.laid_out(char_ids.astype(id_type(vocab_size))), vocab, vocab_size, min_frequency, progress)
         return cls(vocab, merges, nfkc=nfkc)
+
+
+def check_added_tokens(path: Path, tokenizer: Tokenizer) -> None:
+    """Raises ValueError for special tokens that only tokenizer_config.json has: AutoTokenizer would add them to those of tokenizer.json."""
+    try:
+        config = json.loads(path.read_text("utf-8"))
+        tokens = [token["content"] for token in (config.get("added_tokens_decoder") or {}).values()]
+        for name in ("additional_special_tokens", "extra_special_tokens"):
+            more = config.get(name) or []
+            tokens += [token if isinstance(token, str) else token["content"] for token in (more.values() if isinstance(more, dict) else more)]
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        raise ValueError(f"{path} is damaged") from None
+    if missing := [token for token in tokens if token not in tokenizer.added]:
+        raise ValueError(f"{path} has the special token {missing[0]!r}, and tokenizer.json has not: load the folder with transformers and "
+                         "save it again")
 
 
 MODEL_DEFAULTS = {"type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None,

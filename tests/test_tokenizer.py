@@ -486,3 +486,19 @@ def test_conversations_are_text(tmp_path):
     rows = [{"id": f"identity_{i}", "conversations": [{"from": "human", "value": "今天天气怎么样"}, {"from": "assistant", "value": "今天天气很好"}]} for i in range(20)]
     (tmp_path / "x.jsonl").write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), "utf-8")
     assert list(read_texts([tmp_path / "x.jsonl"]))[:2] == ["今天天气怎么样", "今天天气很好"] and len(list(read_texts([tmp_path / "x.jsonl"]))) == 40
+
+
+@pytest.mark.parametrize("change", [{"additional_special_tokens": ["你好"]}, {"extra_special_tokens": {"a": "<a>"}}, {"added_tokens_decoder": {"9": {"content": "<b>"}}}], ids=str)
+def test_special_tokens_of_the_configuration_alone_are_refused(tokenizer, tmp_path, change):
+    tokenizer.save_pretrained(tmp_path)
+    path = tmp_path / "tokenizer_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+    with pytest.raises(ValueError, match="has the special token .*save it again"):
+        Tokenizer.from_pretrained(tmp_path)
+    AutoTokenizer.from_pretrained(tmp_path).save_pretrained(tmp_path / "again")
+    try:  # what transformers then saves has them in both files, where its ids are ours
+        ours = Tokenizer.from_pretrained(tmp_path / "again")
+    except ValueError as error:
+        assert "tokenizer.json" in str(error)
+    else:
+        assert ours.encode("你好<a><b>") == AutoTokenizer.from_pretrained(tmp_path / "again")("你好<a><b>").input_ids
