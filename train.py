@@ -42,6 +42,7 @@ import ctypes
 import dataclasses
 import datetime
 import gc
+import hashlib
 import importlib
 import itertools
 import json
@@ -82,6 +83,7 @@ DEMO = {"preset": "demo", "max_steps": 1000, "batch_tokens": 1024, "micro_batch_
 LIMITS = ("max_steps", "epochs", "time_limit")
 PATHS = ("data", "valid", "tokenizer", "init_from")
 TIMEOUT = datetime.timedelta(days=2)  # for which ranks wait while the first trains a tokenizer or scores answers; a rank that dies ends all at once
+MEMORY_HINT = "--micro_batch_tokens in a new run, or resume this one with --checkpoint_activations"
 MAX_BAD_STEPS = 10  # in a row, then training stops
 BF16_TERAFLOPS = {"H200": 989, "H100 PCIe": 756, "H100": 989, "A100": 312, "L40S": 362, "L40": 181, "L4": 121, "A10": 125,
                   "A5000": 111, "4090": 165, "3090": 71, "4060 Ti": 44}  # dense, by NVIDIA's data sheets
@@ -144,10 +146,10 @@ class Trainer:
             if saved["settings"].get("valid_hash") != self.args.valid_hash:
                 self.state.best_val = math.inf  # of another --valid
             self.stream.state = dict(self.state.stream)
-        self.ranks.wait()
-        if self.ranks.first:
+        self.ranks.barrier()
+        if self.ranks.is_main:
             drop_checkpoints_after(self.out_dir / "checkpoint", self.state.step if saved else -1)
-        self.report = Report(self.out_dir, self.ranks.first, self.state.step)
+        self.report = Report(self.out_dir, self.ranks.is_main, self.state.step)
         if saved:
             self.report.say(f"resuming from {saved['path']}: step {self.state.step:,}, "
                             f"{self.state.tokens:,} tokens")
@@ -168,7 +170,7 @@ class Trainer:
         args, stop = self.args, Stop()
         self.start(saved)
         done = self.progress()
-        if done >= 1 and self.ranks.first:  # killed after the last checkpoint, before its export
+        if done >= 1 and self.ranks.is_main:  # killed after the last checkpoint, before its export
             self.objective.export(self.out_dir)
         done_before, elapsed_before_s = done, self.state.elapsed_s
         self.tick_s = time.perf_counter()
@@ -266,11 +268,11 @@ class Trainer:
             target = sum((x != data.IGNORED).sum() for x in labels)
             source = batch["attention_mask"].sum()
             sums += torch.stack([x.detach().double() for x in (loss, *others, source, target)])
-        ranks.sum(self.gradient)
+        ranks.all_reduce(self.gradient)
         now_s = time.perf_counter()
         seconds, self.tick_s = now_s - self.tick_s, now_s
-        clock = torch.tensor([seconds if ranks.first else 0.0, float(stop)], dtype=torch.float64)
-        sums = ranks.sum(torch.cat([sums, clock.to(self.device)]))
+        clock = torch.tensor([seconds if ranks.is_main else 0.0, float(stop)], dtype=torch.float64)
+        sums = ranks.all_reduce(torch.cat([sums, clock.to(self.device)]))
         return dict(zip([*names, "seconds", "stops"], sums.tolist()))
 
     def adapt_loss_scale(self, overflow: bool) -> None:
@@ -304,27 +306,27 @@ class Trainer:
         self.report.say(f"step {step:,}  {shown}" + ("  (best)" if best else ""))
         if best:
             self.state.best_val = values["val_loss"]
-            if self.ranks.first:
+            if self.ranks.is_main:
                 self.objective.export(self.out_dir / "best")
 
     def score(self) -> None:
         """Score answers to held-out prompts, on the first rank."""
         self.model.eval()
-        if self.ranks.first:
+        if self.ranks.is_main:
             values = self.objective.answers()
             self.report.log({"step": self.state.step, **values})
             shown = "  ".join(f"{name} {value:.2f}" for name, value in values.items())
             self.report.say(f"step {self.state.step:,}  {shown}")
-        self.ranks.wait()
+        self.ranks.barrier()
 
     def save(self) -> None:
         """Save a checkpoint, then export: a model without a checkpoint could not be resumed."""
-        if self.ranks.first:
+        if self.ranks.is_main:
             settings = {name: getattr(self.args, name) for name in self.args.stored}
             save_checkpoint(self.out_dir / "checkpoint", self.args.keep, self.model,
                             self.optimizers, self.state, self.identity, settings)
             self.objective.export(self.out_dir)
-        self.ranks.wait()
+        self.ranks.barrier()
 
 
 class Stop:
@@ -345,54 +347,58 @@ class Stop:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
-# --- devices and ranks ----------------------------------------------------------------------------
+# --- ranks and devices ----------------------------------------------------------------------------
+
 
 @dataclass
 class Ranks:
-    """Who this process is among those that train together, and where it computes."""
+    """This process among those that train together, and the device that it computes on."""
     rank: int
     world_size: int
     device: torch.device
 
     @classmethod
     def join(cls, device: str | None) -> "Ranks":
-        world_size = int(os.environ.get("WORLD_SIZE", 1))
-        local, local_size = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-        if device is None:
-            device = "cuda" if torch.cuda.is_available() else "cpu"
+        """Take this process's place, as torchrun's environment variables say. Raises ValueError for
+        a device that is not there, or one GPU for several processes."""
+        env = os.environ
+        rank, world_size = int(env.get("RANK", 0)), int(env.get("WORLD_SIZE", 1))
+        local, local_size = int(env.get("LOCAL_RANK", 0)), int(env.get("LOCAL_WORLD_SIZE", 1))
+        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         if device.startswith("cuda") and local_size > 1:
-            if device != "cuda":
-                raise ValueError(f"--device {device} is one GPU for {local_size} processes: leave it out, and each process takes a GPU")
-            if torch.cuda.is_available() and local_size > torch.cuda.device_count():
-                raise ValueError(f"{local_size} processes need as many GPUs, and this machine has {torch.cuda.device_count()}: "
-                                 f"--nproc_per_node={torch.cuda.device_count()} at most")
-            device = f"cuda:{local}"
+            device = gpu_of_process(device, local, local_size)
         chosen = sample.pick_device(device)
         if local_size > 1:
             torch.set_num_threads(max(1, (os.cpu_count() or 1) // local_size))
-        if world_size > 1 and not dist.is_initialized():
-            if dist.is_torchelastic_launched():
-                end_with_launcher()
-            importlib.import_module("torch.distributed.nn")  # before init_process_group, or its default arguments capture the group
-            store, rank, _ = next(dist.rendezvous("env://"))
-            if local_size == world_size:  # after a restart gloo would find the addresses of the processes that died
-                store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
-            dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo", store=store, rank=rank, world_size=world_size,
-                                    timeout=TIMEOUT, device_id=chosen if chosen.type == "cuda" else None)
-        return cls(int(os.environ.get("RANK", 0)), world_size, chosen)
+        if world_size == 1 or dist.is_initialized():
+            return cls(rank, world_size, chosen)
+        if dist.is_torchelastic_launched():
+            exit_with_launcher()
+        # import this before init_process_group, or its default arguments capture the group
+        importlib.import_module("torch.distributed.nn")
+        store = next(dist.rendezvous("env://"))[0]
+        if local_size == world_size:  # a restart must not find addresses of processes that died
+            attempt = env.get("TORCHELASTIC_RESTART_COUNT", 0)
+            store = dist.PrefixStore(f"attempt {attempt}", store)
+        is_gpu = chosen.type == "cuda"
+        dist.init_process_group("nccl" if is_gpu else "gloo", store=store, rank=rank,
+                                world_size=world_size, timeout=TIMEOUT,
+                                device_id=chosen if is_gpu else None)
+        return cls(rank, world_size, chosen)
 
     @property
-    def first(self) -> bool:
+    def is_main(self) -> bool:
+        """Whether this is the first rank, which writes files and prints."""
         return self.rank == 0
 
-    def sum(self, x: Tensor) -> Tensor:
+    def all_reduce(self, x: Tensor) -> Tensor:
         """x, summed in place over the ranks."""
         if self.world_size > 1:
             dist.all_reduce(x)
         return x
 
     def all_gather(self, value) -> list:
-        """Every rank's value (of plain Python types), in the order of ranks."""
+        """Every rank's value (plain Python types), in the order of ranks."""
         if self.world_size == 1:
             return [value]
         values = [None] * self.world_size
@@ -400,27 +406,42 @@ class Ranks:
         return values
 
     def check(self, error: str | None) -> None:
-        """Raise on every rank when one has an error: its own, else the first rank's that has one."""
-        if found := [e for e in self.all_gather(error) if e]:
-            raise AgreedError(error or found[0])
+        """Raise on every rank if one has an error: its own, or else that of the first that has."""
+        if errors := [e for e in self.all_gather(error) if e]:
+            raise AgreedError(error or errors[0])
 
-    def share(self, tensors: Iterable[Tensor]) -> None:
-        """Put the first rank's numbers into every rank's tensors."""
+    def broadcast(self, tensors: Iterable[Tensor]) -> None:
+        """Copy the first rank's tensors to every rank."""
         for x in tensors if self.world_size > 1 else ():
             dist.broadcast(x.detach(), 0)
 
-    def wait(self) -> None:
+    def barrier(self) -> None:
+        """Wait until every rank is here."""
         if self.world_size > 1:
-            self.sum(torch.zeros(1, device=self.device)).item()
+            self.all_reduce(torch.zeros(1, device=self.device)).item()
 
     def leave(self) -> None:
+        """End communication; the ranks go on alone."""
         if self.world_size > 1:
             dist.destroy_process_group()
-            gc.collect()  # gloo's threads end with the last reference to it; one that outlives the interpreter would abort the process
+            gc.collect()  # end gloo's threads: one that outlives the interpreter would abort it
 
 
-def end_with_launcher() -> None:
-    """In a rank: exit when torchrun, its parent, has gone, even by kill -9, or two runs would soon write to one folder."""
+def gpu_of_process(device: str, local: int, local_size: int) -> str:
+    """cuda:N for the process `local` of local_size on this machine. device: as in --device."""
+    if device != "cuda":
+        raise ValueError(f"--device {device} is one GPU for {local_size} processes: leave it out, "
+                         "and each process takes a GPU")
+    gpus = torch.cuda.device_count()
+    if torch.cuda.is_available() and local_size > gpus:
+        raise ValueError(f"{local_size} processes need as many GPUs, and this machine has {gpus}: "
+                         f"--nproc_per_node={gpus} at most")
+    return f"cuda:{local}"
+
+
+def exit_with_launcher() -> None:
+    """Exit when torchrun, the parent process, ends, even by kill -9: otherwise the next run and
+    this one would write to the same folder."""
     launcher = os.getppid()
 
     def watch() -> None:
@@ -431,9 +452,12 @@ def end_with_launcher() -> None:
 
 
 def keep_freed_memory() -> None:
-    """glibc hands large blocks back to the system as they are freed, and a new one costs a page fault every 4 KB: tell it to keep
-    them (mallopt's M_MMAP_MAX and M_TRIM_THRESHOLD). A training step frees and takes the same few blocks again and again."""
-    if mallopt := getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None:
+    """Tell glibc to keep large freed blocks (mallopt's M_MMAP_MAX and M_TRIM_THRESHOLD). A step
+    frees and allocates the same blocks again and again; by default each one is returned to the
+    system, and costs a page fault per 4 KB when it is needed again."""
+    if sys.platform != "linux":
+        return
+    if mallopt := getattr(ctypes.CDLL(None), "mallopt", None):
         mallopt(-4, 0)
         mallopt(-1, -1)
 
@@ -443,88 +467,108 @@ def device_name(device: torch.device) -> str:
 
 
 def pick_dtype(name: str, device: torch.device) -> torch.dtype:
-    """auto: bfloat16 where the device multiplies it natively, on a GPU without it float16, else float32."""
+    """auto: bfloat16 if the device multiplies it natively, else float16 on a GPU and float32 on a
+    CPU."""
     if name != "auto":
         return getattr(torch, name)
     if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+        return torch.bfloat16 if native else torch.float16
     native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     return torch.bfloat16 if native else torch.float32
 
 
 # --- optimizer and schedule -----------------------------------------------------------------------
 
-def make_optimizers(model: nn.Module, name: str, lr: float, weight_decay: float) -> list[torch.optim.Optimizer]:
-    """Weight decay is for the matrices of linear layers: norms, embeddings and position biases are left alone."""
-    named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
 
-    def is_matrix(name: str, p: nn.Parameter) -> bool:
-        return p.dim() == 2 and not any(part in name for part in ("shared", "relative_attention_bias", "lm_head"))
-
-    matrices, rest = [p for n, p in named if is_matrix(n, p)], [p for n, p in named if not is_matrix(n, p)]
-    groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": rest, "weight_decay": 0.0}]
+def make_optimizers(model: nn.Module, name: str, lr: float,
+                    weight_decay: float) -> list[torch.optim.Optimizer]:
+    """adafactor, adamw, or muon for the hidden matrices with AdamW for the rest. Only the matrices
+    of linear layers have weight decay: no norms, embeddings or position biases."""
+    matrices, rest = [], []
+    for n, p in model.named_parameters():
+        is_table = any(part in n for part in ("shared", "relative_attention_bias", "lm_head"))
+        if p.requires_grad:
+            (matrices if p.dim() == 2 and not is_table else rest).append(p)
+    groups = [{"params": matrices, "weight_decay": weight_decay},
+              {"params": rest, "weight_decay": 0.0}]
+    adamw = {"lr": lr, "betas": (0.9, 0.98), "fused": True}
     if name == "muon":
-        optimizers: list[torch.optim.Optimizer] = [torch.optim.Muon(matrices, lr=lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw")]
-        return [*optimizers, torch.optim.AdamW(groups[1:], lr=lr, betas=(0.9, 0.98), fused=True)] if rest else optimizers
-    groups = [g for g in groups if g["params"]]
-    return [torch.optim.Adafactor(groups, lr=lr) if name == "adafactor" else torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.98), fused=True)]
+        muon = torch.optim.Muon(matrices, lr=lr, weight_decay=weight_decay,
+                                adjust_lr_fn="match_rms_adamw")
+        return [muon, torch.optim.AdamW(groups[1:], **adamw)] if rest else [muon]
+    groups = [group for group in groups if group["params"]]
+    if name == "adafactor":
+        return [torch.optim.Adafactor(groups, lr=lr)]
+    return [torch.optim.AdamW(groups, **adamw)]
 
 
 def clip_gradient(gradient: Tensor, divisor: Tensor | float, max_norm: float) -> Tensor:
-    """Divide the flat gradient (P,) in place, then scale it down to max_norm if its norm is larger. Returns the norm before,
-    (), on the gradient's device: nothing here waits for a GPU."""
+    """Divide the flat gradient (P,) in place, then scale it down if its norm exceeds max_norm.
+    Returns the norm before clipping, (), on the device: there is no sync here."""
     gradient.div_(divisor)
-    norm = torch.stack([part.dot(part) for part in gradient.split(1 << 22)]).sum().sqrt()  # in parts: float32 adds up rounding
+    parts = gradient.split(1 << 22)  # rounding of one float32 sum over all would add up
+    norm = torch.stack([part.dot(part) for part in parts]).sum().sqrt()
     gradient.mul_((max_norm / norm).clamp(max=1))
     return norm
 
 
-def learning_rate(schedule: str, progress: float, step: int, lr: float, min_lr: float, warmup_steps: int) -> float:
-    """progress: 0 to 1, the share of the training that is behind; step: counted from 0. It rises from 0 for warmup_steps,
-    or for a tenth of a training that is shorter than ten times that."""
+def learning_rate(schedule: str, progress: float, step: int, lr: float, min_lr: float,
+                  warmup_steps: int) -> float:
+    """The rate of a step, counted from 0. progress: the share of the training that is done, 0 to 1.
+    Warmup takes warmup_steps, or a tenth of the training if that is shorter."""
     def falling(x: float) -> float:
         return 0.5 * (1 + math.cos(math.pi * min(1.0, x)))
 
     if schedule == "onecycle":  # up for the first 30 %, then down
-        share = falling(1 - progress / 0.3) if progress < 0.3 else falling((progress - 0.3) / 0.7)
+        up = progress < 0.3
+        share = falling(1 - progress / 0.3) if up else falling((progress - 0.3) / 0.7)
         return min_lr + (lr - min_lr) * share
     share = 1.0
     if schedule == "cosine":
         share = falling(progress)
-    elif schedule == "wsd":  # warmup, stable, decay: a straight line down over the last fifth
+    elif schedule == "wsd":  # warmup, stable, decay: linear over the last fifth
         share = min(1.0, max(0.0, 1 - progress) / 0.2)
-    return (min_lr + (lr - min_lr) * share) * min(1.0, max((step + 1) / max(1, warmup_steps), progress / 0.1))
+    warmup = min(1.0, max((step + 1) / max(1, warmup_steps), progress / 0.1))
+    return (min_lr + (lr - min_lr) * share) * warmup
 
 
 # --- checkpoints ----------------------------------------------------------------------------------
 
+
 @dataclass
 class State:
-    """All that changes in training besides weights and optimizers: with those, what a checkpoint holds."""
+    """What changes in training besides weights and optimizers. A checkpoint holds all three, and
+    the identity and settings of the run (see save_checkpoint)."""
     step: int = 0
-    tokens: int = 0  # non-padding ones seen so far, both sides, all ranks
+    tokens: int = 0  # non-padding tokens so far, both sides, all ranks
     elapsed_s: float = 0.0
     best_val: float = math.inf
-    bad_steps: int = 0  # skipped because the loss or the gradient was not finite
+    bad_steps: int = 0  # skipped, because the loss or the gradient was not finite
     loss_scale: float = 2.0 ** 16  # float16 only
     scaled_steps: int = 0  # since the loss scale last changed
     stream: dict = field(default_factory=lambda: {"epoch": 0, "window": 0, "batch": 0})
 
 
-def save_checkpoint(folder: Path, keep: int, model: nn.Module, optimizers: list, state: State, identity: dict, settings: dict) -> None:
-    """checkpoint/step-N-HASH.pt, the hash being that of its bytes; of the older ones keep - 1 stay. identity: what may not
-    change when the run is resumed; settings: the flags that a resumed run takes from here."""
+def save_checkpoint(folder: Path, keep: int, model: nn.Module, optimizers: list, state: State,
+                    identity: dict, settings: dict) -> None:
+    """Write step-N-HASH.pt, HASH being that of its bytes, and keep the newest `keep` files.
+
+    identity: what may not change when the run is resumed. settings: what a resumed run takes from
+    here if no flag says otherwise.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     trained = {n: p.detach() for n, p in model.named_parameters() if p.requires_grad}
-    saved = {"model": trained, "optimizers": [o.state_dict() for o in optimizers], "state": dataclasses.asdict(state),
-             "identity": identity, "settings": settings}
+    saved = {"model": trained, "optimizers": [o.state_dict() for o in optimizers],
+             "state": dataclasses.asdict(state), "identity": identity, "settings": settings}
     temporary = folder / "writing.tmp"
     try:
-        with write_errors(folder / "checkpoint", RuntimeError):  # torch.save raises RuntimeError on a full disk
+        with write_errors(folder / "checkpoint", RuntimeError):  # torch.save's error on a full disk
             torch.save(saved, temporary)
             with open(temporary, "rb+") as f:
                 os.fsync(f.fileno())
-            os.replace(temporary, folder / f"step-{state.step:08d}-{hash_file(temporary)}.pt")
+            name = f"step-{state.step:08d}-{hash_file(temporary)}.pt"
+            os.replace(temporary, folder / name)
     finally:
         temporary.unlink(missing_ok=True)
     for old in list_checkpoints(folder)[keep:]:
@@ -534,55 +578,51 @@ def save_checkpoint(folder: Path, keep: int, model: nn.Module, optimizers: list,
 def load_checkpoint(saved: dict, model: nn.Module, optimizers: list) -> State:
     """The twin of save_checkpoint: put what it saved into model and optimizers."""
     model.load_state_dict(saved["model"], strict=False)
-    for optimizer, s in zip(optimizers, saved["optimizers"]):
-        decays = [group["weight_decay"] for group in optimizer.param_groups]  # which may be another now
-        optimizer.load_state_dict(copy.deepcopy(s))  # copied, as `saved` is mapped from the file
+    for optimizer, state in zip(optimizers, saved["optimizers"]):
+        decays = [group["weight_decay"] for group in optimizer.param_groups]  # may have changed
+        optimizer.load_state_dict(copy.deepcopy(state))  # copied: `saved` is mapped from the file
         for group, decay in zip(optimizer.param_groups, decays):
             group["weight_decay"] = decay
     return State(**saved["state"])
 
 
 def check_identity(identity: dict, saved: dict | None, out_dir: str, ranks: Ranks) -> None:
-    """Raises ValueError, naming the flag, where processes differ in what must be one, or a run in what it was before."""
-    first = ranks.all_gather(identity)[0]
-    differs = [flag for flag in identity if identity[flag] != first[flag]]
-    ranks.check(f"{differs[0]}: this process has other files or values than the first (machines must share {out_dir} and the data, "
-                "or have equal copies)" if differs else None)
-    for flag, value in identity.items() if saved else ():
-        if (before := saved["identity"].get(flag)) != value:
-            shown = f"then {before}, now {value}"
-            if isinstance(value, dict) and isinstance(before, dict):
-                shown = ", ".join(f"{k} was {before.get(k)}, is {value.get(k)}" for k in value if before.get(k) != value.get(k))
-            raise AgreedError(f"{flag} is not what it was in the run that {out_dir} continues ({shown}): give the old value, "
-                              "another --out_dir, or --resume never to start anew")
+    """Raise ValueError, naming the flag, if ranks differ, or a resumed run from what it was."""
+    main = ranks.all_gather(identity)[0]
+    differs = [flag for flag in identity if identity[flag] != main[flag]]
+    ranks.check(f"{differs[0]}: this process has other files or values than the first (machines "
+                f"must share {out_dir} and the data, or have equal copies)" if differs else None)
+    if not saved:
+        return
+    for flag, value in identity.items():
+        before = saved["identity"].get(flag)
+        if before == value:
+            continue
+        shown = f"then {before}, now {value}"
+        if isinstance(value, dict) and isinstance(before, dict):
+            shown = ", ".join(f"{k} was {before.get(k)}, is {value[k]}"
+                              for k in value if before.get(k) != value[k])
+        raise AgreedError(f"{flag} is not what it was in the run that {out_dir} continues "
+                          f"({shown}): give the old value, another --out_dir, or --resume never "
+                          "to start anew")
 
 
 @contextlib.contextmanager
 def claimed(folder: Path, ranks: Ranks) -> Iterator[None]:
-    """Keep other runs out of the folder. Raises ValueError if another one is at work there, or if it is no folder."""
-    if not ranks.first:
+    """Keep other runs out of the folder. Raises ValueError if another one uses it."""
+    if not ranks.is_main:
         yield
         return
     check_folder(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    # a run that was killed takes a moment to end
-    with locked(folder, f"another run is at work in {folder}: wait for its end, or choose another --out_dir", patience_s=5.0):
+    message = (f"another run is at work in {folder}: wait for its end, or choose another --out_dir")
+    with locked(folder, message, patience_s=5.0):  # a run that was killed takes a moment to end
         yield
 
 
 def hash_file(path: Path) -> str:
-    digest = xxhash.xxh3_64()
     with open(path, "rb") as f:
-        while block := f.read(1 << 24):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-def drop_checkpoints_after(folder: Path, step: int) -> None:
-    """Delete checkpoints newer than a step: after a resume from that step they would be taken for the newest."""
-    for path in list_checkpoints(folder):
-        if int(path.name.split("-")[1]) > step:
-            path.unlink()
+        return hashlib.file_digest(f, xxhash.xxh3_64).hexdigest()
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
@@ -590,52 +630,75 @@ def list_checkpoints(folder: Path) -> list[Path]:
     return sorted(folder.glob("step-*.pt"), reverse=True)
 
 
-def newest_checkpoint(out_dir: Path, resume: str) -> Path | None:
-    """The newest checkpoint whose bytes are what its name says; damaged ones are reported and skipped."""
-    if resume == "never":
-        return None
-    if resume != "auto":
-        given = Path(resume)
-        candidates = [given] if given.is_file() else list_checkpoints(given) or list_checkpoints(given / "checkpoint")
-        if not candidates:
-            raise FileNotFoundError(f"--resume {resume}: no checkpoint there")
-        if not re.fullmatch(r"step-\d+-[0-9a-f]{16}\.pt", candidates[0].name):
-            raise ValueError(f"--resume {resume}: a checkpoint's name is step-NUMBER-HASH.pt, and must stay so")
-        own = list_checkpoints(out_dir / "checkpoint")
-        if own and candidates[0].name not in [path.name for path in own]:
-            raise ValueError(f"--resume {resume} is not of the run in {out_dir}, which would be lost: choose another --out_dir")
+def drop_checkpoints_after(folder: Path, step: int) -> None:
+    """Delete checkpoints newer than the one that a run resumes from: they would be taken for the
+    newest of that run."""
+    for path in list_checkpoints(folder):
+        if int(path.name.split("-")[1]) > step:
+            path.unlink()
+
+
+def candidate_checkpoints(out_dir: Path, resume: str) -> list[Path]:
+    """The files that --resume may mean, newest first. Raises FileNotFoundError or ValueError for a
+    path that is no checkpoint, or one of another run than out_dir holds."""
+    own = list_checkpoints(out_dir / "checkpoint")
+    if resume in ("auto", "never"):
+        return own if resume == "auto" else []
+    given = Path(resume)
+    if given.is_file():
+        found = [given]
     else:
-        candidates = list_checkpoints(out_dir / "checkpoint")
+        found = list_checkpoints(given) or list_checkpoints(given / "checkpoint")
+    if not found:
+        raise FileNotFoundError(f"--resume {resume}: no checkpoint there")
+    if not re.fullmatch(r"step-\d+-[0-9a-f]{16}\.pt", found[0].name):
+        raise ValueError(f"--resume {resume}: a checkpoint's name is step-NUMBER-HASH.pt, and must "
+                         "stay so")
+    if own and found[0].name not in [path.name for path in own]:
+        raise ValueError(f"--resume {resume} is not of the run in {out_dir}, which would be lost: "
+                         "choose another --out_dir")
+    return found
+
+
+def newest_checkpoint(out_dir: Path, resume: str) -> Path | None:
+    """The newest checkpoint whose bytes match its name. Damaged ones are reported and skipped."""
+    candidates = candidate_checkpoints(out_dir, resume)
     for path in candidates:
-        if hash_file(path) == path.stem.rpartition("-")[2]:
+        if is_whole(path):
             return path
         print(f"warning: {path} is damaged and skipped", file=sys.stderr)
     if candidates:
-        raise ValueError(f"every checkpoint in {candidates[0].parent} is damaged; --resume never starts anew")
+        raise ValueError(f"every checkpoint in {candidates[0].parent} is damaged; --resume never "
+                         "starts anew")
     return None
 
 
+def is_whole(path: Path) -> bool:
+    return hash_file(path) == path.stem.rpartition("-")[2]
+
+
 def find_checkpoint(out_dir: str, resume: str, ranks: Ranks) -> dict | None:
-    """The content of the checkpoint to resume from, and its path, on every rank that which the first rank finds; None: a new run."""
-    path = newest_checkpoint(Path(out_dir), resume) if ranks.first else None
+    """The content and "path" of the checkpoint to resume from, the same on every rank: the first
+    rank chooses it. None: a new run."""
+    path = newest_checkpoint(Path(out_dir), resume) if ranks.is_main else None
     name = ranks.all_gather(path.name if path else None)[0]
     if name is None:
         return None
-    if path is None:
-        given, folder = Path(resume), Path(out_dir) / "checkpoint"
-        if resume != "auto":
-            folder = given.parent if given.is_file() else given
+    if path is None:  # the same file, as this machine sees it
+        given = Path(out_dir) if resume == "auto" else Path(resume)
+        folder = given.parent if given.is_file() else given
         path = folder / name if (folder / name).is_file() else folder / "checkpoint" / name
-    same = path.is_file() and (ranks.first or hash_file(path) == path.stem.rpartition("-")[2])
-    ranks.check(None if same else f"{path.parent} has no {name}, from which the first process resumes: --out_dir must be on a file "
-                                  "system that all machines share")
+    is_same = path.is_file() and (ranks.is_main or is_whole(path))
+    ranks.check(None if is_same else f"{path.parent} has no {name}, from which the first process "
+                "resumes: --out_dir must be on a file system that all machines share")
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except (RuntimeError, EOFError, pickle.UnpicklingError, ValueError, KeyError):
         raise AgreedError(f"{path} is not a checkpoint") from None
     if "settings" not in saved:
-        raise AgreedError(f"{path} was written by an earlier version, whose runs cannot be resumed: start anew from the model with "
-                          f"--init_from {out_dir} and another --out_dir")
+        raise AgreedError(f"{path} was written by an earlier version, whose runs cannot be "
+                          f"resumed: start anew from the model with --init_from {out_dir} and "
+                          "another --out_dir")
     return saved | {"path": str(path)}
 
 
@@ -643,24 +706,18 @@ def find_checkpoint(out_dir: str, resume: str, ranks: Ranks) -> dict | None:
 
 
 class Report:
-    """One line that updates in a terminal, or a plain line now and then; log.jsonl always, TensorBoard's events where it is installed."""
+    """log.jsonl, TensorBoard's events if it is installed, and a line on the terminal. Only the
+    first rank reports."""
 
-    def __init__(self, out_dir: Path, first: bool, step: int):
-        self.first, self.terminal, self.shown_s = first, sys.stdout.isatty(), 0.0
-        if not first:
+    def __init__(self, out_dir: Path, is_main: bool, step: int):
+        """step: drop log entries newer than this checkpoint; those steps are rerun."""
+        self.is_main, self.is_terminal, self.shown_s = is_main, sys.stdout.isatty(), 0.0
+        if not is_main:
             return
         out_dir.mkdir(parents=True, exist_ok=True)
-        path = out_dir / "log.jsonl"
-        kept = []
-        if path.exists():  # what came after the checkpoint that we go on from will come again
-            for line in path.read_text("utf-8").splitlines():
-                try:
-                    if json.loads(line)["step"] <= step and step:
-                        kept.append(line + "\n")
-                except (ValueError, KeyError, TypeError):
-                    continue  # a line that a power cut left half written
-        write_file(path, "".join(kept))
-        self.path, self.file = path, open(path, "a", encoding="utf-8")
+        self.path = out_dir / "log.jsonl"
+        write_file(self.path, "".join(read_log(self.path, step)))
+        self.file = open(self.path, "a", encoding="utf-8")
         try:
             from torch.utils.tensorboard import SummaryWriter
             self.board = SummaryWriter(str(out_dir / "tensorboard"), purge_step=step + 1)
@@ -668,7 +725,7 @@ class Report:
             self.board = None
 
     def log(self, values: dict) -> None:
-        if not self.first:
+        if not self.is_main:
             return
         with write_errors(self.path):
             self.file.write(json.dumps(values) + "\n")
@@ -678,25 +735,43 @@ class Report:
                 self.board.add_scalar(name, value, values["step"])
 
     def close(self) -> None:
-        if self.first:
+        if self.is_main:
             self.file.close()
             if self.board:
                 self.board.close()
 
     def say(self, text: str) -> None:
-        if self.first:
-            print(("\r\x1b[K" if self.terminal else "") + text, flush=True)
+        if self.is_main:
+            print(("\r\x1b[K" if self.is_terminal else "") + text, flush=True)
 
-    def show(self, values: dict, left_s: float, now: bool = False) -> None:
-        if not self.first or time.monotonic() - self.shown_s < (0.2 if self.terminal else 10) and not now:
+    def show(self, values: dict, left_s: float) -> None:
+        """Progress: a line that updates in a terminal, otherwise a line every 10 seconds."""
+        every_s = 0.2 if self.is_terminal else 10
+        if not self.is_main or time.monotonic() - self.shown_s < every_s:
             return
         self.shown_s = time.monotonic()
-        text = (f"step {values['step']:,}  loss {values['loss']:.4f}  lr {values['lr']:.2e}  {values['tok_per_s']:,.0f} tokens/s  "
-                f"{duration(left_s)} left")
-        print("\r\x1b[K" + text if self.terminal else text, end="" if self.terminal else "\n", flush=True)
+        text = (f"step {values['step']:,}  loss {values['loss']:.4f}  lr {values['lr']:.2e}  "
+                f"{values['tok_per_s']:,.0f} tokens/s  {duration(left_s)} left")
+        if self.is_terminal:
+            print("\r\x1b[K" + text, end="", flush=True)
+        else:
+            print(text, flush=True)
+
+
+def read_log(path: Path, last_step: int) -> list[str]:
+    """The whole lines of log.jsonl up to a step; a power cut may leave half a line."""
+    lines = []
+    for line in path.read_text("utf-8").splitlines() if path.exists() and last_step else ():
+        try:
+            if json.loads(line)["step"] <= last_step:
+                lines.append(line + "\n")
+        except (ValueError, KeyError, TypeError):
+            continue
+    return lines
 
 
 def duration(seconds: float) -> str:
+    """3725 -> 1h02m, 65 -> 1m05s"""
     if not math.isfinite(seconds):
         return "?"
     m, s = divmod(round(seconds), 60)
@@ -713,7 +788,7 @@ def response_loss(args: argparse.Namespace, ranks: Ranks, model: ChatLM, tokeniz
     if args.valid:
         batches = list(PairStream(args.valid_files, tokenizer, args.micro_batch_tokens, args.max_len, 0, ranks.rank, ranks.world_size).one_epoch())
         chars += sum(len(tokenizer.decode(row[row >= 0])) for batch in batches for row in batch["labels"].numpy())
-        if not float(ranks.sum(chars)):
+        if not float(ranks.all_reduce(chars)):
             raise AgreedError(f"{args.valid} has no row with a prompt and a response")
 
     def loss(batch: dict) -> tuple[Tensor, Tensor]:
@@ -723,7 +798,7 @@ def response_loss(args: argparse.Namespace, ranks: Ranks, model: ChatLM, tokeniz
         sums = torch.zeros(2, dtype=torch.float64, device=ranks.device)
         for batch in batches:
             sums += torch.stack([x.double() for x in loss({k: v.to(ranks.device) for k, v in batch.items()})])
-        nats, tokens = ranks.sum(sums).tolist()
+        nats, tokens = ranks.all_reduce(sums).tolist()
         return {"val_loss": nats / tokens, "val_ppl": math.exp(min(700.0, nats / tokens)), "val_nats_per_char": nats / float(chars)}
 
     def first_loss(stream: PairStream) -> float:
@@ -736,7 +811,7 @@ def response_loss(args: argparse.Namespace, ranks: Ranks, model: ChatLM, tokeniz
 
     def initialize(stream: PairStream) -> None:
         before, after = stream.successions()
-        if ranks.first and len(after):  # a window may hold no text at all
+        if ranks.is_main and len(after):  # a window may hold no text at all
             random, random_loss = [p.detach().cpu().clone() for p in model.parameters()], first_loss(stream)
             init_bigrams(model, torch.from_numpy(before), torch.from_numpy(after))
             counts_loss = first_loss(stream)
@@ -747,7 +822,7 @@ def response_loss(args: argparse.Namespace, ranks: Ranks, model: ChatLM, tokeniz
                     for p, r in zip(model.parameters(), random):
                         p.copy_(r)
                 print(f"initialized at random: {len(after):,} tokens are too few to count (loss {counts_loss:.1f}, at random {random_loss:.1f})", flush=True)
-        ranks.share(model.parameters())
+        ranks.broadcast(model.parameters())
 
     def answers() -> dict:
         rows = held_out(args)
@@ -868,7 +943,7 @@ def resolve_args(args: argparse.Namespace, ranks: Ranks, saved: dict | None, col
     args.lr = args.lr or default_lr(args)
     if args.dtype == "auto":
         args.dtype = str(pick_dtype("auto", ranks.device)).removeprefix("torch.")
-    if args.optimizer == "muon" and pick_dtype("auto", ranks.device) == torch.float32 and ranks.first:
+    if args.optimizer == "muon" and pick_dtype("auto", ranks.device) == torch.float32 and ranks.is_main:
         print("note: torch's Muon computes in bfloat16, for which this CPU has no instructions: it will be slow", file=sys.stderr)
     if args.micro_batch_tokens is None:
         args.micro_batch_tokens = min(ranks.all_gather(default_micro_batch(args, ranks.device, len(columns))))
@@ -892,9 +967,9 @@ def resolve_args(args: argparse.Namespace, ranks: Ranks, saved: dict | None, col
                              ("min_lr", args.schedule != "constant", "with --schedule constant"),
                              ("warmup_steps", args.schedule != "onecycle", "with --schedule onecycle"),
                              ("batch_tokens", args.batch_tokens >= args.micro_batch_tokens, "below --micro_batch_tokens: a step takes one micro-batch")):
-        if name in args.given and not works and ranks.first:
+        if name in args.given and not works and ranks.is_main:
             print(f"note: --{name} has no effect {why}", file=sys.stderr)
-    if args.valid and ranks.first and (found := overlap(args.data_files, args.valid_files)):
+    if args.valid and ranks.is_main and (found := overlap(args.data_files, args.valid_files)):
         print(f"warning: {found:,} prompts of --valid are in --data too, and measure memory (data.py split keeps them apart)", file=sys.stderr)
 
 
@@ -980,10 +1055,10 @@ def make_demo_data(args: argparse.Namespace, ranks: Ranks) -> None:
     """Point args at the demo's files in the out_dir; the first rank writes them if they are not there."""
     folder = Path(args.out_dir) / "demo"
     args.data, args.valid = [str(folder / "train.parquet")], str(folder / "valid.parquet")
-    if ranks.first and not (Path(args.valid).is_file() and Path(args.data[0]).is_file()):
+    if ranks.is_main and not (Path(args.valid).is_file() and Path(args.data[0]).is_file()):
         print("making demo data: questions about capitals, opposites, units, sums, ...", flush=True)
         data.write_demo(folder)
-    ranks.wait()
+    ranks.barrier()
 
 
 def overlap(files: list[str], valid_files: list[str]) -> int:
@@ -1005,9 +1080,9 @@ def find_tokenizer(args: argparse.Namespace, ranks: Ranks, saved: dict | None = 
     if args.tokenizer or args.init_from:
         return Tokenizer.from_pretrained(args.tokenizer or args.init_from, append_eos=True)
     out = Path(args.out_dir)
-    if ranks.first and not saved:  # a resumed run has one, whatever the flags say: check_identity compares them
+    if ranks.is_main and not saved:  # a resumed run has one, whatever the flags say: check_identity compares them
         train_tokenizer(args, out)
-    ranks.wait()
+    ranks.barrier()
     if saved and not (out / "tokenizer.json").is_file():  # --resume from another folder
         out = Path(saved["path"]).parent.parent
     if not (out / "tokenizer.json").is_file():
@@ -1050,7 +1125,7 @@ def make_model(args: argparse.Namespace, ranks: Ranks, tokenizer: Tokenizer) -> 
         model = ChatLM.from_pretrained(args.init_from, torch.float32, ranks.device)
         if len(tokenizer) > model.config.vocab_size:
             raise ValueError(f"the tokenizer has {len(tokenizer):,} tokens and the model in {args.init_from} only {model.config.vocab_size:,}")
-        if args.tokenizer and ranks.first and (Path(args.init_from) / "tokenizer.json").is_file():
+        if args.tokenizer and ranks.is_main and (Path(args.init_from) / "tokenizer.json").is_file():
             own = Tokenizer.from_pretrained(args.init_from)
             if (own.vocab, own.merges) != (tokenizer.vocab, tokenizer.merges):
                 print(f"warning: {args.tokenizer} has other tokens than {args.init_from} was trained with: that model must learn them anew",
@@ -1104,15 +1179,19 @@ def closing(args: argparse.Namespace, model: ChatLM, tokenizer: Tokenizer, state
     print(f"\nfinished: {args.out_dir} is a model folder ({seconds}). Talk to it:\n  {command} --prompt \"{asked}\"\n  {command}")
 
 
-def report_shares(args: argparse.Namespace, ranks: Ranks, group: int) -> None:
-    """One line where processes have unequal shares of a step, or none."""
-    if not ranks.first or group % ranks.world_size == 0:
-        return
+def make_stream(args: argparse.Namespace, ranks: Ranks, tokenizer: Tokenizer, columns: tuple[str, ...] = data.PAIR) -> PairStream:
+    """The training batches. Prints one line where processes have unequal shares of a step, or none."""
+    group = max(1, round(args.batch_tokens / args.micro_batch_tokens))
+    stream = PairStream(args.data_files, tokenizer, args.micro_batch_tokens, args.max_len, args.seed, ranks.rank, ranks.world_size,
+                        group=group, columns=columns, workers=args.workers)
+    if not ranks.is_main or group % ranks.world_size == 0:
+        return stream
     even = -(-group // ranks.world_size) * ranks.world_size * args.micro_batch_tokens
     idle = max(0, ranks.world_size - group)
     print(f"note: a step has {group} micro-batches for {ranks.world_size} processes"
           + (f", of which {idle} have none: they wait" if idle else ", which cannot share them evenly")
           + f"; --batch_tokens {even} or a smaller --micro_batch_tokens gives all of them work", file=sys.stderr)
+    return stream
 
 
 def main() -> None:
@@ -1121,7 +1200,7 @@ def main() -> None:
     parser.add_argument("--vocab_size", type=number(int, 264), help="size of a tokenizer that is trained here (default: 29298; 2048 for the demo)")
     parser.add_argument("--bleu_every", type=number(int, 1), metavar="STEPS", help="score answers on --valid every N steps (default: at the end)")
     args = parser.parse_args()
-    with memory_hint("--micro_batch_tokens in a new run, or resume this one with --checkpoint_activations"):
+    with memory_hint(MEMORY_HINT):
         run_training(args)
 
 
@@ -1133,19 +1212,16 @@ def run_training(args: argparse.Namespace) -> None:
         resolve_args(args, ranks, saved)
         tokenizer = find_tokenizer(args, ranks, saved)
         model = make_model(args, ranks, tokenizer)
-        group = max(1, round(args.batch_tokens / args.micro_batch_tokens))
-        if ranks.first:
+        if ranks.is_main:
             print(f"{model.num_parameters() / 1e6:.1f} million parameters, {len(tokenizer):,} tokens, {ranks.world_size} x {ranks.device.type}, "
                   f"{args.dtype}", flush=True)
-        report_shares(args, ranks, group)
         identity = run_identity(args, model, tokenizer)
         check_identity(identity, saved, args.out_dir, ranks)
-        stream = PairStream(args.data_files, tokenizer, args.micro_batch_tokens, args.max_len, args.seed, ranks.rank, ranks.world_size,
-                            group=group, workers=args.workers)
+        stream = make_stream(args, ranks, tokenizer)
         objective = response_loss(args, ranks, model, tokenizer)
         state = Trainer(args, ranks, model, stream, objective, identity).fit(saved)
         ranks.leave()  # the others need not wait while the first scores answers
-        if ranks.first:
+        if ranks.is_main:
             closing(args, model, tokenizer, state)
 
 

@@ -419,10 +419,10 @@ def test_triples_and_references_follow_their_files(folder, tmp_path):
     rows = [dict(prompt=f"第{i}问", chosen="好" * 300, rejected="坏" * 300) for i in range(200)]
     path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), "utf-8")
     ranks = train.Ranks(0, 1, torch.device("cpu"))
-    (first,) = dpo.find_triples([str(path)], ranks, tmp_path / "cache")
+    (first,) = dpo.find_triples([str(path)], ranks, tmp_path / "out")
     content = path.read_text("utf-8").replace("第7问", "第8问")
     path.write_text(content, "utf-8")
-    (second,) = dpo.find_triples([str(path)], ranks, tmp_path / "cache")
+    (second,) = dpo.find_triples([str(path)], ranks, tmp_path / "out")
     assert first != second and [row["prompt"] for row in read_rows([second])][7] == "第8问"
 
 

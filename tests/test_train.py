@@ -545,7 +545,7 @@ def test_every_process_gets_work_by_default(base, monkeypatch, tmp_path, world_s
         def all_gather(self, value):
             return [value] * self.world_size
 
-        def wait(self):
+        def barrier(self):
             pass
 
     flags = [base[1] if flag == "x" else flag for flag in flags]
