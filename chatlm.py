@@ -894,7 +894,8 @@ def common_dtype(weights: dict[str, Tensor], folder) -> torch.dtype:
     numbers: dict[torch.dtype, int] = {}
     for name, w in weights.items():
         if w.dtype not in FLOATS:
-            raise ValueError(f"{folder}: {name} has dtype {w.dtype}: quantized weights are not read")
+            raise ValueError(f"{folder}: {name} has dtype {w.dtype}: quantized weights are not "
+                             "read")
         numbers[w.dtype] = numbers.get(w.dtype, 0) + w.numel()
     return max(numbers, key=numbers.get)
 

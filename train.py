@@ -178,6 +178,8 @@ class Trainer:
         while done < 1 and not stopping:
             values, stopping = self.train_step(done, stop.signal > 0)
             done = self.progress()
+            if done >= 1 and self.bad_in_a_row:
+                self.fail()
             if values["loss"] is not None:
                 elapsed_s = self.state.elapsed_s - elapsed_before_s
                 self.report.show(values, (1 - done) * elapsed_s / max(done - done_before, 1e-9))
@@ -290,9 +292,13 @@ class Trainer:
             self.report.say(f"step {self.state.step:,}: the loss or its gradient is not finite; "
                             "the step was skipped")
         if self.bad_in_a_row == MAX_BAD_STEPS:
-            raise ValueError(f"no finite loss in {MAX_BAD_STEPS} steps in a row: lower --lr or "
-                             "choose another --dtype; the checkpoints in "
-                             f"{self.out_dir / 'checkpoint'} are from before")
+            self.fail()
+
+    def fail(self) -> None:
+        """Raise ValueError: the weights, or the data, give no finite loss any more."""
+        raise ValueError(f"no finite loss in {self.bad_in_a_row} steps in a row: lower --lr or "
+                         "choose another --dtype; the checkpoints in "
+                         f"{self.out_dir / 'checkpoint'} are from before")
 
     def evaluate(self) -> None:
         """Validate, and export the model to best/ if its loss is the lowest so far."""

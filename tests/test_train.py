@@ -444,6 +444,9 @@ def test_infinite_gradients_change_nothing_and_end_the_run(base, call_here, stra
     done = call_here(*base[:i], *base[i + 2:], "--init_from", str(model), "--max_steps", "30", "--out_dir", str(tmp_path / "out"))
     assert done.returncode == 2 and "no finite loss in 10 steps" in done.stderr.splitlines()[-1], done.stderr
     assert [r["loss"] for r in log(tmp_path / "out")] == [None] * 10
+    done = call_here(*base[:i], *base[i + 2:], "--init_from", str(model), "--max_steps", "3", "--out_dir", str(tmp_path / "short"))
+    assert done.returncode == 2 and "no finite loss in 3 steps" in done.stderr.splitlines()[-1]
+    assert not (tmp_path / "short" / "model.safetensors").exists()
 
 
 @pytest.mark.parametrize("flags", [["--optimizer", "muon", "--schedule", "onecycle", "--epochs", "0.05"], ["--dtype", "bfloat16", "--time_limit", "2"]], ids=str)
