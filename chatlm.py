@@ -171,12 +171,12 @@ class ChatLMConfig:
         if "scale_decoder_outputs" in values:
             values["scale_decoder_outputs"] = bool(values["scale_decoder_outputs"])
         for name in ("pad_token_id", "eos_token_id", "decoder_start_token_id"):
-            if generation.get(name) is not None:
-                both = {str(fields.get(name, generation[name])), str(generation[name]), "None"}
-                if name != "eos_token_id" and len(both) > 2:
+            preferred = generation.get(name)
+            if preferred is not None:
+                if name != "eos_token_id" and fields.get(name) not in (None, preferred):
                     raise ValueError(f"{folder}: config.json and generation_config.json have "
                                      f"different values of {name}")
-                values[name] = generation[name]
+                values[name] = preferred
             if isinstance(values.get(name), list) and len(values[name]) == 1:
                 values[name] = values[name][0]
         try:

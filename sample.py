@@ -850,22 +850,26 @@ def decoding_options(args, model: ChatLM) -> dict:
         print(f"note: {', '.join(ignored)} of the model's generation_config.json {'is' if len(ignored) == 1 else 'are'} not supported and "
               "ignored", file=sys.stderr)
     said |= {name: getattr(args, name) for name in names if getattr(args, name) is not None}
-    contrastive = said.get("penalty_alpha", 0) > 0
-    for names, works, needs in ((("temperature", "top_p"), said.get("do_sample"), "--do_sample"),
-                                (("top_k",), said.get("do_sample") or contrastive, "--do_sample or --penalty_alpha"),
-                                (("seed",), said.get("do_sample"), "--do_sample"),
-                                (("penalty_alpha",), contrastive and said.get("top_k", 0) > 1 and said.get("num_beams", 1) == 1 and not said.get("do_sample"),
-                                 "--top_k of 2 or more, or with --num_beams or --do_sample"),
-                                (("length_penalty", "early_stopping"), said.get("num_beams", 1) > 1, "--num_beams")):
-        for name in names:
-            if getattr(args, name, None) is not None and not works:
-                print(f"note: --{name} changes nothing without {needs}", file=sys.stderr)
     try:
-        return asdict(GenerationConfig(**said))
+        config = GenerationConfig(**said)
     except ValueError as e:
         name = str(e).split()[0]
         of_model = name in model.generation and getattr(args, name, None) is None
         raise ValueError(f"{args.model}/generation_config.json: {e}" if of_model else str(e)) from None
+    report_unused(args, config)
+    return asdict(config)
+
+
+def report_unused(args, config: GenerationConfig) -> None:
+    """Print a line for every flag that has no effect with these settings."""
+    needs = {"temperature": (config.do_sample, "--do_sample"), "top_p": (config.do_sample, "--do_sample"),
+             "seed": (config.do_sample, "--do_sample"),
+             "top_k": (config.do_sample or config.penalty_alpha > 0, "--do_sample or --penalty_alpha"),
+             "penalty_alpha": (config.contrastive, "--top_k of 2 or more, or with --num_beams or --do_sample"),
+             "length_penalty": (config.num_beams > 1, "--num_beams"), "early_stopping": (config.num_beams > 1, "--num_beams")}
+    for name, (works, what) in needs.items():
+        if getattr(args, name, None) is not None and not works:
+            print(f"note: --{name} changes nothing without {what}", file=sys.stderr)
 
 
 def main() -> None:

@@ -10,7 +10,8 @@ characters, and the learnt merges are applied in the order in which they were le
     merges (天, 气), (天气, 预), ...      "今天天气，好" -> 今天天气 | ， | 好 -> 今天 天气 ， 好
 
 Characters outside the alphabet become their UTF-8 bytes, <0xE2> <0x82> <0xAC>, so every string has a code and comes
-back whole. The exception is a literal special token: "[EOS]" in a text becomes the token, which decode leaves out. Learning and encoding both work on whole arrays of text with numpy; tests hold them to textbook versions.
+back whole. The exception is a literal special token: "[EOS]" in a text becomes the token, which decode leaves out.
+Learning and encoding both work on whole arrays of text with numpy; tests hold them to textbook versions.
 tokenizer.json is Hugging Face's format, and AutoTokenizer gives the same ids.
 """
 import argparse
@@ -521,7 +522,8 @@ def canonical(form: dict) -> dict:
         return None if value.get("type") == "TemplateProcessing" and not value["special_tokens"] else value
 
     model = {k: v for k, v in {**MODEL_DEFAULTS, **form["model"]}.items() if k not in ("vocab", "merges")}
-    names = ("added_tokens", "normalizer", "pre_tokenizer", "post_processor", "decoder")  # padding and truncation, which a file may carry too, change no ids: AutoTokenizer resets them
+    # not padding and truncation, which a file may have too: AutoTokenizer resets them, so they change no ids
+    names = ("added_tokens", "normalizer", "pre_tokenizer", "post_processor", "decoder")
     return {name: part(form.get(name)) for name in names} | {"model": model}
 
 
@@ -1123,9 +1125,8 @@ def read_text_rows(path: Path, problems: Problems | None) -> Iterator[dict]:
             yield from read_csv(f, bad)
         elif kind == ".txt":
             for number, line in enumerate(iter(lambda: f.readline(1 << 22), ""), 1):  # a longer line is several
-                if WIKI_TAG.fullmatch(line.strip()):
-                    if problems is not None:
-                        bad("tag line of WikiExtractor, skipped", number, "")
+                if problems is not None and WIKI_TAG.fullmatch(line.strip()):
+                    problems.note("tag line of WikiExtractor, skipped", f"{path}, line {number:,}")
                     continue
                 yield {"text": line.rstrip("\r\n")}
         elif peek(f, 1024).lstrip().startswith("["):
@@ -1393,9 +1394,9 @@ def run(main) -> None:
     """Call main() and end as a command should: an error is one line on stderr, status 2, or 1 where disk or memory is full."""
     clear = "\r\x1b[K" if sys.stderr.isatty() else ""  # of a progress line
 
-    def end(error, status: int) -> None:
-        if not isinstance(error, AgreedError) or os.environ.get("LOCAL_RANK", "0") == "0":
-            print(f"{clear}{Path(sys.argv[0]).name}: {' '.join(map(str.strip, str(error).splitlines()))}", file=sys.stderr)
+    def end(text: str, status: int, quiet: bool = False) -> None:
+        if not quiet:
+            print(f"{clear}{Path(sys.argv[0]).name}: {' '.join(map(str.strip, text.splitlines()))}", file=sys.stderr)
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:  # at a normal exit the threads of a process group would abort, or wait for others
             sys.stdout.flush()
             sys.stderr.flush()
@@ -1412,10 +1413,12 @@ def run(main) -> None:
         if isinstance(e, BrokenPipeError):  # the reader of our output has left
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             sys.exit(1)
-        if isinstance(e, AgreedError):
-            end(AgreedError(f"error: {e}"), 2)
-        text = f"{e.filename}: {e.strerror}" if isinstance(e, OSError) and e.filename else e.strerror if isinstance(e, OSError) and e.strerror else e
-        end(f"error: {text}", 1 if isinstance(e, OSError) and e.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO) else 2)
+        text, status = str(e), 2
+        if isinstance(e, OSError) and e.strerror:
+            text = f"{e.filename}: {e.strerror}" if e.filename else e.strerror
+            status = 1 if e.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO) else 2
+        is_repeated = isinstance(e, AgreedError) and os.environ.get("LOCAL_RANK", "0") != "0"
+        end(f"error: {text}", status, quiet=is_repeated)
 
 
 def main() -> None:

@@ -486,7 +486,7 @@ def test_nats_per_character_count_the_characters_that_were_scored(folder):
 @pytest.mark.parametrize(("content", "message"), [
     ({"max_new_tokens": "8"}, "max_new_tokens must be a whole number"), ({"max_new_tokens": 8.0}, "max_new_tokens must be"), ({"top_k": 50.0}, "top_k must be"),
     ({"temperature": "x"}, "temperature must be a number"), ({"do_sample": "false"}, "do_sample must be true or false"), ({"length_penalty": "1"}, "length_penalty must be"),
-    ({"top_p": 0}, "top_p must be"), ({"min_new_tokens": 300}, "min_new_tokens must be at most max_new_tokens"), ({"early_stopping": "soon"}, "early_stopping must be")], ids=str)
+    ({"penalty_alpha": "x"}, "penalty_alpha must be a number"), ({"num_beams": "2"}, "num_beams must be a whole number"), ({"top_p": 0}, "top_p must be"), ({"min_new_tokens": 300}, "min_new_tokens must be at most max_new_tokens"), ({"early_stopping": "soon"}, "early_stopping must be")], ids=str)
 def test_settings_of_a_model_are_checked(folder, tmp_path, content, message):
     import shutil
     shutil.copytree(folder, tmp_path / "model")
