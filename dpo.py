@@ -49,9 +49,9 @@ import data
 import sample
 import train
 from chatlm import IGNORED, LOSS_CHUNK_BYTES, ChatLM, load_adapter, merge_lora
-from data import PairStream
-from tokenizer import (ArgumentParser, Tokenizer, atomic_write, check_folder, memory_hint, number,
-                       run, write_errors)
+from data import (ArgumentParser, PairStream, Rows, atomic_write, check_folder, memory_hint, number,
+                  run, write_errors)
+from tokenizer import Tokenizer
 
 COLUMNS = data.PREFERENCE  # prompt, chosen, rejected
 DEFAULTS = {"optimizer": "adamw", "beta": 0.1, "loss": "sigmoid", "label_smoothing": 0.0,
@@ -166,7 +166,7 @@ def reference_logps(args: argparse.Namespace, ranks: train.Ranks, model: ChatLM,
     They are read from path if they were computed from the same files, weights and settings;
     otherwise the ranks share the work, and the first writes path.
     """
-    identity = {"data": data.footprint(files), "weights": args.init_hash,
+    identity = {"data": data.hash_files(files), "weights": args.init_hash,
                 "max_len": str(args.max_len), "dtype": args.dtype,
                 "tokenizer": xxhash.xxh3_64_hexdigest(tokenizer.to_json().encode())}
     logps = torch.zeros(stream.rows, 2, device=ranks.device)
@@ -223,12 +223,12 @@ def find_triples(paths: list[str], ranks: train.Ranks, out_dir: Path) -> list[st
     for i, path in enumerate(paths):
         target = path
         if Path(path).suffix.lower() != ".parquet" or Path(path).is_dir():
-            content = data.footprint(data.input_files([path], [out_dir]))
+            content = data.hash_files(data.input_files([path], [out_dir]))
             target = str(out_dir / "triples" / f"triples-{i}-{content}.parquet")
             if ranks.is_main and not Path(target).is_file():
-                rows = data.whole_rows([path], COLUMNS, outputs=[out_dir])
+                rows = Rows(path, COLUMNS, outputs=[out_dir])
                 written = data.write_pairs(target, rows, COLUMNS)
-                data.refuse_nothing(written, [path], data.Problems())
+                data.refuse_empty(written, [path], data.Problems())
             ranks.barrier()
             ranks.check(None if Path(target).is_file() else
                         f"{target} is not on this machine: --out_dir must be on a file system that "
@@ -327,18 +327,18 @@ def reject(argv: list[str]) -> None:
         if getattr(args, name) is not None and args.num_samples == 1:
             print(f"note: --{name} has no effect without --num_samples", file=sys.stderr)
     answers = Path(f"{args.out}.answers.jsonl")  # continued when the command runs again
-    rows = list(data.whole_rows([args.data], data.PAIR, outputs=[args.out, answers]))
+    rows = list(Rows(args.data, data.PAIR, outputs=[args.out, answers]))
     data.check_parquet_path(Path(args.out))
     with memory_hint("--batch_size"):
         answer_prompts(args, answers)
     triples = []
-    for row, answered in zip(rows, data.read_rows([answers]), strict=True):
+    for row, answered in zip(rows, Rows(answers), strict=True):
         candidates = answered.get("responses", [answered.get("response")])
         candidates = [a for a in candidates if a and a.strip() != row["response"].strip()]
         if candidates:
             worst = min(candidates, key=lambda a: sample.bleu4([a], [row["response"]]))
             triples.append({"prompt": row["prompt"], "chosen": row["response"], "rejected": worst})
-    data.refuse_nothing(len(triples), [args.data], data.Problems())
+    data.refuse_empty(len(triples), [args.data], data.Problems())
     data.write_pairs(args.out, triples, COLUMNS)
     print(f"{args.out}: {len(triples):,} triples; {len(rows) - len(triples):,} rows dropped, "
           "because every answer was empty or the chosen one")

@@ -8,7 +8,6 @@
 generate() takes transformers' argument names in their meaning and gives, for greedy and beam search, its tokens. A row
 that has finished leaves the batch, so it costs nothing more.
 """
-import hashlib
 import itertools
 import json
 import math
@@ -26,11 +25,12 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-import xxhash
 from torch import Tensor, nn
 
 from chatlm import ChatLM, ChatLMConfig, FeedForward, RMSNorm, read_json
-from tokenizer import ArgumentParser, Tokenizer, input_files, locked, memory_hint, number, read_rows, run, whole_rows, write_errors, write_file
+from data import (ArgumentParser, Rows, hash_files, input_files, locked, memory_hint, number, run, write_errors,
+                  write_file)
+from tokenizer import Tokenizer
 
 FINISHED = -1e9  # what a beam that may not go on, or has not ended, scores: finite, as in transformers
 WINDOW = 4096  # prompts of a file that are sorted by length together
@@ -673,7 +673,7 @@ def load(folder: str, dtype: str | None, device: torch.device) -> ChatLM:
 def read_prompts(source: str, outputs: Iterable[str]) -> Iterator[str]:
     """The prompts of a file or folder: column prompt, or text, such as the lines of a .txt file, of which blank ones are
     skipped. outputs: files that the command writes, which are not read."""
-    for i, row in enumerate(read_rows([source], outputs=outputs), 1):
+    for i, row in enumerate(Rows(source, outputs=outputs), 1):
         prompt = row.get("prompt", row.get("text"))
         if not isinstance(prompt, str):
             raise ValueError(f"{source}, row {i:,} has no text in prompt; its columns are {', '.join(map(str, row))}")
@@ -685,11 +685,7 @@ def model_hash(folder: str) -> str:
     """A hash of a model folder's weights, configuration and tokenizer."""
     names = ("config.json", "generation_config.json", "tokenizer.json")
     files = [*sorted(Path(folder).glob("*.safetensors")), *(Path(folder) / name for name in names if (Path(folder) / name).is_file())]
-    digest = xxhash.xxh3_64()
-    for path in files:
-        with open(path, "rb") as f:
-            digest.update(hashlib.file_digest(f, xxhash.xxh3_64).digest())
-    return digest.hexdigest()
+    return hash_files(files)
 
 
 def count_answers(prompts: Iterator[str], target: Path, record: Path, made_by: dict) -> int:
@@ -942,7 +938,7 @@ def run_command(args) -> None:
         n = answer_file(model, tokenizer, args.input, args.output, args.batch_size, args.max_len, options, made_by)
         print(f"{args.output}: {n:,} answers written")
     elif args.score:
-        rows = list(whole_rows([args.score], ("prompt", "response")))
+        rows = list(Rows(args.score, ("prompt", "response")))
         if not rows:
             raise ValueError(f"{args.score} has no rows")
         result, _ = score(model, tokenizer, rows, args.max_len, args.batch_size, **options)

@@ -42,7 +42,6 @@ import ctypes
 import dataclasses
 import datetime
 import gc
-import hashlib
 import importlib
 import itertools
 import json
@@ -59,6 +58,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import torch
@@ -70,9 +70,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import data
 import sample
 from chatlm import PRESETS, ChatLM, ChatLMConfig, add_lora, init_bigrams, save_adapter
-from data import PairStream
-from tokenizer import (AgreedError, ArgumentParser, Corpus, Tokenizer, check_folder, locked, memory_hint, number, run, write_errors,
-                       write_file)
+from data import (AgreedError, ArgumentParser, PairStream, Rows, Texts, atomic_write, check_folder,
+                  hash_file, locked, memory_hint, number, run, write_errors, write_file)
+from tokenizer import Tokenizer
 
 # What a new run takes where no flag says otherwise; resolve_args chooses the other defaults, which depend on model and machine.
 DEFAULTS = {"freeze": "", "max_len": 320, "schedule": "cosine", "warmup_steps": 100, "optimizer": "adafactor", "weight_decay": 0.01,
@@ -567,16 +567,10 @@ def save_checkpoint(folder: Path, keep: int, model: nn.Module, optimizers: list,
     trained = {n: p.detach() for n, p in model.named_parameters() if p.requires_grad}
     saved = {"model": trained, "optimizers": [o.state_dict() for o in optimizers],
              "state": dataclasses.asdict(state), "identity": identity, "settings": settings}
-    temporary = folder / "writing.tmp"
-    try:
-        with write_errors(folder / "checkpoint", RuntimeError):  # torch.save's error on a full disk
-            torch.save(saved, temporary)
-            with open(temporary, "rb+") as f:
-                os.fsync(f.fileno())
-            name = f"step-{state.step:08d}-{hash_file(temporary)}.pt"
-            os.replace(temporary, folder / name)
-    finally:
-        temporary.unlink(missing_ok=True)
+    newest = folder / "newest"
+    with atomic_write(newest) as temporary, write_errors(newest, RuntimeError):  # a full disk
+        torch.save(saved, temporary)
+    newest.rename(folder / f"step-{state.step:08d}-{hash_file(newest)}.pt")
     for old in list_checkpoints(folder)[keep:]:
         old.unlink()
 
@@ -624,11 +618,6 @@ def claimed(folder: Path, ranks: Ranks) -> Iterator[None]:
     message = (f"another run is at work in {folder}: wait for its end, or choose another --out_dir")
     with locked(folder, message, patience_s=5.0):  # a run that was killed takes a moment to end
         yield
-
-
-def hash_file(path: Path) -> str:
-    with open(path, "rb") as f:
-        return hashlib.file_digest(f, xxhash.xxh3_64).hexdigest()
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
@@ -816,7 +805,7 @@ def response_loss(args: argparse.Namespace, ranks: Ranks, model: ChatLM, tokeniz
         return float(nats / tokens)
 
     def initialize(stream: PairStream) -> None:
-        before, after = stream.successions()
+        before, after = token_pairs(stream)
         if ranks.is_main and len(after):  # a window may hold no text at all
             random, random_loss = [p.detach().cpu().clone() for p in model.parameters()], first_loss(stream)
             init_bigrams(model, torch.from_numpy(before), torch.from_numpy(after))
@@ -838,9 +827,21 @@ def response_loss(args: argparse.Namespace, ranks: Ranks, model: ChatLM, tokeniz
                      initialize=None if args.init_from or args.freeze else initialize)
 
 
+def token_pairs(stream: PairStream) -> tuple[np.ndarray, np.ndarray]:
+    """The tokens of all responses in the first window, and the token before each; PAD, which the
+    decoder starts with, before the first one. (N,) int64 each."""
+    before, after = [], []
+    for ids, offsets in stream.window(0, 0).columns[1:]:
+        shifted = np.roll(ids, 1)
+        shifted[offsets[:-1]] = data.PAD
+        before.append(shifted)
+        after.append(ids)
+    return np.concatenate(before).astype(np.int64), np.concatenate(after).astype(np.int64)
+
+
 def held_out(args: argparse.Namespace) -> list[dict]:
     """The pairs of --valid on which answers are scored: all of the demo's, else some 200 spread over the file."""
-    rows = [r for r in data.read_rows(args.valid_files) if r.get("prompt") and r.get("response")]
+    rows = [r for r in Rows(args.valid_files) if r.get("prompt") and r.get("response")]
     return rows if args.demo else rows[::-(-len(rows) // 200) or 1]
 
 
@@ -963,7 +964,7 @@ def resolve_args(args: argparse.Namespace, ranks: Ranks, saved: dict | None, col
             raise ValueError(f"--freeze {part!r}: only shared, encoder and decoder can be frozen")
     find_files = find_files or (lambda paths, columns: training_files(paths, columns, [args.out_dir]))
     args.data_files, args.valid_files = find_files(args.data, columns), find_files([args.valid] if args.valid else [], columns)
-    args.valid_hash = data.footprint(args.valid_files)
+    args.valid_hash = data.hash_files(args.valid_files)
     out = Path(args.out_dir)
     if args.init_from and Path(args.init_from).resolve() == out.resolve():
         raise ValueError(f"--out_dir {out} is --init_from, which would be overwritten: choose another")
@@ -1098,7 +1099,7 @@ def find_tokenizer(args: argparse.Namespace, ranks: Ranks, saved: dict | None = 
 
 def train_tokenizer(args: argparse.Namespace, out: Path) -> None:
     """Train a tokenizer into out, unless it has one of the same data and size, or one that a user has put there."""
-    source, record = {"data": data.footprint(args.data_files), "vocab_size": args.vocab_size}, out / "checkpoint" / "tokenizer.json"
+    source, record = {"data": data.hash_files(args.data_files), "vocab_size": args.vocab_size}, out / "checkpoint" / "tokenizer.json"
     if (out / "tokenizer.json").is_file():
         if not record.is_file():
             if "vocab_size" in args.given:
@@ -1109,7 +1110,7 @@ def train_tokenizer(args: argparse.Namespace, out: Path) -> None:
             return
         print(f"the tokenizer in {out} was trained on other data or for another --vocab_size", flush=True)
     print(f"training a tokenizer of up to {args.vocab_size:,} tokens on {', '.join(args.data)}", flush=True)
-    tokenizer = Tokenizer.train(Corpus(args.data_files), args.vocab_size, memory_bytes=4 * 10 ** 9, progress=sys.stderr.isatty())
+    tokenizer = Tokenizer.train(Texts(args.data_files), args.vocab_size, memory_bytes=4 * 10 ** 9, progress=sys.stderr.isatty())
     record.parent.mkdir(parents=True, exist_ok=True)
     record.unlink(missing_ok=True)
     tokenizer.save_pretrained(out)
@@ -1159,7 +1160,7 @@ def run_identity(args: argparse.Namespace, model: ChatLM, tokenizer: Tokenizer, 
     del shape["dropout_rate"]
     fixed = ("micro_batch_tokens", "max_len", "seed", "optimizer", "freeze", "lora_rank", "lora_alpha", "lora_targets", "lora_dropout", *names)
     return {"--preset or --init_from (the model's shape)": shape, "--init_from (the model's weights)": args.init_hash,
-            "--tokenizer": xxhash.xxh3_64_hexdigest(tokenizer.to_json().encode()), "--data": data.footprint(args.data_files),
+            "--tokenizer": xxhash.xxh3_64_hexdigest(tokenizer.to_json().encode()), "--data": data.hash_files(args.data_files),
             **{f"--{name}": getattr(args, name) for name in fixed}}
 
 

@@ -35,8 +35,8 @@ from pathlib import Path
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from data import make_demo, write_demo  # noqa: E402
-from tokenizer import BYTE_TOKENS, SPECIAL_TOKENS, Tokenizer, piece_starts, read_texts, to_codepoints  # noqa: E402
+from data import Texts, make_demo, to_codepoints, write_demo  # noqa: E402
+from tokenizer import BYTE_TOKENS, SPECIAL_TOKENS, Tokenizer, piece_starts  # noqa: E402
 
 ROOT = Path(__file__).parent.parent
 PIECE_MARK = "\x01"  # between the pieces that sentencepiece is given
@@ -109,7 +109,7 @@ def show(title: str, columns: list[str], rows: list[list[str]], figures: dict) -
 # --- corpora ---------------------------------------------------------------------------------------------------------------------
 
 def load_texts(paths: list[str]) -> list[str]:
-    return list(read_texts(paths)) if paths else [text for pair in make_demo()[0] for text in pair]
+    return list(Texts(paths)) if paths else [text for pair in make_demo()[0] for text in pair]
 
 
 def endless(texts: list[str], rng: random.Random) -> Iterator[str]:
@@ -280,7 +280,7 @@ def tokenizer_encode(args: argparse.Namespace) -> None:
 
 def load_pairs(paths: list[str]) -> list[tuple[str, str]]:
     import data as ours
-    return [(row["prompt"], row["response"]) for row in ours.whole_rows(paths, ours.PAIR)] if paths else make_demo()[0]
+    return [(row["prompt"], row["response"]) for row in ours.Rows(paths, ours.PAIR)] if paths else make_demo()[0]
 
 
 def kept_chars(text: str) -> str:

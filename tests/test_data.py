@@ -2,6 +2,7 @@
 import copy
 import csv
 import gzip
+import importlib
 import io
 import itertools
 import json
@@ -22,9 +23,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import data
-from data import PairStream, clean_pair, clean_text, dedup_indices, make_demo, minhash, plan_batches, read_rows, shingles, write_pairs
+from data import (ArgumentParser, PairStream, Rows, Texts, clean_pair, clean_text, dedup_indices, input_files, make_demo, minhash, plan_batches,
+                  number, ordered_map, read_csv, shingles, write_pairs)
 from train import overlap
-from tokenizer import Problems, Tokenizer, input_files, read_csv
+from tokenizer import Tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -166,9 +168,9 @@ def test_a_killed_worker_is_one_line(demo, monkeypatch):
     monkeypatch.setattr(data, "WINDOW_ROWS", 500)
     stream = PairStream(path, tokenizer, 2000, 64, workers=1)
     next(iter(stream))
-    for process in stream._pool._processes.values():
+    for process in stream._pool.pool._processes.values():
         process.kill()
-    with pytest.raises(ChildProcessError, match="was killed .*--workers 0"):
+    with pytest.raises(ChildProcessError, match="was killed .*--workers"):
         take(stream, 100)
 
 
@@ -201,7 +203,7 @@ def test_memory_does_not_grow_with_the_file(demo, tmp_path):
 import resource, torch
 from data import PairStream
 from train import overlap
-from tokenizer import Problems, Tokenizer, input_files, read_csv
+from tokenizer import Tokenizer
 stream = PairStream({str(tmp_path / "x.parquet")!r}, Tokenizer.from_pretrained({str(tmp_path)!r}), 8192, 320)
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 for batch in stream:
@@ -341,8 +343,8 @@ def test_only_what_breaks_off_is_trimmed():
 
 
 def test_a_name_is_taken_off_an_entry_only_where_it_is_a_line():
-    assert data.wiki({"title": "北京", "text": "北京是中国的首都。"})[1] == "北京是中国的首都。"
-    assert data.wiki({"title": "北京", "text": "北京\n\n北京是中国的首都。"})[1] == "北京是中国的首都。"
+    assert data.from_wiki({"title": "北京", "text": "北京是中国的首都。"})[1] == "北京是中国的首都。"
+    assert data.from_wiki({"title": "北京", "text": "北京\n\n北京是中国的首都。"})[1] == "北京是中国的首都。"
 
 
 def test_triples_are_kept_to_the_letter(tmp_path):
@@ -383,7 +385,7 @@ def test_kinds_of_string_columns_may_be_mixed(demo, tmp_path):
         pq.write_table(table.cast(pa.schema([("response", kind), ("prompt", kind)])), files[-1])
     batches = epoch_of(PairStream(files, tokenizer, 100, 20))
     assert sorted(tokenizer.decode(ids) for b in batches for ids in b["input_ids"].tolist()) == ["答"] * 5 + ["问"] * 5
-    assert [row["prompt"] for row in read_rows(files)] == ["问", "答"] * 5
+    assert [row["prompt"] for row in Rows(files)] == ["问", "答"] * 5
     assert overlap(files, files[:1]) == 2
 
 
@@ -501,13 +503,13 @@ def test_commands(tmp_path):
     clean = str(tmp_path / "clean.parquet")
     done = call("clean", "--source", "alpaca", str(raw), "--out", clean, "--workers", "2")
     assert done.returncode == 0 and "301  kept" in done.stdout and "1  a field is missing" in done.stdout, done.stderr + done.stdout
-    assert next(read_rows([clean])) == {"prompt": "第0个问题，是什么？", "response": "这是第0个问题的回答，很好。"}
+    assert next(iter(Rows(clean))) == {"prompt": "第0个问题，是什么？", "response": "这是第0个问题的回答，很好。"}
     unique = str(tmp_path / "unique.parquet")
     done = call("dedup", clean, "--out", unique, "--workers", "1", "--threshold", "0.99")
     assert done.returncode == 0 and "300  kept" in done.stdout and "1  equal to an earlier one" in done.stdout, done.stderr + done.stdout
     done = call("split", unique, "--out", str(tmp_path / "s"), "--valid", "0.2")
     assert done.returncode == 0
-    sides = [{r["prompt"] for r in read_rows([tmp_path / "s" / f"{s}.parquet"])} for s in ("train", "valid")]
+    sides = [{r["prompt"] for r in Rows(tmp_path / "s" / f"{s}.parquet")} for s in ("train", "valid")]
     assert not sides[0] & sides[1] and len(sides[0] | sides[1]) == 300 and 30 < len(sides[1]) < 90
     done = call("stats", unique)
     assert done.returncode == 0 and "300 rows" in done.stdout
@@ -530,13 +532,13 @@ def test_bad_commands_end_with_one_line(args, tmp_path):
     ("preference", {"prompt": "问", "chosen": "好", "reject": "坏"}, ("问", "好", "坏")),
     ("duie", {"text": "甲写了乙", "spo_list": [{"subject": "乙", "predicate": "作者", "object": {"@value": "甲"}}]}, ("请抽取出下面这句话中的所有三元组：甲写了乙", "[(乙,作者,甲)]"))], ids=str)
 def test_sources(source, row, expected):
-    assert data.SOURCES[source](row) == expected
+    assert data.SOURCES[source].convert(row) == expected
 
 
 def cleaned(tmp_path, source: str, *files, extra: tuple[str, ...] = ()):
     done = call("clean", "--source", source, *map(str, files), "--out", str(tmp_path / "clean.parquet"), "--workers", "1", *extra)
     assert done.returncode == 0, done.stderr
-    return list(read_rows([tmp_path / "clean.parquet"])), done
+    return list(Rows(tmp_path / "clean.parquet")), done
 
 
 def test_wiki_entries_become_questions(tmp_path):
@@ -584,7 +586,7 @@ def test_dropped_rows_are_named(tmp_path):
                  f"1  has characters that could not be read  (first: {path}, row 5)", "8  all"):
         assert line in done.stdout, done.stdout
     done = call("clean", "--source", "pairs", str(path), "--out", str(tmp_path / "no.parquet"), "--prompt_field", "question")
-    assert done.returncode == 2 and "has no column question; its columns are prompt, response" in done.stderr and not (tmp_path / "no.parquet").exists()
+    assert done.returncode == 2 and "x.jsonl: pairs needs question, response; found prompt, response (name" in done.stderr and not (tmp_path / "no.parquet").exists()
 
 
 def test_dedup_and_split_pass_over_rows_without_text(tmp_path):
@@ -593,13 +595,13 @@ def test_dedup_and_split_pass_over_rows_without_text(tmp_path):
     path.write_text("".join(json.dumps(row) + "\n" for row in [*rows, rows[3]]), "utf-8")
     done = call("dedup", str(path), "--out", str(tmp_path / "u.parquet"))
     assert done.returncode == 0 and "20  kept" in done.stdout and f"1 x row without text in 'chosen', skipped (first in {path}, row 21)" in done.stderr
-    assert list(read_rows([tmp_path / "u.parquet"])) == rows[:20]  # triples stay triples
+    assert list(Rows(tmp_path / "u.parquet")) == rows[:20]  # triples stay triples
     done = call("split", str(path), "--out", str(tmp_path / "s"), "--valid", "0.3", "--test", "0.2")
-    sides = [list(read_rows([tmp_path / "s" / f"{side}.parquet"])) for side in ("train", "valid", "test")]
+    sides = [list(Rows(tmp_path / "s" / f"{side}.parquet")) for side in ("train", "valid", "test")]
     assert done.returncode == 0 and sorted(map(str, sum(sides, []))) == sorted(map(str, [*rows[:20], rows[3]]))
     done = call("split", str(tmp_path / "u.parquet"), "--out", str(tmp_path / "more"), "--valid", "0.3", "--test", "0.2")
     for side, before in zip(("train", "valid", "test"), sides, strict=True):  # with less or more data a row keeps its side
-        assert {str(r) for r in read_rows([tmp_path / "more" / f"{side}.parquet"])} == {str(r) for r in before}
+        assert {str(r) for r in Rows(tmp_path / "more" / f"{side}.parquet")} == {str(r) for r in before}
 
 
 def test_nothing_half_written_stays(tmp_path):
@@ -622,9 +624,10 @@ def test_a_row_group_that_is_damaged_is_named(demo, tmp_path):
 
 def rows_of(name: str, content: bytes | str, tmp_path: Path) -> tuple[list[dict], dict[str, str]]:
     """The rows of a file with this content, and what was wrong in it: reason -> where first."""
-    path, problems = tmp_path / name, Problems()
+    path = tmp_path / name
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
-    return list(read_rows([path], problems)), {reason: where.removeprefix(f"{path}, ") for reason, where in problems.first.items()}
+    rows = Rows(path, skip=True)
+    return list(rows), {reason: where.removeprefix(f"{path}, ") for reason, where in rows.problems.first.items()}
 
 
 def test_csv_records_that_do_not_fit_are_reported_and_the_rest_is_read(tmp_path):
@@ -633,7 +636,7 @@ def test_csv_records_that_do_not_fit_are_reported_and_the_rest_is_read(tmp_path)
     assert [tuple(row.values()) for row in rows] == [("一", "甲"), ("四", "两行\n的回答"), ("五", None), ("七", "庚"), ("八", "辛")]
     assert wrong == {"record with more fields than the header, skipped": "line 3", "bad quote in a CSV file, line skipped": "line 4"}
     with pytest.raises(ValueError, match=r"x\.csv cannot be read: line 3: 3 fields"):
-        list(read_rows([tmp_path / "x.csv"]))
+        list(Rows(tmp_path / "x.csv"))
 
 
 @settings(max_examples=100, deadline=None)
@@ -718,7 +721,7 @@ def test_files_of_others_in_an_input_folder_are_not_overwritten(tmp_path):
     ({"conversations": [{"from": "system", "value": "a"}, {"from": "human", "value": "b"}]}, "conversation of several turns"),
     ({"input": "问", "target": "答"}, ("问", "答")), ({"input": "翻译：问", "target": "答"}, "translation or table")], ids=str)
 def test_belle_in_its_three_forms(row, expected):
-    assert data.SOURCES["belle"](row) == expected
+    assert data.SOURCES["belle"].convert(row) == expected
 
 
 def test_wiki_text_with_titles(tmp_path):
@@ -787,7 +790,7 @@ def test_oddities_of_tables_are_named(tmp_path, capsys):
     pq.write_table(pa.table([["a"], ["b"], ["c"]], names=["prompt", "prompt", "response"]), tmp_path / "x.parquet")
     with pytest.raises(ValueError, match="has the column 'prompt' twice"):
         data.open_parquet(tmp_path / "x.parquet", data.PAIR)
-    assert data.webtext({"star": "5.0", "title": "a", "content": "b"}) == ("a", "b") and data.wiki({"title": " ", "text": "b"}) == "entry without a title"
+    assert data.from_webtext({"star": "5.0", "title": "a", "content": "b"}) == ("a", "b") and data.from_wiki({"title": " ", "text": "b"}) == "entry without a title"
     write_pairs(tmp_path / "y.parquet", [{"prompt": "a", "response": "b", "system": "c"}], ("prompt", "response", "system"))
     done = call("dedup", str(tmp_path / "y.parquet"), "--out", str(tmp_path / "z.parquet"))
     assert done.returncode == 0 and "only prompt, response are kept, not system" in done.stderr
@@ -797,3 +800,90 @@ def test_oddities_of_tables_are_named(tmp_path, capsys):
 def test_empty_and_useless_flags_are_refused(args):
     done = call(*args)
     assert done.returncode == 2 and ("is empty" in done.stderr or "are for --source pairs" in done.stderr) and len(done.stderr.splitlines()) == 1
+
+
+def test_rows_are_read_from_every_kind_of_file(tmp_path):
+    row = {"prompt": "问，\"题\"", "response": "答\n案"}
+    (tmp_path / "a.jsonl").write_text(json.dumps(row) + "\n\n" + json.dumps(row), "utf-8")
+    (tmp_path / "b.json").write_text("\ufeff" + json.dumps([row, row]), "utf-8")
+    (tmp_path / "c.json").write_text(json.dumps(row) + "\n", "utf-8")
+    (tmp_path / "d.csv").write_text('prompt,response\n"问，""题""","答\n案"\n', "utf-8")
+    with gzip.open(tmp_path / "e.jsonl.gz", "wt", encoding="utf-8") as f:
+        f.write(json.dumps(row) + "\n")
+    assert list(Rows(tmp_path)) == [row] * 7
+    (tmp_path / "f.txt").write_text("一\n二", "utf-8")
+    assert list(Rows(tmp_path / "f.txt")) == [{"text": "一"}, {"text": "二"}]
+
+
+def test_bad_rows_are_noted_and_passed_over(tmp_path):
+    good = json.dumps({"text": "你好"})
+    (tmp_path / "a.jsonl").write_bytes(f"{good}\n[1]\n{{\n\n{good}\n".encode() + b'{"text": "\xe4\xbd"}\n')
+    rows = Rows(tmp_path, skip=True)
+    assert [row["text"] for row in rows] == ["你好", "你好", "\ufffd"]
+    assert dict(rows.problems) == {"line is not JSON": 2, "character that is not utf-8, read as U+FFFD": 1}
+    assert rows.problems.first["line is not JSON"].endswith("a.jsonl, line 2")
+    with pytest.raises(ValueError, match="line 2: not an object"):
+        list(Rows(tmp_path))
+    whole = json.dumps([{"text": "你" * n} for n in (1, 70_000, 200_000, 0)], indent=1)
+    (tmp_path / "a.jsonl").unlink()
+    (tmp_path / "b.json").write_text(whole, "utf-8")
+    assert [len(row["text"]) for row in Rows(tmp_path, skip=True)] == [1, 70_000, 200_000, 0]
+    for damaged in (whole[:-300_000], whole.replace("{", "", 1), whole.replace("},", "}", 1), whole + " x", "[1, 2]", "[" * 5000):
+        (tmp_path / "b.json").write_text(damaged, "utf-8")
+        with pytest.raises(ValueError, match=r"b\.json cannot be read"):
+            list(Rows(tmp_path, skip=True))
+    with gzip.open(tmp_path / "b.json", "wt") as f:
+        f.write(whole)
+    (tmp_path / "b.jsonl.gz").write_bytes((tmp_path / "b.json").read_bytes()[:-20])
+    (tmp_path / "b.json").unlink()
+    with pytest.raises(ValueError, match=r"b\.jsonl\.gz cannot be read"):
+        list(Rows(tmp_path, skip=True))
+
+
+def test_jobs_come_back_in_order_and_a_killed_process_is_told(tmp_path, monkeypatch):
+    (tmp_path / "jobs.py").write_text("import os, signal\n\ndef cut_or_die(n):\n    if n == 3:\n        os.kill(os.getpid(), signal.SIGKILL)\n"
+                                      "    if n == 4:\n        raise ValueError('four')\n    return n * n\n")  # processes import it sooner than this file
+    monkeypatch.syspath_prepend(tmp_path)
+    cut_or_die = importlib.import_module("jobs").cut_or_die
+    for workers in (1, 2, 3):
+        assert list(ordered_map(cut_or_die, [0, 1, 2, 5, 6, 7], workers)) == [0, 1, 4, 25, 36, 49]
+        with pytest.raises(ValueError, match="four"):
+            list(ordered_map(cut_or_die, [0, 4, 1], workers))
+    with pytest.raises(ChildProcessError, match="was killed"):
+        list(ordered_map(cut_or_die, range(9), 2))
+
+
+def test_number_types(capsys):
+    parser = ArgumentParser(prog="x")
+    parser.add_argument("--n", type=number(float, 0, 1, above=True))
+    assert parser.parse_args(["--n=1"]).n == 1
+    for bad in ("0", "1.5", "nan", "a"):
+        with pytest.raises(SystemExit) as e:
+            parser.parse_args(["--n", bad])
+        assert e.value.code == 2
+        assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_conversations_are_text(tmp_path):
+    rows = [{"id": f"identity_{i}", "conversations": [{"from": "human", "value": "今天天气怎么样"}, {"from": "assistant", "value": "今天天气很好"}]} for i in range(20)]
+    (tmp_path / "x.jsonl").write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), "utf-8")
+    assert list(Texts(tmp_path / "x.jsonl"))[:2] == ["今天天气怎么样", "今天天气很好"] and len(list(Texts(tmp_path / "x.jsonl"))) == 40
+
+
+def test_the_wrong_source_names_what_it_needs(tmp_path):
+    rows = [{"prompt": "问题", "response": "这是一个回答"}] * 3
+    (tmp_path / "x.json").write_text(json.dumps(rows), "utf-8")
+    out = str(tmp_path / "y.parquet")
+    for source, needs in (("alpaca", "instruction, output"), ("duie", "text, spo_list"), ("zhihu_kol", "INSTRUCTION, RESPONSE"),
+                          ("belle", "instruction, output, or input, output, or input, target, or conversations")):
+        done = call("clean", "--source", source, str(tmp_path / "x.json"), "--out", out)
+        assert done.returncode == 2 and f"{source} needs {needs}; found prompt, response" in done.stderr and len(done.stderr.splitlines()) == 1
+    rows[1] = {"instruction": "问题", "output": "这是一个回答"}  # one row that fits is enough: the others are dropped and counted
+    (tmp_path / "x.json").write_text(json.dumps(rows), "utf-8")
+    assert call("clean", "--source", "alpaca", str(tmp_path / "x.json"), "--out", out).returncode == 0
+
+
+def test_bytes_that_cannot_be_decoded_are_reported_where_nothing_collects_problems(tmp_path, capsys):
+    (tmp_path / "x.jsonl").write_bytes(b'{"prompt": "\xe4\xbda"}\n')
+    assert [row["prompt"] for row in Rows(tmp_path / "x.jsonl")] == ["\ufffda"]
+    assert f"1 x character that is not utf-8, read as U+FFFD (first in {tmp_path / 'x.jsonl'})" in capsys.readouterr().err

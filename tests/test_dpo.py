@@ -19,10 +19,11 @@ from transformers import AutoModelForSeq2SeqLM
 import dpo
 import train
 from chatlm import ChatLM, ChatLMConfig, add_lora, load_adapter, merge_lora, save_adapter
-from data import demo_facts, make_demo, read_rows, write_pairs
+from data import demo_facts, make_demo, Rows, write_pairs
 from dpo import COLUMNS, dpo_loss, pair_logps
 from sample import answer, bleu4
-from tokenizer import Tokenizer, run
+from data import run
+from tokenizer import Tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -132,7 +133,7 @@ def test_the_commands_from_reject_to_merge(folder, tmp_path):
     triples = str(tmp_path / "triples.parquet")
     done = call("reject", "--model", str(folder), "--data", str(tmp_path / "pairs.parquet"), "--out", triples, "--max_new_tokens", "6")
     assert done.returncode == 0, done.stderr
-    rows = list(read_rows([triples]))
+    rows = list(Rows(triples))
     assert rows and rows[0].keys() == {"prompt", "chosen", "rejected"} and all(r["chosen"] != r["rejected"] for r in rows)
     flags = ["--init_from", str(folder), "--data", triples, "--valid", triples, "--max_len", "40", "--batch_tokens", "1200", "--micro_batch_tokens", "600",
              "--max_steps", "12", "--workers", "0", "--warmup_steps", "2", "--dtype", "float32"]
@@ -272,7 +273,7 @@ def test_of_several_samples_the_one_least_like_the_chosen_is_rejected(folder, tm
         done = call("reject", "--model", str(folder), "--data", str(tmp_path / "pairs.jsonl"), "--out", str(tmp_path / f"{n}.parquet"),
                     "--max_new_tokens", "12", "--num_samples", n)
         assert done.returncode == 0, done.stderr
-        rows.append(list(read_rows([tmp_path / f"{n}.parquet"])))
+        rows.append(list(Rows(tmp_path / f"{n}.parquet")))
     assert [r["prompt"] for r in rows[0]] == [r["prompt"] for r in rows[1]] == [p for p, _ in pairs]
     assert [r["rejected"] for r in rows[0]] != [r["rejected"] for r in rows[1]]
     assert sum(bleu4([r["rejected"]], [r["chosen"]]) for r in rows[1]) <= sum(bleu4([r["rejected"]], [r["chosen"]]) for r in rows[0])
@@ -423,7 +424,7 @@ def test_triples_and_references_follow_their_files(folder, tmp_path):
     content = path.read_text("utf-8").replace("第7问", "第8问")
     path.write_text(content, "utf-8")
     (second,) = dpo.find_triples([str(path)], ranks, tmp_path / "out")
-    assert first != second and [row["prompt"] for row in read_rows([second])][7] == "第8问"
+    assert first != second and [row["prompt"] for row in Rows(second)][7] == "第8问"
 
 
 def test_merge_does_not_overwrite_what_it_reads(folder, adapter, tmp_path):

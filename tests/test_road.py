@@ -22,8 +22,9 @@ import data
 import dpo
 import sample
 from chatlm import ChatLM, ChatLMConfig, add_lora, save_adapter
-from data import make_demo, read_rows, write_pairs
-from tokenizer import Tokenizer, run
+from data import make_demo, Rows, write_pairs
+from data import run
+from tokenizer import Tokenizer
 
 ROOT = Path(__file__).parents[1]
 TINY = "--preset demo --batch_tokens 1024 --micro_batch_tokens 512 --max_len 64 --eval_every 10000 --dtype float32 --device cpu --workers 0"
@@ -147,9 +148,9 @@ def test_from_raw_files_to_a_tokenizer(road):
     go(road, "python data.py split unique.parquet")
     assert "rows" in go(road, "python data.py stats")
     go(road, "python tokenizer.py train", "--vocab_size 2048")
-    rows = list(read_rows([road / "unique.parquet"]))
-    assert 5000 < len(rows) < sum(len(list(read_rows([p]))) for p in (road / "clean").glob("*.parquet")), said
-    parts = [{(r["prompt"], r["response"]) for r in read_rows([road / "pairs" / f"{side}.parquet"])} for side in ("train", "valid")]
+    rows = list(Rows(road / "unique.parquet"))
+    assert 5000 < len(rows) < sum(len(list(Rows(p))) for p in (road / "clean").glob("*.parquet")), said
+    parts = [{(r["prompt"], r["response"]) for r in Rows(road / "pairs" / f"{side}.parquet")} for side in ("train", "valid")]
     assert parts[0] and parts[1] and not parts[0] & parts[1] and len(parts[0] | parts[1]) == len({(r["prompt"], r["response"]) for r in rows})
     write_pairs(road / "sft.parquet", rows[:300])
     write_lines(road / "prompts.jsonl", [{"prompt": r["prompt"]} for r in rows[:5]])
@@ -183,7 +184,7 @@ def test_from_fine_tuning_to_answers(road):
     scores = json.loads(go(road, "python sample.py --model out/chat --score", "--max_new_tokens 24").splitlines()[-1])
     assert scores["bleu4"] > 30 and scores["loss"] < 1.5
     go(road, "python sample.py --model out/chat --input", "--max_new_tokens 24")
-    answers = list(read_rows([road / "answers.jsonl"]))
+    answers = list(Rows(road / "answers.jsonl"))
     model, tokenizer = AutoModelForSeq2SeqLM.from_pretrained(road / "out" / "chat"), AutoTokenizer.from_pretrained(road / "out" / "chat")
     for row in answers:
         ids = model.generate(**tokenizer(row["prompt"], return_tensors="pt"), max_new_tokens=24, do_sample=False)
@@ -193,7 +194,7 @@ def test_from_fine_tuning_to_answers(road):
 def test_triples_are_learnt_better_by_a_model_that_can_chat_and_still_can(road):
     go(road, "python data.py clean --source duie")
     go(road, "python data.py split triples.parquet")
-    write_pairs(road / "chat.parquet", list(read_rows([road / "pairs" / "train.parquet"]))[:4000])
+    write_pairs(road / "chat.parquet", list(Rows(road / "pairs" / "train.parquet"))[:4000])
     tune, more = words("python train.py --init_from out/pre --data triples/train.parquet"), f"{TINY.replace('--preset demo', '')} --max_steps 200 --lr 5e-3"
     i, out = tune.index("--init_from"), tune.index("--out_dir")
     go_each(road, (tune, more), ([*tune[:i], *tune[i + 2:out + 1], "out/nothing"], f"--preset demo --tokenizer tok {more}"))

@@ -20,7 +20,8 @@ from transformers.generation import logits_process
 import sample
 from chatlm import ChatLM, ChatLMConfig
 from sample import Decoder, GenerationConfig, bleu4, generate, pack, sliced_product, triples
-from tokenizer import Tokenizer, locked, run
+from data import locked, run
+from tokenizer import Tokenizer
 
 GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 PENALTIES = [{}, {"repetition_penalty": 1.3}, {"no_repeat_ngram_size": 2}, {"min_new_tokens": 7},

@@ -1,6 +1,4 @@
 """The tokenizer learns textbook BPE, and encodes and decodes as tokenizers does from the same file."""
-import gzip
-import importlib
 import io
 import json
 import subprocess
@@ -21,9 +19,8 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from bench import our_pieces, rss_bytes
-from data import make_demo
-from tokenizer import (BEGINS, BYTE_TOKENS, CLASSES, ENDS, SPECIAL_TOKENS, ArgumentParser, Problems, Tokenizer, in_order, input_files, normalize,
-                       number, piece_starts, read_rows, read_texts, to_codepoints)
+from data import Rows, input_files, make_demo, to_codepoints
+from tokenizer import BEGINS, BYTE_TOKENS, CLASSES, ENDS, SPECIAL_TOKENS, Tokenizer, normalize, piece_starts
 
 CORPUS = [text for pair in make_demo()[0][:4000] for text in pair] + ["Hello, world! 3.14 def f(x):\n    return x + 1", "哈哈哈哈哈哈哈"]
 
@@ -139,7 +136,7 @@ def test_a_sample_is_the_same_for_any_number_of_workers(capsys):
     assert Tokenizer.train(texts, 8600, memory_bytes=600_000_000, workers=2) == one
     said = capsys.readouterr().err.splitlines()
     assert len(said) == 2 and said[0] == said[1] and "learning from a sample of" in said[0]
-    with pytest.raises(ValueError, match="read twice"):
+    with pytest.raises(ValueError, match="more than once"):
         Tokenizer.train(iter(texts), 8600, memory_bytes=600_000_000)
 
 
@@ -372,45 +369,7 @@ def test_bad_corpora_are_refused(tmp_path):
         input_files([tmp_path])
     (tmp_path / "x.parquet").write_bytes(b"PAR1 no")
     with pytest.raises(ValueError, match=r"x\.parquet cannot be read"):
-        list(read_rows([tmp_path]))
-
-
-def test_rows_are_read_from_every_kind_of_file(tmp_path):
-    row = {"prompt": "问，\"题\"", "response": "答\n案"}
-    (tmp_path / "a.jsonl").write_text(json.dumps(row) + "\n\n" + json.dumps(row), "utf-8")
-    (tmp_path / "b.json").write_text("\ufeff" + json.dumps([row, row]), "utf-8")
-    (tmp_path / "c.json").write_text(json.dumps(row) + "\n", "utf-8")
-    (tmp_path / "d.csv").write_text('prompt,response\n"问，""题""","答\n案"\n', "utf-8")
-    with gzip.open(tmp_path / "e.jsonl.gz", "wt", encoding="utf-8") as f:
-        f.write(json.dumps(row) + "\n")
-    assert list(read_rows([tmp_path])) == [row] * 7
-    (tmp_path / "f.txt").write_text("一\n二", "utf-8")
-    assert list(read_rows([tmp_path / "f.txt"])) == [{"text": "一"}, {"text": "二"}]
-
-
-def test_bad_rows_are_noted_and_passed_over(tmp_path):
-    good = json.dumps({"text": "你好"})
-    (tmp_path / "a.jsonl").write_bytes(f"{good}\n[1]\n{{\n\n{good}\n".encode() + b'{"text": "\xe4\xbd"}\n')
-    problems = Problems()
-    assert [row["text"] for row in read_rows([tmp_path], problems)] == ["你好", "你好", "\ufffd"]
-    assert dict(problems) == {"line is not JSON": 2, "byte that is not utf-8, read as U+FFFD": 2}
-    assert problems.first["line is not JSON"].endswith("a.jsonl, line 2")
-    with pytest.raises(ValueError, match="line 2: not an object"):
-        list(read_rows([tmp_path]))
-    whole = json.dumps([{"text": "你" * n} for n in (1, 70_000, 200_000, 0)], indent=1)
-    (tmp_path / "a.jsonl").unlink()
-    (tmp_path / "b.json").write_text(whole, "utf-8")
-    assert [len(row["text"]) for row in read_rows([tmp_path], problems)] == [1, 70_000, 200_000, 0]
-    for damaged in (whole[:-300_000], whole.replace("{", "", 1), whole.replace("},", "}", 1), whole + " x", "[1, 2]", "[" * 5000):
-        (tmp_path / "b.json").write_text(damaged, "utf-8")
-        with pytest.raises(ValueError, match=r"b\.json cannot be read"):
-            list(read_rows([tmp_path], problems))
-    with gzip.open(tmp_path / "b.json", "wt") as f:
-        f.write(whole)
-    (tmp_path / "b.jsonl.gz").write_bytes((tmp_path / "b.json").read_bytes()[:-20])
-    (tmp_path / "b.json").unlink()
-    with pytest.raises(ValueError, match=r"b\.jsonl\.gz cannot be read"):
-        list(read_rows([tmp_path], problems))
+        list(Rows(tmp_path))
 
 
 def call(*args: str) -> subprocess.CompletedProcess:
@@ -429,10 +388,10 @@ def test_command_line(tmp_path):
     assert (tmp_path / "two" / "tokenizer.json").read_bytes() == (tok / "tokenizer.json").read_bytes()
     done = call("stats", str(corpus), "--tokenizer", str(tok))
     assert done.returncode == 0, done.stderr
-    assert "characters a token" in done.stdout
+    assert "characters per token" in done.stdout
     corpus.write_bytes(corpus.read_bytes() + b"\xff\xfe")
     done = call("train", str(corpus), "--out", str(tmp_path / "three"), "--vocab_size=800")
-    assert done.returncode == 0 and done.stderr.count("\n") == 1 and "2 x byte that is not utf-8" in done.stderr
+    assert done.returncode == 0 and done.stderr.count("\n") == 1 and "2 x character that is not utf-8" in done.stderr
 
 
 def test_wrong_commands_end_with_one_line_and_change_nothing(tmp_path):
@@ -456,36 +415,6 @@ def test_wrong_commands_end_with_one_line_and_change_nothing(tmp_path):
         assert len(done.stderr.splitlines()) == 1 and "Traceback" not in done.stderr, done.stderr
     assert {path: path.read_bytes() for path in tok.iterdir()} == before
     assert "need at least" in call("train", str(corpus), *to, "--vocab_size", "300").stderr
-
-
-def test_jobs_come_back_in_order_and_a_killed_process_is_told(tmp_path, monkeypatch):
-    (tmp_path / "jobs.py").write_text("import os, signal\n\ndef cut_or_die(n):\n    if n == 3:\n        os.kill(os.getpid(), signal.SIGKILL)\n"
-                                      "    if n == 4:\n        raise ValueError('four')\n    return n * n\n")  # processes import it sooner than this file
-    monkeypatch.syspath_prepend(tmp_path)
-    cut_or_die = importlib.import_module("jobs").cut_or_die
-    for workers in (1, 2, 3):
-        assert list(in_order(cut_or_die, [0, 1, 2, 5, 6, 7], workers)) == [0, 1, 4, 25, 36, 49]
-        with pytest.raises(ValueError, match="four"):
-            list(in_order(cut_or_die, [0, 4, 1], workers))
-    with pytest.raises(ChildProcessError, match="was killed"):
-        list(in_order(cut_or_die, range(9), 2))
-
-
-def test_number_types(capsys):
-    parser = ArgumentParser(prog="x")
-    parser.add_argument("--n", type=number(float, 0, 1, above=True))
-    assert parser.parse_args(["--n=1"]).n == 1
-    for bad in ("0", "1.5", "nan", "a"):
-        with pytest.raises(SystemExit) as e:
-            parser.parse_args(["--n", bad])
-        assert e.value.code == 2
-        assert capsys.readouterr().err.count("\n") == 1
-
-
-def test_conversations_are_text(tmp_path):
-    rows = [{"id": f"identity_{i}", "conversations": [{"from": "human", "value": "今天天气怎么样"}, {"from": "assistant", "value": "今天天气很好"}]} for i in range(20)]
-    (tmp_path / "x.jsonl").write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), "utf-8")
-    assert list(read_texts([tmp_path / "x.jsonl"]))[:2] == ["今天天气怎么样", "今天天气很好"] and len(list(read_texts([tmp_path / "x.jsonl"]))) == 40
 
 
 @pytest.mark.parametrize("change", [{"additional_special_tokens": ["你好"]}, {"extra_special_tokens": {"a": "<a>"}}, {"added_tokens_decoder": {"9": {"content": "<b>"}}}], ids=str)

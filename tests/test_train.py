@@ -27,7 +27,8 @@ import train
 from chatlm import ChatLM
 from data import make_demo
 from sample import generate
-from tokenizer import Tokenizer, run
+from data import run
+from tokenizer import Tokenizer
 from train import learning_rate, list_checkpoints
 
 ROOT = Path(__file__).parents[1]
