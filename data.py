@@ -460,7 +460,7 @@ def hash_file(path) -> str:
 
 def hash_files(paths: Iterable[str | Path]) -> str:
     """A hash of the contents of files, in their order."""
-    return xxhash.xxh3_64_hexdigest("".join(map(hash_file, paths)))
+    return xxhash.xxh3_64_hexdigest("".join(map(hash_file, paths)).encode())
 
 
 # --- writing files --------------------------------------------------------------------------------
@@ -1041,7 +1041,9 @@ class Source(NamedTuple):
         return any(set(names.split()) <= row.keys() for names in self.fields)
 
     def needs(self) -> str:
-        return ", or ".join(names.replace(" ", ", ") for names in self.fields)
+        """"instruction and output, or title, content and star" """
+        return ", or ".join(" and ".join(names.replace(" ", ", ").rsplit(", ", 1))
+                            for names in self.fields)
 
 
 SOURCES = {
@@ -2126,12 +2128,16 @@ def grouped(rows: Iterable, size: int) -> Iterator[list]:
 # --- command line ---------------------------------------------------------------------------------
 
 
-class HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
-    """Shows defaults in --help, where there are any."""
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Shows defaults in --help, where there are any, and keeps the lines of tables and examples."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        has_default = action.default not in (None, False, "")
-        return super()._get_help_string(action) if has_default else action.help
+        default = action.default
+        has_none = default is None or default is False or default == ""
+        return action.help if has_none else super()._get_help_string(action)
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        return text if "\n" in text else super()._fill_text(text, width, indent)
 
 
 class ArgumentParser(argparse.ArgumentParser):

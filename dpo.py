@@ -34,7 +34,9 @@ import argparse
 import os
 import shlex
 import sys
+from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import pyarrow.compute as pc
 import torch
@@ -49,13 +51,11 @@ import data
 import sample
 import train
 from chatlm import IGNORED, LOSS_CHUNK_BYTES, ChatLM, load_adapter, merge_lora
-from data import (ArgumentParser, PairStream, Rows, atomic_write, check_folder, memory_hint, number,
-                  run, write_errors)
+from data import (ArgumentParser, PairStream, Progress, Rows, atomic_write, check_folder,
+                  hash_files, memory_hint, note_once, number, run, write_errors)
 from tokenizer import Tokenizer
 
 COLUMNS = data.PREFERENCE  # prompt, chosen, rejected
-DEFAULTS = {"optimizer": "adamw", "beta": 0.1, "loss": "sigmoid", "label_smoothing": 0.0,
-            "sft_alpha": 0.0}
 METRICS = ("margin", "accuracy", "chosen_logp", "rejected_logp", "log_ratio")
 
 
@@ -108,39 +108,66 @@ def pair_logps(model: ChatLM, batch: dict) -> tuple[Tensor, Tensor]:
             sequence_logps(model, encoded, mask, batch["rejected_labels"]))
 
 
-class Preference:
-    """The objective of train.Trainer: sums over a batch's pairs, against stored references."""
+@dataclass(frozen=True, kw_only=True)
+class Settings(train.Settings):
+    """train.py's settings, with those of DPO."""
+    optimizer: str = "adamw"
+    beta: float = 0.1
+    loss: str = "sigmoid"
+    label_smoothing: float = 0.0
+    sft_alpha: float = 0.0
 
-    def __init__(self, args: argparse.Namespace, ranks: train.Ranks, model: ChatLM,
-                 tokenizer: Tokenizer):
-        self.args, self.ranks, self.model, self.tokenizer = args, ranks, model, tokenizer
-        self.references = {"data": self.reference(args.data_files, "data")}
+    columns: ClassVar[tuple[str, ...]] = COLUMNS
+    fixed: ClassVar[tuple[str, ...]] = (*train.Settings.fixed, "beta", "loss", "label_smoothing",
+                                        "sft_alpha")
+    help_lr: ClassVar[str] = "1e-5, with LoRA 1e-4"
+
+    def default_lr(self) -> float:
+        return 1e-4 if self.lora_rank else 1e-5
+
+    def find_files(self, paths: list[str], ranks: train.Ranks) -> list[str]:
+        return find_triples(paths, ranks, Path(self.out_dir))
+
+
+class Preference(train.Objective):
+    """The DPO loss, against stored log-probabilities of the reference."""
+    extra, shown = METRICS, ("loss", "margin", "accuracy")
+
+    def __init__(self, settings: Settings, ranks: train.Ranks, model: ChatLM, tokenizer: Tokenizer,
+                 init_hash: str):
+        super().__init__(settings, ranks, model, tokenizer)
+        self.references = {"data": self.reference(settings.data_files, "data", init_hash)}
         self.batches: list[dict] = []
-        if args.valid:
-            self.references["valid"] = self.reference(args.valid_files, "valid")
-            self.batches = list(self.stream(args.valid_files).one_epoch())
+        if settings.valid:
+            valid = self.reference(settings.valid_files, "valid", init_hash)
+            self.references["valid"] = valid
+            self.batches = list(self.stream(settings.valid_files).one_epoch())
 
-    def stream(self, files: list[str]) -> PairStream:
-        return PairStream(files, self.tokenizer, self.args.micro_batch_tokens, self.args.max_len,
-                          0, self.ranks.rank, self.ranks.world_size, columns=COLUMNS)
+    def stream(self, files: tuple[str, ...]) -> PairStream:
+        s = self.settings
+        return PairStream(files, self.tokenizer, s.micro_batch_tokens, s.max_len, 0,
+                          self.ranks.rank, self.ranks.world_size, columns=COLUMNS)
 
-    def reference(self, files: list[str], name: str) -> Tensor:
-        path = Path(self.args.out_dir) / "checkpoint" / f"reference_{name}.safetensors"
-        return reference_logps(self.args, self.ranks, self.model, self.tokenizer,
-                               self.stream(files), files, path)
+    def reference(self, files: tuple[str, ...], name: str, init_hash: str) -> Tensor:
+        s, stream = self.settings, self.stream(files)
+        path = Path(s.out_dir) / "checkpoint" / f"reference_{name}.safetensors"
+        tokenizer_hash = xxhash.xxh3_64_hexdigest(self.tokenizer.to_json().encode())
+        identity = {"data": hash_files(files), "weights": init_hash, "max_len": str(s.max_len),
+                    "dtype": s.dtype, "tokenizer": tokenizer_hash}
+        return reference_logps(self.ranks, self.model, stream, path, identity)
 
     def loss(self, batch: dict, source: str = "data") -> tuple[Tensor, ...]:
         """Loss sum, number of pairs, and the sums of METRICS; () each."""
-        args = self.args
+        s = self.settings
         chosen, rejected = pair_logps(self.model, batch)
         ref_chosen, ref_rejected = self.references[source][batch["rows"]].unbind(1)
         mean, chosen_rewards, rejected_rewards = dpo_loss(
-            chosen, rejected, ref_chosen, ref_rejected, args.beta, args.label_smoothing, args.loss)
-        if args.sft_alpha:
+            chosen, rejected, ref_chosen, ref_rejected, s.beta, s.label_smoothing, s.loss)
+        if s.sft_alpha:
             tokens = (batch["chosen_labels"] != IGNORED).sum(1)
-            mean = mean - args.sft_alpha * (chosen / tokens).mean()
+            mean = mean - s.sft_alpha * (chosen / tokens).mean()
         margins = chosen_rewards - rejected_rewards
-        log_ratio = (chosen_rewards + rejected_rewards) / (2 * args.beta)
+        log_ratio = (chosen_rewards + rejected_rewards) / (2 * s.beta)
         pairs = chosen.new_full((), len(chosen))
         return (mean * pairs, pairs, margins.sum(), (margins > 0).sum(), chosen.sum(),
                 rejected.sum(), log_ratio.sum())
@@ -158,17 +185,13 @@ class Preference:
 # --- the reference --------------------------------------------------------------------------------
 
 
-def reference_logps(args: argparse.Namespace, ranks: train.Ranks, model: ChatLM,
-                    tokenizer: Tokenizer, stream: PairStream, files: list[str],
-                    path: Path) -> Tensor:
+def reference_logps(ranks: train.Ranks, model: ChatLM, stream: PairStream, path: Path,
+                    identity: dict[str, str]) -> Tensor:
     """Log-probabilities (rows, 2) of chosen and rejected under the starting model, on every rank.
 
-    They are read from path if they were computed from the same files, weights and settings;
-    otherwise the ranks share the work, and the first writes path.
+    They are read from path if they were computed with the same identity: data, weights, tokenizer
+    and settings. Otherwise the ranks share the work, and the first one writes path.
     """
-    identity = {"data": data.hash_files(files), "weights": args.init_hash,
-                "max_len": str(args.max_len), "dtype": args.dtype,
-                "tokenizer": xxhash.xxh3_64_hexdigest(tokenizer.to_json().encode())}
     logps = torch.zeros(stream.rows, 2, device=ranks.device)
     stored = read_reference(path, identity) if ranks.is_main else None
     if ranks.all_gather(stored is not None)[0]:
@@ -179,12 +202,17 @@ def reference_logps(args: argparse.Namespace, ranks: train.Ranks, model: ChatLM,
     if ranks.is_main:
         print(f"computing the reference's log-probabilities of {stream.rows:,} triples", flush=True)
     model.eval()
-    dtype = getattr(torch, args.dtype)
+    progress, rows_done = Progress(), 0
+    dtype = getattr(torch, identity["dtype"])
     autocast = torch.autocast(ranks.device.type, dtype, enabled=dtype != torch.float32)
     with torch.no_grad(), autocast:
         for batch in stream.one_epoch():
             batch = {k: v.to(ranks.device) for k, v in batch.items()}
             logps[batch["rows"]] = torch.stack(pair_logps(model, batch), 1)
+            rows_done += len(batch["rows"])
+            if ranks.is_main:
+                progress.show(f"{rows_done * ranks.world_size:,} of {stream.rows:,} triples")
+    progress.clear()
     ranks.all_reduce(logps)  # each row was computed by one rank, and is 0 on the others
     if ranks.is_main:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -205,8 +233,8 @@ def read_reference(path: Path, identity: dict[str, str]) -> Tensor | None:
                 return f.get_tensor("logps")
     except SafetensorError:
         pass
-    print(f"{path} is of other data, weights or settings, or damaged: it is computed anew",
-          file=sys.stderr)
+    note_once(f"note: {path} is of other data, weights or settings, or damaged: it is computed "
+              "again")
     return None
 
 
@@ -223,7 +251,7 @@ def find_triples(paths: list[str], ranks: train.Ranks, out_dir: Path) -> list[st
     for i, path in enumerate(paths):
         target = path
         if Path(path).suffix.lower() != ".parquet" or Path(path).is_dir():
-            content = data.hash_files(data.input_files([path], [out_dir]))
+            content = hash_files(data.input_files([path], [out_dir]))
             target = str(out_dir / "triples" / f"triples-{i}-{content}.parquet")
             if ranks.is_main and not Path(target).is_file():
                 rows = Rows(path, COLUMNS, outputs=[out_dir])
@@ -252,57 +280,47 @@ def check_triples(file: str, shown: str) -> None:
         row += len(batch)
 
 
+EXAMPLES = """\
+  python dpo.py --init_from out/sft --data preferences.parquet --lora_rank 16 --out_dir out/lora
+  python dpo.py reject --help; python dpo.py merge --help"""
+
+
 def tune(argv: list[str]) -> None:
-    parser = train.parser_for("DPO on prompt, chosen, rejected. Also: dpo.py reject --help, "
-                              "dpo.py merge --help.", DEFAULTS)
-    add = parser.add_argument
+    parser = train.parser_for(Settings, "DPO on prompt, chosen, rejected: of all weights, or of a "
+                              "LoRA adapter.", EXAMPLES)
+    add = parser.add_argument_group("only in dpo.py").add_argument
     add("--beta", type=number(float, 0, above=True),
         help="higher stays closer to the starting model (default: 0.1)")
-    add("--loss", choices=["sigmoid", "ipo"], help="sigmoid: the paper's (default: sigmoid)")
+    add("--loss", choices=["sigmoid", "ipo"], help="sigmoid is the paper's (default: sigmoid)")
     add("--label_smoothing", type=number(float, 0, 0.5),
-        help="share of pairs taken as mislabeled (default: 0)")
+        help="share of pairs assumed to be labeled the wrong way round (default: 0)")
     add("--sft_alpha", type=number(float, 0),
         help="weight of an extra SFT loss on chosen answers (default: 0)")
     args = parser.parse_args(argv)
-    args.preset = args.vocab_size = args.bleu_every = None
     ranks = train.Ranks.join(args.device)
     with memory_hint(train.MEMORY_HINT), train.claimed(Path(args.out_dir), ranks):
         saved = train.find_checkpoint(args.out_dir, args.resume, ranks)
         if not saved and not (args.data and args.init_from):
             parser.error("--init_from and --data are needed")
-        resolve_tune(args, ranks, saved)
-        tokenizer = train.find_tokenizer(args, ranks, saved)
-        model = train.make_model(args, ranks, tokenizer)
-        fixed = ("beta", "loss", "label_smoothing", "sft_alpha")
-        identity = train.run_identity(args, model, tokenizer, *fixed)
-        train.check_identity(identity, saved, args.out_dir, ranks)
-        stream = train.make_stream(args, ranks, tokenizer, COLUMNS)
-        preference = Preference(args, ranks, model, tokenizer)
-        objective = train.Objective(preference.loss, preference.evaluate,
-                                    train.exporter(args, model, tokenizer), METRICS)
-        state = train.Trainer(args, ranks, model, stream, objective, identity).fit(saved)
+        stored = saved["settings"] if saved else {}
+        if args.label_smoothing and (args.loss or stored.get("loss")) == "ipo":
+            raise ValueError("--label_smoothing has no effect with --loss ipo")
+        settings = train.resolve(Settings, args, ranks, saved)
+        tokenizer = train.find_tokenizer(settings, ranks, saved)
+        model, init_hash = train.make_model(settings, ranks, tokenizer)
+        identity = train.run_identity(settings, model, tokenizer, init_hash)
+        train.check_identity(identity, saved, settings.out_dir, ranks)
+        stream = train.make_stream(settings, ranks, tokenizer)
+        preference = Preference(settings, ranks, model, tokenizer, init_hash)
+        state = train.Trainer(settings, ranks, model, stream, preference, identity).fit(saved)
         ranks.leave()
-        if ranks.is_main:
-            print(f"finished: {args.out_dir} ({state.step:,} steps, "
-                  f"{train.duration(state.elapsed_s)})")
-        if ranks.is_main and args.lora_rank:
-            folders = (args.init_from, args.out_dir, args.out_dir + "/merged")
+    if ranks.is_main:
+        print(f"finished: {settings.out_dir} ({state.step:,} steps, "
+              f"{train.duration(state.elapsed_s)})")
+        if settings.lora_rank:
+            folders = (settings.init_from, settings.out_dir, settings.out_dir + "/merged")
             base, adapter, out = map(shlex.quote, folders)
             print(f"  python dpo.py merge --model {base} --adapter {adapter} --out {out}")
-
-
-def resolve_tune(args: argparse.Namespace, ranks: train.Ranks, saved: dict | None) -> None:
-    """train.resolve_args with DPO's defaults and checks."""
-    settings = saved["settings"] if saved else {}
-    if args.label_smoothing and (args.loss or settings.get("loss")) == "ipo":
-        raise ValueError("--label_smoothing has no effect with --loss ipo")
-    is_lora = args.lora_rank or settings.get("lora_rank")
-
-    def find_files(paths: list[str], columns: tuple[str, ...]) -> list[str]:
-        return find_triples(paths, ranks, Path(args.out_dir))
-
-    defaults = {**DEFAULTS, "lr": 1e-4 if is_lora else 1e-5}
-    train.resolve_args(args, ranks, saved, COLUMNS, defaults, find_files)
 
 
 def reject(argv: list[str]) -> None:
@@ -325,7 +343,7 @@ def reject(argv: list[str]) -> None:
     args = parser.parse_args(argv)
     for name in ("temperature", "seed"):
         if getattr(args, name) is not None and args.num_samples == 1:
-            print(f"note: --{name} has no effect without --num_samples", file=sys.stderr)
+            note_once(f"note: --{name} has no effect without --num_samples")
     answers = Path(f"{args.out}.answers.jsonl")  # continued when the command runs again
     rows = list(Rows(args.data, data.PAIR, outputs=[args.out, answers]))
     data.check_parquet_path(Path(args.out))

@@ -1,12 +1,44 @@
-"""Decoding: one prompt, a chat, a whole file, or scores.
+"""Decoding: from a trained model to text. One prompt, a chat, a whole file, or scores.
 
     python sample.py --prompt "法国的首都是哪里？"
-    python sample.py                                              chat, tokens as they come
+    python sample.py                                              chat in the terminal
     python sample.py --input prompts.jsonl --output answers.jsonl
-    python sample.py --score valid.parquet                        loss, perplexity, BLEU-4, exact match
+    python sample.py --score valid.parquet                        loss, BLEU-4, exact match
 
-generate() takes transformers' argument names in their meaning and gives, for greedy and beam search, its tokens. A row
-that has finished leaves the batch, so it costs nothing more.
+The model gives a score (a logit) to every token that may come next. softmax turns the scores into
+probabilities, a decoding strategy picks one token, and the model sees it in the next step, until it
+picks [EOS]:
+
+    prompt -> encoder                              the answer so far:  [PAD] 巴
+                 |                                                       |
+              decoder -> logits of 29,298 tokens -> pick one:  黎  ------+
+
+greedy        the token with the highest probability. Exact and repeatable, sometimes dull.
+sampling      draw a token by its probability p. temperature T divides the logits: p ~ exp(logit/T),
+              below 1 likely tokens become likelier. top_k keeps the k likeliest tokens, top_p the
+              likeliest ones that together have probability p. For example, with probabilities
+              0.5, 0.3, 0.15, 0.05, top_k 2 and top_p 0.8 both draw from the first two, with
+              0.625 and 0.375.
+beam search   keep the N most likely beginnings of an answer at every step. The best whole answer is
+              not always the one that begins best.
+contrastive   of the likely tokens, the one least like what was said before.
+
+Without a trick, step n would compute all n tokens again. But in attention, a token needs only the
+keys and values of those before it, and these do not change. So they are kept in a KV cache, and a
+step computes one token. It still reads every weight of the decoder, 105 million numbers in 0.2b, so
+with one answer at a time the speed is that of the memory; several answers share the reading.
+
+    token       x = embedding[id]
+    10 layers   x += o(attend(q, k and v of all tokens so far))      one product makes q, k, v
+                x += o(attend(q, k and v of the prompt))             computed once
+                x += feed_forward(x)
+    logits      x @ embedding.T                                      a fifth of all that is read
+
+generate() has transformers' argument names with their meaning, and returns its tokens for greedy
+and beam search. A row that has finished leaves the batch, so it costs nothing more.
+
+Try next: ask the same question with --num_beams 5, with --do_sample --temperature 1.5, and with
+--penalty_alpha 0.6 --top_k 4.
 """
 import itertools
 import json
@@ -23,17 +55,15 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import NamedTuple
 
+import argparse
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from chatlm import ChatLM, ChatLMConfig, FeedForward, RMSNorm, read_json
-from data import (ArgumentParser, Rows, hash_files, input_files, locked, memory_hint, number, run, write_errors,
-                  write_file)
+from chatlm import IGNORED, ChatLM, ChatLMConfig, FeedForward, RMSNorm, read_json
+from data import (PAIR, ArgumentParser, Progress, Rows, hash_files, input_files, locked,
+                  memory_hint, note_once, number, run, write_errors, write_file)
 from tokenizer import Tokenizer
-
-FINISHED = -1e9  # what a beam that may not go on, or has not ended, scores: finite, as in transformers
-WINDOW = 4096  # prompts of a file that are sorted by length together
 
 
 # --- the decoder, one token at a time -------------------------------------------------------------
@@ -299,19 +329,23 @@ class Decoder:
 
 # --- strategies -----------------------------------------------------------------------------------
 
-
-RANGES = {"max_new_tokens": (1, 1 << 20), "min_new_tokens": (0, 1 << 20), "num_beams": (1, 1000), "num_return_sequences": (1, 10 ** 6),
-          "temperature": (1e-3, 1e3), "top_k": (0, 1 << 31), "top_p": (1e-9, 1), "repetition_penalty": (1e-3, 1e3),
-          "no_repeat_ngram_size": (0, 1 << 20), "length_penalty": (-100, 100), "penalty_alpha": (0, 1)}
-# Options of transformers that change answers and that we do not have; a value of None, 0, 1 or [] is none
-UNSUPPORTED = set("""max_length min_length min_p typical_p epsilon_cutoff eta_cutoff suppress_tokens begin_suppress_tokens bad_words_ids
-    force_words_ids forced_bos_token_id forced_eos_token_id num_beam_groups diversity_penalty encoder_repetition_penalty
-    encoder_no_repeat_ngram_size sequence_bias guidance_scale exponential_decay_length_penalty stop_strings max_time dola_layers""".split())
+FINISHED = -1e9  # added to the score of a beam that may not go on: finite, as in transformers
+RANGES = {
+    "max_new_tokens": (1, 1 << 20), "min_new_tokens": (0, 1 << 20), "num_beams": (1, 1000),
+    "num_return_sequences": (1, 10 ** 6), "temperature": (1e-3, 1e3), "top_k": (0, 1 << 31),
+    "top_p": (1e-9, 1), "repetition_penalty": (1e-3, 1e3), "no_repeat_ngram_size": (0, 1 << 20),
+    "length_penalty": (-100, 100), "penalty_alpha": (0, 1)}
+# options of transformers that change answers and that we do not have; None, 0, 1 and [] are off
+UNSUPPORTED = set("""
+    max_length min_length min_p typical_p epsilon_cutoff eta_cutoff suppress_tokens bad_words_ids
+    begin_suppress_tokens force_words_ids forced_bos_token_id forced_eos_token_id num_beam_groups
+    diversity_penalty encoder_repetition_penalty encoder_no_repeat_ngram_size sequence_bias
+    guidance_scale exponential_decay_length_penalty stop_strings max_time dola_layers""".split())
 
 
 @dataclass
 class GenerationConfig:
-    """transformers' names and meanings."""
+    """Options of generate, with transformers' names and meanings."""
     max_new_tokens: int = 256
     min_new_tokens: int = 0
     num_beams: int = 1
@@ -323,68 +357,94 @@ class GenerationConfig:
     repetition_penalty: float = 1.0
     no_repeat_ngram_size: int = 0
     length_penalty: float = 1.0
-    early_stopping: bool | str = False  # True: as soon as num_beams have ended; "never": only when none can do better
+    # True: stop when num_beams answers have ended; "never": when none can become better
+    early_stopping: bool | str = False
     penalty_alpha: float = 0.0  # above 0, with top_k above 1: contrastive search
 
     def __post_init__(self):
-        if self.temperature == 0:  # as people mean it
+        if self.temperature == 0:  # which people write for greedy decoding
             self.do_sample, self.temperature = False, 1.0
         for field in fields(self):
             self.check_field(field.name, type(field.default))
         if self.early_stopping not in (True, False, "never"):
-            raise ValueError(f"early_stopping must be True, False or 'never', not {self.early_stopping!r}")
+            raise ValueError("early_stopping must be True, False or 'never', not "
+                             f"{self.early_stopping!r}")
         if self.num_return_sequences > self.num_beams and not self.do_sample:
-            raise ValueError(f"num_return_sequences must be at most num_beams without sampling, not {self.num_return_sequences}")
+            raise ValueError("num_return_sequences must be at most num_beams without sampling, not "
+                             f"{self.num_return_sequences}")
         if self.min_new_tokens > self.max_new_tokens:
-            raise ValueError(f"min_new_tokens must be at most max_new_tokens ({self.max_new_tokens}), not {self.min_new_tokens}")
+            raise ValueError("min_new_tokens must be at most max_new_tokens "
+                             f"({self.max_new_tokens}), not {self.min_new_tokens}")
 
     def check_field(self, name: str, kind: type) -> None:
-        """Raise ValueError if a field is not of its kind, or out of range."""
+        """Raise ValueError if a field is not of its type, or out of range."""
         value = getattr(self, name)
         if name == "do_sample" and type(value) is not bool:
             raise ValueError(f"do_sample must be true or false, not {value!r}")
         if name not in RANGES:
             return
         low, high = RANGES[name]
-        if type(value) is not int and (kind is int or type(value) is not float) or not low <= value <= high:
+        is_number = type(value) is int or kind is float and type(value) is float
+        if not is_number or not low <= value <= high:
             what = "a whole number" if kind is int else "a number"
             raise ValueError(f"{name} must be {what} from {low:g} to {high:g}, not {value!r}")
 
     @property
     def contrastive(self) -> bool:
-        return self.penalty_alpha > 0 and self.top_k > 1 and self.num_beams == 1 and not self.do_sample
+        is_plain = self.num_beams == 1 and not self.do_sample
+        return self.penalty_alpha > 0 and self.top_k > 1 and is_plain
+
+    def unused(self) -> dict[str, str]:
+        """Options that have no effect here, and what they need."""
+        unused = {}
+        if not self.do_sample:
+            unused |= dict.fromkeys(("temperature", "top_p", "seed"), "do_sample")
+            if not self.penalty_alpha:
+                unused["top_k"] = "do_sample or penalty_alpha"
+        if not self.contrastive:
+            unused["penalty_alpha"] = "top_k of 2 or more, or with num_beams or do_sample"
+        if self.num_beams == 1:
+            unused |= dict.fromkeys(("length_penalty", "early_stopping"), "num_beams")
+        return unused
 
     def process(self, scores: Tensor, ids: Tensor, eos: int) -> Tensor:
-        """scores (N, V) of what may follow ids (N, L), start token included -> scores, in transformers' order."""
+        """Apply the options to the scores (N, V) of the next token after ids (N, L), which include
+        the start token, in transformers' order."""
         if self.repetition_penalty != 1:
             seen = scores.gather(1, ids)
-            seen = torch.where(seen < 0, seen * self.repetition_penalty, seen / self.repetition_penalty)
-            scores = scores.scatter(1, ids, seen)
-        if 0 < self.no_repeat_ngram_size <= ids.size(1):
-            n = self.no_repeat_ngram_size
+            lower = torch.where(seen < 0, seen * self.repetition_penalty,
+                                seen / self.repetition_penalty)
+            scores = scores.scatter(1, ids, lower)
+        n = self.no_repeat_ngram_size
+        if 0 < n <= ids.size(1):
             grams = ids.unfold(1, n, 1)  # (N, L - n + 1, n)
-            repeats = (grams[:, :, :-1] == ids[:, None, ids.size(1) - n + 1:]).all(-1)
-            rows, at = repeats.nonzero(as_tuple=True)
-            scores = scores.index_put((rows, grams[rows, at, -1]), scores.new_tensor(-math.inf))
+            last = ids[:, None, ids.size(1) - n + 1:]  # (N, 1, n - 1)
+            rows, at = (grams[:, :, :-1] == last).all(-1).nonzero(as_tuple=True)
+            forbidden = scores.new_tensor(-math.inf)
+            scores = scores.index_put((rows, grams[rows, at, -1]), forbidden)
         if ids.size(1) - 1 < self.min_new_tokens:
             scores[:, eos] = -math.inf
-        if self.do_sample:
-            at_least = 2 if self.num_beams > 1 else 1  # a beam must have something besides [EOS]
-            scores = scores / self.temperature
-            if self.top_k:
-                least = scores.topk(min(max(self.top_k, at_least), scores.size(-1)))[0][:, -1:]
-                scores = scores.masked_fill(scores < least, -math.inf)
-            if self.top_p < 1:
-                ordered, order = scores.sort()
-                drop = ordered.softmax(-1).cumsum(-1) <= 1 - self.top_p
-                drop[:, -at_least:] = False
-                scores = scores.masked_fill(drop.scatter(1, order, drop), -math.inf)
+        return self.filter(scores / self.temperature) if self.do_sample else scores
+
+    def filter(self, scores: Tensor) -> Tensor:
+        """top_k and top_p: scores (N, V) of tokens that cannot be drawn become -inf."""
+        at_least = 2 if self.num_beams > 1 else 1  # a beam needs a token besides [EOS]
+        if self.top_k:
+            k = min(max(self.top_k, at_least), scores.size(-1))
+            least = scores.topk(k)[0][:, -1:]
+            scores = scores.masked_fill(scores < least, -math.inf)
+        if self.top_p < 1:
+            ordered, order = scores.sort()
+            drop = ordered.softmax(-1).cumsum(-1) <= 1 - self.top_p
+            drop[:, -at_least:] = False
+            scores = scores.masked_fill(drop.scatter(1, order, drop), -math.inf)
         return scores
 
 
-def generate(model: ChatLM, input_ids: Tensor, attention_mask: Tensor | None = None, **options) -> Tensor:
-    """Answers to prompts: input_ids (B, S) int64 -> ids (B * num_return_sequences, L), start token in front; what follows
-    an answer's [EOS] is padding (0), after beam search [EOS].
+def generate(model: ChatLM, input_ids: Tensor, attention_mask: Tensor | None = None,
+             **options) -> Tensor:
+    """Answers to prompts: input_ids (B, S) int64 -> ids (B * num_return_sequences, L) int64, with
+    the start token. After an answer's [EOS] comes padding (0), or [EOS] after beam search.
 
     attention_mask: (B, S), 0 where input_ids is padding. options: the fields of GenerationConfig.
     Raises ValueError for an option out of range.
@@ -396,31 +456,36 @@ def generate(model: ChatLM, input_ids: Tensor, attention_mask: Tensor | None = N
         elif config.contrastive:
             ids = contrastive_search(model, input_ids, attention_mask, config)
         else:
-            if config.num_return_sequences > 1:
-                input_ids = input_ids.repeat_interleave(config.num_return_sequences, 0)
-                attention_mask = None if attention_mask is None else attention_mask.repeat_interleave(config.num_return_sequences, 0)
+            if (n := config.num_return_sequences) > 1:
+                input_ids = input_ids.repeat_interleave(n, 0)
+                if attention_mask is not None:
+                    attention_mask = attention_mask.repeat_interleave(n, 0)
             ids = deque(steps(model, input_ids, attention_mask, config), maxlen=1)[0]
-    return ids.clone()  # a tensor like any other
+    return ids.clone()  # an ordinary tensor, usable outside of inference mode
 
 
 def draw(scores: Tensor, count: int) -> Tensor:
-    """Sample indices (N, count) from scores (N, V). Raises ValueError if every token is forbidden."""
+    """Sample indices (N, count) from scores (N, V). Raises ValueError if every token is forbidden.
+    """
     try:
         return torch.multinomial(scores.softmax(-1), count)
     except RuntimeError:
-        raise ValueError("no token is left to choose: lower --no_repeat_ngram_size or --min_new_tokens") from None
+        raise ValueError("no token is left to choose: lower --no_repeat_ngram_size or "
+                         "--min_new_tokens") from None
 
 
 @torch.inference_mode()
-def steps(model: ChatLM, input_ids: Tensor, attention_mask: Tensor | None, config: GenerationConfig) -> Iterator[Tensor]:
-    """Greedy decoding or sampling; yields ids (B, L) after every new token."""
+def steps(model: ChatLM, input_ids: Tensor, attention_mask: Tensor | None,
+          config: GenerationConfig) -> Iterator[Tensor]:
+    """Greedy decoding or sampling. Yields ids (B, L) after every new token."""
     c = model.config
     decoder = Decoder(model, input_ids, attention_mask)
     ids = input_ids.new_full((len(input_ids), config.max_new_tokens + 1), c.pad_token_id)
     ids[:, 0] = c.decoder_start_token_id
-    rows = torch.arange(len(ids), device=ids.device)  # those that go on
+    rows = torch.arange(len(ids), device=ids.device)  # the unfinished ones
     for length in range(1, config.max_new_tokens + 1):
-        scores = config.process(decoder.step(ids[rows, length - 1])[0], ids[rows, :length], c.eos_token_id)
+        logits = decoder.step(ids[rows, length - 1])[0]
+        scores = config.process(logits, ids[rows, :length], c.eos_token_id)
         chosen = draw(scores, 1)[:, 0] if config.do_sample else scores.argmax(-1)
         ids[rows, length] = chosen
         yield ids[:, :length + 1]
@@ -432,95 +497,137 @@ def steps(model: ChatLM, input_ids: Tensor, attention_mask: Tensor | None, confi
             decoder.select(going, going)
 
 
-def beam_search(model: ChatLM, input_ids: Tensor, attention_mask: Tensor | None, config: GenerationConfig) -> Tensor:
-    """The num_return_sequences best of num_beams (N) hypotheses for each prompt, by sum of log-probabilities / length^penalty.
+class Beams:
+    """The hypotheses of P prompts: for each, N that are running and the N best that have ended.
 
-    Every step takes the 2 N best continuations of a prompt's N beams: those among the first N that end are weighed
-    against the N best that have ended so far, and the N best of the others go on. As in transformers, a prompt is done
-    when early_stopping is true and N have ended, or when its best running beam, at the length of now ("never" with a
-    positive penalty: at the greatest length), scores no better than the worst that has ended. As there, what follows
-    an answer's [EOS] is [EOS] again, not padding.
+    A hypothesis' score is the sum of its log-probabilities; that of an ended one is divided by
+    length^length_penalty.
     """
-    c, n, limit = model.config, config.num_beams, config.max_new_tokens
-    decoder = Decoder(model, input_ids, attention_mask, rows_per_source=n)
-    batch, device = len(input_ids), input_ids.device
-    results = input_ids.new_full((batch, config.num_return_sequences, limit + 1), c.eos_token_id)
-    prompts = torch.arange(batch, device=device)  # those not done, in the order of the tensors below
-    running = input_ids.new_full((batch, n, limit + 1), c.eos_token_id)
-    running[:, :, 0] = c.decoder_start_token_id
-    scores = torch.zeros(batch, n, device=device)
-    scores[:, 1:] = FINISHED  # at first all beams are equal: go on from one
-    ended, ended_scores = running.clone(), torch.full((batch, n), FINISHED, device=device)
-    is_ended = torch.zeros(batch, n, dtype=torch.bool, device=device)
-    for length in range(1, limit + 1):
-        flat = running[:, :, :length].flatten(0, 1)
-        logits = decoder.step(flat[:, -1])[0]
-        new = config.process(logits.log_softmax(-1), flat, c.eos_token_id)
-        total = (new.view(len(prompts), n, -1) + scores[:, :, None]).flatten(1)
+
+    def __init__(self, input_ids: Tensor, config: GenerationConfig, start: int, eos: int):
+        self.config, self.eos = config, eos
+        prompts, n, device = len(input_ids), config.num_beams, input_ids.device
+        # ids (P, N, max length); after an answer's [EOS] comes [EOS], as in transformers
+        self.running = input_ids.new_full((prompts, n, config.max_new_tokens + 1), eos)
+        self.running[:, :, 0] = start
+        self.scores = torch.zeros(prompts, n, device=device)
+        self.scores[:, 1:] = FINISHED  # all beams are equal at first: go on from one
+        self.ended = self.running.clone()
+        self.ended_scores = torch.full((prompts, n), FINISHED, device=device)
+        self.is_ended = torch.zeros(prompts, n, dtype=torch.bool, device=device)
+
+    def extend(self, scores: Tensor, length: int) -> Tensor:
+        """Append a token to the hypotheses, which become `length` long. scores: (P, N, V) of the
+        next token. Returns the previous row (P * N,) of every running hypothesis.
+
+        Of a prompt's 2 N best continuations, those that end and are among the first N compete with
+        the ended ones, and the N best that do not end go on.
+        """
+        config, limit = self.config, self.config.max_new_tokens
+        prompts, n, vocab = scores.shape
+        total = (scores + self.scores[:, :, None]).flatten(1)
         if config.do_sample:
             index = draw(total, 2 * n)
             best = total.gather(1, index)
         else:
             best, index = total.topk(2 * n)
-        beam, token = index // new.size(-1), index % new.size(-1)
-        continued = running.gather(1, beam[:, :, None].expand(-1, -1, limit + 1))
+        beam, token = index // vocab, index % vocab
+        continued = take_rows(self.running, beam)
         continued[:, :, length] = token
-        stops = token == c.eos_token_id if length < limit else torch.ones_like(token, dtype=torch.bool)
-        # the beams that go on
-        scores, keep = (best + stops * FINISHED).topk(n)
-        running = continued.gather(1, keep[:, :, None].expand(-1, -1, limit + 1))
-        source = (beam.gather(1, keep) + n * torch.arange(len(prompts), device=device)[:, None]).flatten()
-        # the beams that have ended
-        ends = stops & (torch.arange(2 * n, device=device) < n)
-        full = is_ended.all(1, keepdim=True) & (config.early_stopping is True)
-        weighed = best / length ** config.length_penalty + (full.float() + (~ends).float()) * FINISHED
-        ended_scores, keep = torch.cat([ended_scores, weighed], 1).topk(n)
-        ended = torch.cat([ended, continued], 1).gather(1, keep[:, :, None].expand(-1, -1, limit + 1))
-        is_ended = torch.cat([is_ended, ends], 1).gather(1, keep)
-        # which prompts are done
-        far = limit if config.early_stopping == "never" and config.length_penalty > 0 else length
-        worst = torch.where(is_ended, ended_scores.min(1, keepdim=True)[0], FINISHED)
-        hopeful = (scores[:, :1] / far ** config.length_penalty > worst).any(1)
-        going = hopeful & ~(is_ended.all(1) & (config.early_stopping is True))
+        stops = token == self.eos if length < limit else torch.ones_like(token, dtype=torch.bool)
+        self.scores, kept = (best + stops * FINISHED).topk(n)
+        self.running = take_rows(continued, kept)
+        first = n * torch.arange(prompts, device=beam.device)[:, None]
+        source = (beam.gather(1, kept) + first).flatten()
+        ends = stops & (torch.arange(2 * n, device=beam.device) < n)
+        full = self.is_ended.all(1, keepdim=True) & (config.early_stopping is True)
+        weighted = best / length ** config.length_penalty
+        weighted = weighted + (full.float() + (~ends).float()) * FINISHED
+        self.ended_scores, kept = torch.cat([self.ended_scores, weighted], 1).topk(n)
+        self.ended = take_rows(torch.cat([self.ended, continued], 1), kept)
+        self.is_ended = torch.cat([self.is_ended, ends], 1).gather(1, kept)
+        return source
+
+    def unfinished(self, length: int) -> list[int]:
+        """The prompts that go on. As in transformers, one is done when early_stopping is True and N
+        hypotheses have ended, or when its best running one, divided by its present length ("never"
+        with a positive penalty: by the greatest length), is no better than the worst ended one."""
+        config, limit = self.config, self.config.max_new_tokens
         if length == limit:
-            going = torch.zeros_like(going)
-        if not going.all():
-            results[prompts[~going]] = ended[~going, :config.num_return_sequences]
-        alive = going.nonzero()[:, 0]
-        if not len(alive):
+            return []
+        is_far = config.early_stopping == "never" and config.length_penalty > 0
+        best = self.scores[:, :1] / (limit if is_far else length) ** config.length_penalty
+        worst = torch.where(self.is_ended, self.ended_scores.min(1, keepdim=True)[0], FINISHED)
+        is_full = self.is_ended.all(1) & (config.early_stopping is True)
+        going = (best > worst).any(1) & ~is_full
+        return [i for i, goes_on in enumerate(going.tolist()) if goes_on]  # the only sync
+
+    def keep(self, prompts: Tensor) -> None:
+        for name in ("running", "scores", "ended", "ended_scores", "is_ended"):
+            setattr(self, name, getattr(self, name)[prompts])
+
+
+def take_rows(ids: Tensor, rows: Tensor) -> Tensor:
+    """ids (P, N, L), rows (P, M) -> (P, M, L)"""
+    return ids.gather(1, rows[:, :, None].expand(-1, -1, ids.size(2)))
+
+
+def beam_search(model: ChatLM, input_ids: Tensor, attention_mask: Tensor | None,
+                config: GenerationConfig) -> Tensor:
+    """The num_return_sequences best hypotheses of each prompt. See Beams."""
+    c, n, limit = model.config, config.num_beams, config.max_new_tokens
+    decoder = Decoder(model, input_ids, attention_mask, rows_per_source=n)
+    beams = Beams(input_ids, config, c.decoder_start_token_id, c.eos_token_id)
+    prompts = list(range(len(input_ids)))  # the unfinished ones
+    results: list[Tensor] = [beams.ended[0]] * len(prompts)
+    for length in range(1, limit + 1):
+        ids = beams.running[:, :, :length].flatten(0, 1)  # (P * N, length)
+        logits = decoder.step(ids[:, -1])[0]
+        scores = config.process(logits.log_softmax(-1), ids, c.eos_token_id)
+        source = beams.extend(scores.view(len(prompts), n, -1), length)
+        going = beams.unfinished(length)
+        for i in set(range(len(prompts))) - set(going):
+            results[prompts[i]] = beams.ended[i, :config.num_return_sequences]
+        if not going:
             break
-        if len(alive) < len(prompts):
+        alive = None
+        if len(going) < len(prompts):
+            prompts = [prompts[i] for i in going]
+            alive = torch.tensor(going, device=ids.device)
+            beams.keep(alive)
             source = source.view(-1, n)[alive].flatten()
-            prompts, running, scores = prompts[alive], running[alive], scores[alive]
-            ended, ended_scores, is_ended = ended[alive], ended_scores[alive], is_ended[alive]
-        decoder.select(source, alive if len(alive) < len(going) else None)
-    results = results.flatten(0, 1)
-    is_eos = results == c.eos_token_id
-    longest = torch.where(is_eos.any(1), is_eos.int().argmax(1), limit).max() + 1
-    return results[:, :longest]
+        decoder.select(source, alive)
+    ids = torch.cat(results)
+    is_eos = ids == c.eos_token_id
+    lengths = torch.where(is_eos.any(1), is_eos.int().argmax(1), limit)
+    return ids[:, :lengths.max() + 1]
 
 
-def contrastive_search(model: ChatLM, input_ids: Tensor, attention_mask: Tensor | None, config: GenerationConfig) -> Tensor:
-    """Su et al. 2022 (arXiv:2202.06417), equation 5: of the top_k (N) likeliest tokens the one with the greatest
+def contrastive_search(model: ChatLM, input_ids: Tensor, attention_mask: Tensor | None,
+                       config: GenerationConfig) -> Tensor:
+    """Su et al. 2022 (arXiv:2202.06417), equation 5: of the top_k (N) likeliest tokens the one with
+    the greatest
 
-        (1 - alpha) p(token | before) - alpha max_j cos(h(token), h(j)),    j over the positions before,
+        (1 - alpha) p(token | before) - alpha max_j cos(h(token), h(j)),    j over earlier positions
 
-    h being the decoder's last hidden state: likely, and unlike all that was said. Every candidate is fed to see its h.
+    where h is the decoder's last hidden state. Every candidate is fed to the decoder to get its h.
     """
-    c, n, alpha = model.config, min(config.top_k, model.config.vocab_size), config.penalty_alpha
+    c, alpha = model.config, config.penalty_alpha
+    n = min(config.top_k, c.vocab_size)
     decoder = Decoder(model, input_ids, attention_mask)
     ids = input_ids.new_full((len(input_ids), config.max_new_tokens + 1), c.pad_token_id)
     ids[:, 0] = c.decoder_start_token_id
-    rows = torch.arange(len(ids), device=ids.device)  # those that go on
+    rows = torch.arange(len(ids), device=ids.device)  # the unfinished ones
     logits, hidden = decoder.step(ids[:, 0])
     before = F.normalize(hidden.float(), dim=-1)[:, None]  # (B, L, D)
     for length in range(1, config.max_new_tokens + 1):
-        p, tokens = config.process(logits, ids[rows, :length], c.eos_token_id).softmax(-1).topk(n)  # (B, N)
-        decoder.select(torch.arange(len(rows), device=ids.device).repeat_interleave(n))
+        scores = config.process(logits, ids[rows, :length], c.eos_token_id)
+        p, tokens = scores.softmax(-1).topk(n)  # (B, N)
+        at = torch.arange(len(rows), device=ids.device)
+        decoder.select(at.repeat_interleave(n))
         logits, hidden = decoder.step(tokens.flatten())
         unit = F.normalize(hidden.float(), dim=-1).view(len(rows), n, -1)
         best = ((1 - alpha) * p - alpha * (unit @ before.mT).amax(-1)).argmax(1)
-        at = torch.arange(len(rows), device=ids.device)
         chosen = tokens[at, best]
         ids[rows, length] = chosen
         going = (chosen != c.eos_token_id).nonzero()[:, 0]
@@ -533,44 +640,57 @@ def contrastive_search(model: ChatLM, input_ids: Tensor, attention_mask: Tensor 
     return ids[:, :length + 1]
 
 
-# --- text in, text out -------------------------------------------------------------------------------------------------------
+# --- text in, text out ----------------------------------------------------------------------------
 
-def to_batch(tokenizer: Tokenizer, prompts: list[str], max_len: int, device) -> tuple[Tensor, Tensor]:
-    """input_ids and attention_mask (B, S); a prompt of more than max_len tokens is cut, its [EOS] kept."""
-    rows = [ids if len(ids) <= max_len else ids[:max_len - 1] + ids[-1:] for ids in tokenizer.encode_batch(prompts)]
+
+def to_batch(tokenizer: Tokenizer, prompts: list[str], max_len: int,
+             device) -> tuple[Tensor, Tensor]:
+    """input_ids and attention_mask (B, S) int64. Longer prompts are cut to max_len tokens; their
+    [EOS] stays."""
+    rows = [ids if len(ids) <= max_len else ids[:max_len - 1] + ids[-1:]
+            for ids in tokenizer.encode_batch(prompts)]
     width = max(map(len, rows))
     ids = torch.tensor([row + [0] * (width - len(row)) for row in rows], device=device)
-    mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows], device=device)
-    return ids, mask
+    lengths = torch.tensor([[len(row)] for row in rows], device=device)
+    return ids, (torch.arange(width, device=device) < lengths).long()
 
 
-def answer(model: ChatLM, tokenizer: Tokenizer, prompts: list[str], batch_size: int = 32, max_len: int = 512, **options) -> list[str]:
-    """The model's answers, num_return_sequences a prompt one after the other, in the order of the prompts."""
+def answer(model: ChatLM, tokenizer: Tokenizer, prompts: list[str], batch_size: int = 32,
+           max_len: int = 512, **options) -> list[str]:
+    """The model's answers, in the order of the prompts; num_return_sequences for each prompt, one
+    after the other. max_len: tokens per prompt."""
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    per = options.get("num_return_sequences", 1)
-    answers = [""] * (len(prompts) * per)
-    device = model.shared.weight.device
+    per_prompt = options.get("num_return_sequences", 1)
+    answers = [""] * (len(prompts) * per_prompt)
+    progress = Progress()
     for begin in range(0, len(order), batch_size):
         rows = order[begin:begin + batch_size]
-        ids = generate(model, *to_batch(tokenizer, [prompts[i] for i in rows], max_len, device), **options).tolist()
-        for k, row in enumerate(ids):
-            answers[rows[k // per] * per + k % per] = tokenizer.decode(row)
+        texts = [prompts[i] for i in rows]
+        batch = to_batch(tokenizer, texts, max_len, model.shared.weight.device)
+        for k, ids in enumerate(generate(model, *batch, **options).tolist()):
+            answers[rows[k // per_prompt] * per_prompt + k % per_prompt] = tokenizer.decode(ids)
+        progress.show(f"{begin + len(rows):,} of {len(prompts):,} prompts answered")
+    progress.clear()
     return answers
 
 
-def stream_answer(model: ChatLM, tokenizer: Tokenizer, prompt: str, max_len: int, config: GenerationConfig) -> Iterator[str]:
-    """An answer in the parts in which it comes, never half a character."""
-    ids = steps(model, *to_batch(tokenizer, [prompt], max_len, model.shared.weight.device), config)
-    return tokenizer.stream(int(row[0, -1]) for row in ids)
+def stream_answer(model: ChatLM, tokenizer: Tokenizer, prompt: str, max_len: int,
+                  config: GenerationConfig) -> Iterator[str]:
+    """An answer in parts, as they are decoded, never half a character."""
+    batch = to_batch(tokenizer, [prompt], max_len, model.shared.weight.device)
+    return tokenizer.stream(int(ids[0, -1]) for ids in steps(model, *batch, config))
 
 
-# --- scores --------------------------------------------------------------------------------------------------------------------
+# --- scores ---------------------------------------------------------------------------------------
+
 
 def bleu4(answers: list[str], references: list[str]) -> float:
-    """Corpus BLEU of characters, 0 to 100: sacrebleu's with tokenize="char" (white space does not count).
+    """Corpus BLEU of characters, 0 to 100, like sacrebleu's with tokenize="char". White space does
+    not count.
 
-    Papineni et al. 2002: the geometric mean of the precisions of 1- to 4-grams, times exp(1 - r / c) where the answers
-    (c characters) are shorter than the references (r). An n-gram order without a match counts 1/2, the next 1/4, ...
+    Papineni et al. 2002: the geometric mean of the precisions of 1- to 4-grams, times
+    exp(1 - r / c) if the answers (c characters) are shorter than the references (r). The first
+    n-gram order without a match counts as 1/2 match, the next as 1/4, ...
     """
     hits, totals, answer_chars, reference_chars = [0] * 4, [0] * 4, 0, 0
     for answer_text, reference in zip(answers, references, strict=True):
@@ -580,12 +700,10 @@ def bleu4(answers: list[str], references: list[str]) -> float:
             ours, theirs = (Counter(t[i:i + n] for i in range(len(t) - n + 1)) for t in (a, r))
             hits[n - 1] += (ours & theirs).total()
             totals[n - 1] += ours.total()
-    if not totals[0] or not hits[0]:
+    if not hits[0] or not all(totals):
         return 0.0
     logs, smooth = 0.0, 1.0
     for hit, total in zip(hits, totals):
-        if not total:
-            return 0.0
         if not hit:
             smooth *= 2
         logs += math.log(hit / total if hit else 1 / (smooth * total))
@@ -594,47 +712,57 @@ def bleu4(answers: list[str], references: list[str]) -> float:
 
 def triples(text: str) -> set[str]:
     """[(s,p,o),(s,p,o)] -> {"s,p,o", ...}"""
-    return {",".join(part.strip() for part in t.split(",")) for t in re.findall(r"\(([^()]*(?:\([^()]*\)[^()]*)*)\)", text)}
+    found = re.findall(r"\(([^()]*(?:\([^()]*\)[^()]*)*)\)", text)
+    return {",".join(part.strip() for part in triple.split(",")) for triple in found}
 
 
-def losses(model: ChatLM, tokenizer: Tokenizer, rows: list[dict], max_len: int, batch_size: int = 16) -> tuple[float, int, int]:
-    """Sum of nats over the responses of rows, cut to max_len tokens; their tokens; the characters that those spell."""
+def losses(model: ChatLM, tokenizer: Tokenizer, rows: list[dict], max_len: int,
+           batch_size: int = 16) -> tuple[float, int, int]:
+    """The responses' sum of nats, number of tokens, and characters that these stand for; each
+    response cut to max_len tokens."""
     nats, tokens, chars = 0.0, 0, 0
     device = model.shared.weight.device
     for begin in range(0, len(rows), batch_size):
         part = rows[begin:begin + batch_size]
-        labels, there = to_batch(tokenizer, [r["response"] for r in part], max_len, device)
+        batch = to_batch(tokenizer, [row["prompt"] for row in part], max_len, device)
+        labels, mask = to_batch(tokenizer, [row["response"] for row in part], max_len, device)
         with torch.no_grad():
-            nats += float(model.loss_sum(*to_batch(tokenizer, [r["prompt"] for r in part], max_len, device),
-                                         labels.masked_fill(there == 0, -100)))
-        tokens += int(there.sum())
+            nats += float(model.loss_sum(*batch, labels.masked_fill(mask == 0, IGNORED)))
+        tokens += int(mask.sum())
         chars += sum(len(tokenizer.decode(row)) for row in labels.tolist())
     return nats, tokens, chars
 
 
-def score(model: ChatLM, tokenizer: Tokenizer, rows: list[dict], max_len: int = 512, batch_size: int = 32, **options) -> tuple[dict, list[str]]:
-    """Scores of a model on rows of prompt and response, and its answers."""
-    ordered = sorted(rows, key=lambda r: len(r["response"]))
+def score(model: ChatLM, tokenizer: Tokenizer, rows: list[dict], max_len: int = 512,
+          batch_size: int = 32, **options) -> tuple[dict, list[str]]:
+    """Scores of a model on rows of prompt and response, and its answers. Responses that are all
+    lists of triples also get precision, recall and F1."""
+    ordered = sorted(rows, key=lambda row: len(row["response"]))
     nats, tokens, chars = losses(model, tokenizer, ordered, max_len)
-    answers = answer(model, tokenizer, [r["prompt"] for r in rows], batch_size, max_len, **options)
-    references = [r["response"] for r in rows]
+    prompts, references = ([row[column] for row in rows] for column in PAIR)
+    answers = answer(model, tokenizer, prompts, batch_size, max_len, **options)
+    exact = sum(a.strip() == r.strip() for a, r in zip(answers, references))
     result = {"rows": len(rows), "loss": nats / tokens, "ppl": math.exp(min(700.0, nats / tokens)),
               "nats_per_char": nats / max(1, chars), "bleu4": bleu4(answers, references),
-              "exact_match": sum(a.strip() == r.strip() for a, r in zip(answers, references)) / len(rows)}
+              "exact_match": exact / len(rows)}
     if all(r.startswith("[(") and r.endswith(")]") for r in references):
         pairs = [(triples(a), triples(r)) for a, r in zip(answers, references)]
-        right, said, there = (sum(len(x) for x in column) for column in zip(*[(a & r, a, r) for a, r in pairs]))
-        precision, recall = right / max(1, said), right / max(1, there)
-        result |= {"precision": precision, "recall": recall, "f1": 2 * precision * recall / max(1e-9, precision + recall)}
+        right = sum(len(a & r) for a, r in pairs)
+        precision = right / max(1, sum(len(a) for a, _ in pairs))
+        recall = right / max(1, sum(len(r) for _, r in pairs))
+        f1 = 2 * precision * recall / max(1e-9, precision + recall)
+        result |= {"precision": precision, "recall": recall, "f1": f1}
     return result, answers
 
 
-# --- the command ---------------------------------------------------------------------------------------------------------------
+# --- devices and models ---------------------------------------------------------------------------
+
 
 def pick_device(name: str | None) -> torch.device:
-    """A device by name: "cpu", "cuda" or "cuda:N"; None: a GPU if there is one. A GPU becomes the current one, set up for
-    batches of many shapes. Raises ValueError for a device that is not there."""
-    # With segments that can grow, blocks of many sizes share memory; the allocator reads this when it first allocates.
+    """A device by name: "cpu", "cuda" or "cuda:N"; None: a GPU if there is one. A GPU becomes the
+    current device, set up for batches of many shapes. Raises ValueError for a device that is not
+    there."""
+    # segments that can grow share memory between blocks of many sizes; read at first allocation
     if sys.platform == "linux" and "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:
         os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     try:
@@ -644,61 +772,72 @@ def pick_device(name: str | None) -> torch.device:
         if device.type == "cuda" and device.index is None:
             device = torch.device("cuda", 0)
         if device.type == "cuda" and device.index >= torch.cuda.device_count():
-            raise RuntimeError(f"this machine has {torch.cuda.device_count()} GPUs that torch can use")
+            raise RuntimeError(f"this machine has {torch.cuda.device_count()} GPUs that torch can "
+                               "use")
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as e:
         raise ValueError(f"--device {name or 'cuda'}: {str(e).splitlines()[0]}") from None
     if device.type == "cuda":
         torch.cuda.set_device(device)
-        torch.backends.cuda.enable_cudnn_sdp(False)  # cuDNN's attention has given NaN gradients with a mask, and plans anew for every shape
+        # cuDNN's attention has given NaN gradients with a mask, and plans anew for every shape
+        torch.backends.cuda.enable_cudnn_sdp(False)
     return device
 
 
 def load(folder: str, dtype: str | None, device: torch.device) -> ChatLM:
-    """The model, to answer with. On a CPU float16 and int8 are what the decoder's weights are packed in, and the rest is float32.
-
-    Raises ValueError for int8 on a GPU.
-    """
+    """A model for decoding. On a CPU, float16 and int8 are how the decoder's weights are packed,
+    and the rest is float32. Raises ValueError for int8 on a GPU."""
     if device.type == "cuda":
         if dtype == "int8":
             raise ValueError("--dtype int8 is for CPUs; on a GPU take float16 or bfloat16")
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:2:16:8")  # 8 MB and not 32 a stream
-    wanted: torch.dtype | None = getattr(torch, dtype) if dtype else None
+        # cuBLAS's workspace: 8 MB per stream instead of 32
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:2:16:8")
+    wanted = getattr(torch, dtype) if dtype else None
     packed = device.type == "cpu" and dtype in ("float16", "int8")
-    model = ChatLM.from_pretrained(folder, torch.float32 if packed else wanted, device).requires_grad_(False)
-    pack(model, wanted if packed else None)
+    model = ChatLM.from_pretrained(folder, torch.float32 if packed else wanted, device)
+    pack(model.requires_grad_(False), wanted if packed else None)
     return model
-
-
-def read_prompts(source: str, outputs: Iterable[str]) -> Iterator[str]:
-    """The prompts of a file or folder: column prompt, or text, such as the lines of a .txt file, of which blank ones are
-    skipped. outputs: files that the command writes, which are not read."""
-    for i, row in enumerate(Rows(source, outputs=outputs), 1):
-        prompt = row.get("prompt", row.get("text"))
-        if not isinstance(prompt, str):
-            raise ValueError(f"{source}, row {i:,} has no text in prompt; its columns are {', '.join(map(str, row))}")
-        if prompt.strip() or row.keys() != {"text"}:
-            yield prompt
 
 
 def model_hash(folder: str) -> str:
     """A hash of a model folder's weights, configuration and tokenizer."""
     names = ("config.json", "generation_config.json", "tokenizer.json")
-    files = [*sorted(Path(folder).glob("*.safetensors")), *(Path(folder) / name for name in names if (Path(folder) / name).is_file())]
-    return hash_files(files)
+    files = [Path(folder) / name for name in names if (Path(folder) / name).is_file()]
+    return hash_files([*sorted(Path(folder).glob("*.safetensors")), *files])
+
+
+# --- files ----------------------------------------------------------------------------------------
+
+MAX_WINDOW = 4096  # prompts of a file that are sorted by length together
+
+
+def read_prompts(rows: Rows) -> Iterator[str]:
+    """The column prompt, or text, such as the lines of a .txt file, of which blank ones are
+    skipped. Raises ValueError for a row without."""
+    for i, row in enumerate(rows, 1):
+        prompt = row.get("prompt", row.get("text"))
+        if not isinstance(prompt, str):
+            raise ValueError(f"{rows.files[0]}, row {i:,} has no text in prompt; its columns are "
+                             f"{', '.join(map(str, row))}")
+        if prompt.strip() or row.keys() != {"text"}:
+            yield prompt
 
 
 def count_answers(prompts: Iterator[str], target: Path, record: Path, made_by: dict) -> int:
-    """How many answers target holds already: to the first of the prompts, by the model and settings of made_by. Raises ValueError,
-    and changes nothing, where target holds something else. A last line that was cut off is not counted."""
+    """The number of answers that target has already: to the first prompts, by the model and
+    settings of made_by. A last line that was cut off does not count. Raises ValueError, and changes
+    nothing, if target has something else."""
     if not target.stat().st_size:
         return 0
-    other = f"delete it, or name another file than {target}"
+    advice = f"delete it, or name another file than {target}"
     if not record.is_file():
-        raise ValueError(f"{target} was not written by this command, or its {record.name} is lost: {other}")
+        raise ValueError(f"{target} was not written by this command, or its {record.name} is lost: "
+                         f"{advice}")
     before = read_json(record)
-    if changed := [name for name in made_by if before.get(name) != made_by[name]]:
-        raise ValueError(f"{target} holds answers with another {changed[0]} ({before.get(changed[0])}, now {made_by[changed[0]]}): {other}")
+    for name, value in made_by.items():
+        if before.get(name) != value:
+            raise ValueError(f"{target} holds answers with another {name} ({before.get(name)}, now "
+                             f"{value}): {advice}")
     done = 0
     with open(target, "rb") as f:
         for line in f:
@@ -707,69 +846,86 @@ def count_answers(prompts: Iterator[str], target: Path, record: Path, made_by: d
             try:
                 prompt = json.loads(line)["prompt"]
             except (ValueError, KeyError, TypeError):
-                raise ValueError(f"{target}, line {done + 1:,} is not an answer: {other}") from None
+                raise ValueError(f"{target}, line {done + 1:,} is not an answer: "
+                                 f"{advice}") from None
             if prompt != next(prompts, None):
-                raise ValueError(f"{target}, line {done + 1:,} answers another prompt than --input has there: {other}")
+                raise ValueError(f"{target}, line {done + 1:,} answers another prompt than --input "
+                                 f"has there: {advice}")
             done += 1
     return done
 
 
-def answer_file(model: ChatLM, tokenizer: Tokenizer, source: str, target: str, batch_size: int, max_len: int, options: dict,
-                made_by: dict, outputs: Iterable[str] = ()) -> int:
-    """Append {"prompt", "response"} lines to target (with num_return_sequences "responses", a list), in the order of
-    source, from where target ends. made_by: model and settings, kept beside target in a hidden file, so that answers of
-    others are never mixed in; outputs: more files not to be read. Returns the rows written; raises ValueError where target is another file."""
+def answer_file(model: ChatLM, tokenizer: Tokenizer, source: str, target: str, batch_size: int,
+                max_len: int, options: dict, made_by: dict, outputs: Iterable[str] = ()) -> int:
+    """Append {"prompt", "response"} lines to target, in the order of source, after the answers that
+    it has already; with num_return_sequences "responses", a list.
+
+    made_by: model and settings; they are kept in a hidden file next to target, so answers of others
+    are never mixed. outputs: more files not to read. Returns the number of rows written. Raises
+    ValueError if target is another file.
+    """
     out = Path(target)
     record = out.with_name(f".{out.name}.settings")
-    outputs, is_new = [target, *outputs], not out.exists()
+    rows, is_new = Rows(source, outputs=[target, *outputs]), not out.exists()
     if not is_new and not out.is_file():
         raise ValueError(f"--output {target} is not a file")
     out.parent.mkdir(parents=True, exist_ok=True)
     out.touch()  # something to lock
+    busy = f"another process is writing {target}: wait for its end, or choose another file"
     try:
-        with locked(out, f"another process is writing {target}: wait for its end, or choose another file"):
-            done = count_answers(read_prompts(source, outputs), out, record, made_by)
-            total = sum(1 for _ in read_prompts(source, outputs))
+        with locked(out, busy):
+            done = count_answers(read_prompts(rows), out, record, made_by)
+            total = sum(1 for _ in read_prompts(rows))
             write_file(record, json.dumps(made_by) + "\n")
-            return write_answers(model, tokenizer, source, out, done, total, batch_size, max_len, options, outputs)
+            with open(out, "ab+") as f:  # drop a line that was cut off
+                f.seek(0)
+                f.truncate(sum(len(line) for line in f if line.endswith(b"\n")))
+            prompts = itertools.islice(read_prompts(rows), done, None)
+            write_answers(model, tokenizer, prompts, total - done, out, batch_size, max_len,
+                          options)
+            return total - done
     finally:
         if is_new and not out.stat().st_size:
             out.unlink()
             record.unlink(missing_ok=True)
 
 
-def write_answers(model: ChatLM, tokenizer: Tokenizer, source: str, out: Path, done: int, total: int, batch_size: int, max_len: int,
-                  options: dict, outputs: list[str]) -> int:
-    """answer_file's work: the answers after the first `done`."""
-    with open(out, "ab+") as f:  # drop a line that was cut off
-        f.seek(0)
-        f.truncate(sum(len(line) for line in f if line.endswith(b"\n")))
-    written, begin_s = 0, time.monotonic()
-    prompts = itertools.islice(read_prompts(source, outputs), done, None)
-    while window := list(itertools.islice(prompts, WINDOW)):
-        answers = answer(model, tokenizer, window, batch_size, max_len, **options)
-        per = len(answers) // len(window)
-        rows = [{"prompt": prompt, "response": answers[i]} if per == 1 else {"prompt": prompt, "responses": answers[i * per:(i + 1) * per]}
-                for i, prompt in enumerate(window)]
-        with write_errors(out), open(out, "a", encoding="utf-8", errors="backslashreplace") as f:  # half a surrogate pair as JSON escapes it
-            f.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+def write_answers(model: ChatLM, tokenizer: Tokenizer, prompts: Iterator[str], total: int,
+                  out: Path, batch_size: int, max_len: int, options: dict) -> None:
+    """Append the answers to `total` prompts, about every minute."""
+    written, begin_s, window = 0, time.monotonic(), 4 * batch_size
+    while part := list(itertools.islice(prompts, min(window, MAX_WINDOW))):
+        answers = answer(model, tokenizer, part, batch_size, max_len, **options)
+        n = len(answers) // len(part)
+        lines = []
+        for i, prompt in enumerate(part):
+            mine = answers[i * n:(i + 1) * n]
+            row = {"response": mine[0]} if n == 1 else {"responses": mine}
+            lines.append(json.dumps({"prompt": prompt, **row}, ensure_ascii=False) + "\n")
+        # half a surrogate pair, which JSON may escape, is escaped again
+        with write_errors(out), open(out, "a", encoding="utf-8", errors="backslashreplace") as f:
+            f.writelines(lines)
             f.flush()
             os.fsync(f.fileno())
-        written += len(window)
-        left_s = (time.monotonic() - begin_s) / written * (total - done - written)
-        print(f"{done + written:,} of {total:,} answers, {left_s:,.0f} s left", file=sys.stderr)
-    return written
+        written += len(part)
+        elapsed_s = time.monotonic() - begin_s
+        left_s = elapsed_s / written * (total - written)
+        print(f"{written:,} of {total:,} answers, {left_s:,.0f} s left", file=sys.stderr)
+        window = max(batch_size, int(60 * written / elapsed_s))
 
 
-HELP = """/set NAME VALUE   change a setting: {names}
+# --- chat -----------------------------------------------------------------------------------------
+
+CHAT_HELP = """/set NAME VALUE   change a setting: {names}
 /reset            the settings of the start
 /help             this
 /quit, Ctrl-D     leave; Ctrl-C stops an answer"""
 
 
 def chat(model: ChatLM, tokenizer: Tokenizer, max_len: int, options: dict) -> None:
-    """Read prompts, print answers, until Ctrl-D or Ctrl-C at the prompt."""
-    print("Every question is answered by itself: the model does not see what was said before. /help lists commands.")
+    """Read prompts and print answers until Ctrl-D, or Ctrl-C at the prompt."""
+    print("Each question is answered on its own: the model does not see earlier turns. "
+          "/help lists commands.")
     config = GenerationConfig(**options)
     while True:
         try:
@@ -777,57 +933,76 @@ def chat(model: ChatLM, tokenizer: Tokenizer, max_len: int, options: dict) -> No
         except (EOFError, KeyboardInterrupt):
             print()
             return
-        words = prompt.split()
+        if prompt.split()[:1] == ["/quit"]:
+            return
         try:
-            if not words:
-                continue
-            if words[0] == "/quit":
-                return
-            if words[0] == "/help":
-                print(HELP.format(names=", ".join(f.name for f in fields(GenerationConfig))))
-            elif words[0] == "/reset":
-                config = GenerationConfig(**options)
-            elif words[0] == "/set":
-                config = changed(config, *words[1:])
-            elif words[0].startswith("/"):
-                print(f"unknown command {words[0]}; /help lists them")
-            else:
-                say_answer(model, tokenizer, prompt, max_len, config)
+            if prompt.startswith("/"):
+                config = chat_command(prompt.split(), config, options)
+            elif prompt:
+                print_answer(model, tokenizer, prompt, max_len, config)
         except KeyboardInterrupt:
             print(" (stopped)")
         except (ValueError, TypeError) as e:
             print(f"error: {e}")
 
 
-def changed(config: GenerationConfig, name: str = "", value: str = "") -> GenerationConfig:
-    """A config with one field set from text: do_sample follows when temperature, top_k or top_p is set."""
+def chat_command(words: list[str], config: GenerationConfig, options: dict) -> GenerationConfig:
+    """Execute a command of the chat. Returns the settings from now on."""
+    if words[0] == "/help":
+        print(CHAT_HELP.format(names=", ".join(f.name for f in fields(GenerationConfig))))
+    elif words[0] == "/reset":
+        config = GenerationConfig(**options)
+        print("settings reset")
+    elif words[0] == "/set":
+        config = with_setting(config, *words[1:])
+        name = words[1]
+        needs = config.unused().get(name)
+        hint = f" (no effect without {needs})" if needs else ""
+        print(f"{name} = {getattr(config, name)}{hint}")
+    else:
+        print(f"unknown command {words[0]}; /help lists them")
+    return config
+
+
+def with_setting(config: GenerationConfig, name: str = "", value: str = "",
+                 *more: str) -> GenerationConfig:
+    """A config with one field set from text. Raises ValueError for a bad name or value."""
     values = asdict(config)
-    if name not in values or not value:
+    if name not in values or not value or more:
         raise ValueError(f"/set NAME VALUE, with NAME one of {', '.join(values)}")
     kind = type(values[name])
     try:
-        values[name] = early_stopping(value) if name == "early_stopping" else value.lower() in ("true", "1", "yes") if kind is bool else kind(value)
+        if name == "early_stopping":
+            values[name] = early_stopping(value)
+        elif kind is bool:
+            values[name] = value.lower() in ("true", "1", "yes")
+        else:
+            values[name] = kind(value)
     except ValueError:
-        raise ValueError(f"{name} takes {'a whole number' if kind is int else 'a number'}, not {value!r}") from None
-    if name in ("temperature", "top_k", "top_p"):
-        values["do_sample"] = True
+        what = "a whole number" if kind is int else "a number"
+        raise ValueError(f"{name} takes {what}, not {value!r}") from None
     return GenerationConfig(**values)
 
 
-def say_answer(model: ChatLM, tokenizer: Tokenizer, prompt: str, max_len: int, config: GenerationConfig) -> None:
-    """Print an answer, as it comes where the strategy allows it."""
-    said = False
+def print_answer(model: ChatLM, tokenizer: Tokenizer, prompt: str, max_len: int,
+                 config: GenerationConfig) -> None:
+    """Print an answer, token by token if the strategy allows it."""
     if config.num_beams > 1 or config.num_return_sequences > 1 or config.contrastive:
-        parts: Iterable[str] = ["\n".join(answer(model, tokenizer, [prompt], 1, max_len, **asdict(config)))]
+        answers = answer(model, tokenizer, [prompt], 1, max_len, **asdict(config))
+        parts: Iterable[str] = ["\n".join(answers)]
     else:
         parts = stream_answer(model, tokenizer, prompt, max_len, config)
+    is_empty = True
     for part in parts:
-        said = said or bool(part)
+        is_empty = is_empty and not part
         print(part, end="", flush=True)
-    print("" if said else "(the model ended its answer at once: it has nothing to say to this)")
+    print("(the model gave an empty answer)" if is_empty else "")
 
 
-REFERENCE = dict(num_beams=5, do_sample=True, top_k=50, top_p=0.95, no_repeat_ngram_size=4, length_penalty=-2.0, early_stopping=True)
+# --- the command ----------------------------------------------------------------------------------
+
+REFERENCE_SETTINGS = {"num_beams": 5, "do_sample": True, "top_k": 50, "top_p": 0.95,
+                      "no_repeat_ngram_size": 4, "length_penalty": -2.0, "early_stopping": True}
 
 
 def early_stopping(text: str) -> bool | str:
@@ -836,114 +1011,138 @@ def early_stopping(text: str) -> bool | str:
     return {"true": True, "false": False}.get(text.lower(), "never")
 
 
-def decoding_options(args, model: ChatLM) -> dict:
-    """The fields of GenerationConfig: from flags, else from --reference_settings, else from the model's generation_config.json."""
-    names = [f.name for f in fields(GenerationConfig)]
-    said = {name: model.generation[name] for name in names if model.generation.get(name) is not None}
+def decoding_options(args: argparse.Namespace, model: ChatLM) -> dict:
+    """The fields of GenerationConfig: from flags, else from --reference_settings, else from the
+    model's generation_config.json. Prints what has no effect."""
+    names, stored = [f.name for f in fields(GenerationConfig)], model.generation
+    options = {name: stored[name] for name in names if stored.get(name) is not None}
     if args.reference_settings:
-        said |= REFERENCE
-    if ignored := sorted(name for name in UNSUPPORTED if model.generation.get(name) not in (None, False, 0, 1, [], {})):
-        print(f"note: {', '.join(ignored)} of the model's generation_config.json {'is' if len(ignored) == 1 else 'are'} not supported and "
-              "ignored", file=sys.stderr)
-    said |= {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+        options |= REFERENCE_SETTINGS
+    off = (None, False, 0, 1, [], {})
+    if ignored := sorted(name for name in UNSUPPORTED if stored.get(name) not in off):
+        note_once(f"note: {', '.join(ignored)} of the model's generation_config.json "
+                  f"{'is' if len(ignored) == 1 else 'are'} not supported and ignored")
+    given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     try:
-        config = GenerationConfig(**said)
+        config = GenerationConfig(**options | given)
     except ValueError as e:
         name = str(e).split()[0]
-        of_model = name in model.generation and getattr(args, name, None) is None
-        raise ValueError(f"{args.model}/generation_config.json: {e}" if of_model else str(e)) from None
-    report_unused(args, config)
+        is_stored = name in stored and name not in given
+        raise ValueError(f"{args.model}/generation_config.json: {e}" if is_stored else e) from None
+    for name, needs in config.unused().items():
+        if getattr(args, name) is not None:
+            note_once(f"note: --{name} has no effect without {needs}")
     return asdict(config)
 
 
-def report_unused(args, config: GenerationConfig) -> None:
-    """Print a line for every flag that has no effect with these settings."""
-    needs = {"temperature": (config.do_sample, "--do_sample"), "top_p": (config.do_sample, "--do_sample"),
-             "seed": (config.do_sample, "--do_sample"),
-             "top_k": (config.do_sample or config.penalty_alpha > 0, "--do_sample or --penalty_alpha"),
-             "penalty_alpha": (config.contrastive, "--top_k of 2 or more, or with --num_beams or --do_sample"),
-             "length_penalty": (config.num_beams > 1, "--num_beams"), "early_stopping": (config.num_beams > 1, "--num_beams")}
-    for name, (works, what) in needs.items():
-        if getattr(args, name, None) is not None and not works:
-            print(f"note: --{name} changes nothing without {what}", file=sys.stderr)
-
-
-def main() -> None:
-    parser = ArgumentParser(description="Answer one prompt, chat, answer a file, or score a model. Without --prompt, --input or --score: chat. "
-                            "What no flag says is as the model's generation_config.json says, else as given after the semicolon.")
+def parse_args() -> argparse.Namespace:
+    parser = ArgumentParser(
+        description="Answer one prompt, answer a file, score a model, or chat (without --prompt, "
+        "--input and --score). Options of decoding that are not given come from the model's "
+        "generation_config.json.")
+    group = parser.add_argument_group("what to do").add_mutually_exclusive_group()
+    group.add_argument("--prompt", metavar="TEXT", help="answer this")
+    group.add_argument("--input", metavar="F", help="answer the prompts of a .parquet or .jsonl "
+                       "(column prompt) or .txt file (lines)")
+    group.add_argument("--score", metavar="F",
+                       help="loss, perplexity, BLEU-4 and exact match on a file of pairs")
     add = parser.add_argument
-    what = parser.add_mutually_exclusive_group()
-    what.add_argument("--prompt", metavar="TEXT", help="answer this")
-    what.add_argument("--input", metavar="F", help="answer the prompts of a .parquet, .jsonl (column prompt) or .txt (lines) file")
-    what.add_argument("--score", metavar="F", help="loss, perplexity, BLEU-4 and exact match on a file of pairs")
-    add("--output", metavar="G.jsonl", help="where the answers to --input go; a file that is there is continued")
+    add("--output", metavar="G.jsonl",
+        help="where the answers to --input go; an existing file is continued")
+
+    add = parser.add_argument_group("model").add_argument
     add("--model", default="out", metavar="DIR", help="model folder")
-    add("--batch_size", type=number(int, 1), help="prompts at a time, of a file; lower it if memory runs out (default: 32)")
-    add("--max_len", type=number(int, 2, 1 << 20), default=512, help="tokens of a prompt; what is longer is cut")
-    add("--max_new_tokens", type=number(int, 1, 1 << 20), help="tokens of an answer; 256")
-    add("--min_new_tokens", type=number(int, 0), help="tokens of an answer; 0")
-    add("--num_beams", type=number(int, 1), help="1: no beam search; 1")
-    add("--num_return_sequences", type=number(int, 1), help="answers a prompt; 1")
-    add("--do_sample", action="store_true", default=None, help="draw from the distribution; otherwise the likeliest token")
-    add("--temperature", type=number(float, 0), help="of sampling, 0: greedy; 1")
-    add("--top_k", type=number(int, 0), help="sample from the k likeliest, 0: all; 0")
-    add("--top_p", type=number(float, 0, 1, above=True), help="sample from the likeliest that make up p; 1")
-    add("--penalty_alpha", type=number(float, 0, 1), help="above 0, with --top_k: contrastive search, likely and unlike what was said; 0")
-    add("--repetition_penalty", type=number(float, 0, above=True), help="above 1: tokens already there become less likely; 1")
-    add("--no_repeat_ngram_size", type=number(int, 0), help="n: no n tokens in a row twice, 0: off; 0")
-    add("--length_penalty", type=number(float, -100, 100), help="beam search, above 0 favours longer answers; 1")
+    add("--dtype", choices=["float32", "bfloat16", "float16", "int8"],
+        help="of the weights; float16 and int8 are fast on a CPU (default: as stored)")
+    add("--device", help="cpu, cuda or cuda:N (default: a GPU if there is one)")
+    add("--batch_size", type=number(int, 1), help="prompts decoded together, of a file; lower it "
+        "if memory runs out (default: 32)")
+    add("--max_len", type=number(int, 2, 1 << 20), default=512,
+        help="tokens per prompt; longer ones are cut")
+
+    add = parser.add_argument_group("decoding").add_argument
+    add("--max_new_tokens", type=number(int, 1, 1 << 20), help="tokens per answer (default: 256)")
+    add("--min_new_tokens", type=number(int, 0), help="tokens per answer, at least (default: 0)")
+    add("--num_return_sequences", type=number(int, 1), help="answers per prompt (default: 1)")
+    add("--do_sample", action="store_true", default=None,
+        help="draw tokens by their probability (default: take the likeliest)")
+    add("--temperature", type=number(float, 0),
+        help="sampling: below 1 likely tokens become likelier; 0: greedy (default: 1)")
+    add("--top_k", type=number(int, 0),
+        help="sampling: only from the k likeliest tokens; 0: from all (default: 0)")
+    add("--top_p", type=number(float, 0, 1, above=True),
+        help="sampling: only from the likeliest tokens with this probability together (default: 1)")
+    add("--seed", type=number(int, 0, 2 ** 63 - 1), help="seed of sampling (default: random)")
+    add("--num_beams", type=number(int, 1), help="beams of a beam search; 1: none (default: 1)")
+    add("--length_penalty", type=number(float, -100, 100),
+        help="beam search: above 0 favors longer answers (default: 1)")
     add("--early_stopping", type=early_stopping, nargs="?", const=True, metavar="true|false|never",
-        help="beam search, true: end when num_beams answers have ended, never: only when none can do better; false")
-    add("--reference_settings", action="store_true", help="as ChatLM-mini-Chinese answers: 5 beams, sampled, top-k 50, top-p 0.95, no 4 tokens twice")
-    add("--dtype", choices=["float32", "bfloat16", "float16", "int8"], help="of the weights; float16 and int8 are quick on a CPU; none: as in the file")
-    add("--seed", type=number(int, 0, 2 ** 63 - 1), help="of sampling")
-    add("--device", help="cpu, cuda or cuda:N; none: a GPU if there is one")
+        help="beam search: true: stop when num_beams answers have ended; never: when none can "
+        "become better (default: false)")
+    add("--penalty_alpha", type=number(float, 0, 1), help="above 0, with --top_k: contrastive "
+        "search, likely tokens that are unlike earlier ones (default: 0)")
+    add("--repetition_penalty", type=number(float, 0, above=True),
+        help="above 1: tokens that occurred become less likely (default: 1)")
+    add("--no_repeat_ngram_size", type=number(int, 0),
+        help="no N tokens in a row occur twice; 0: off (default: 0)")
+    add("--reference_settings", action="store_true", help="decode like ChatLM-mini-Chinese: 5 "
+        "beams, sampled, top-k 50, top-p 0.95, no 4 tokens twice")
     args = parser.parse_args()
+    is_file = args.input or args.score
     if bool(args.input) != bool(args.output):
         parser.error("--input and --output need each other")
     if args.prompt is not None and not args.prompt.strip():
         parser.error("--prompt is empty")
-    many = args.input or args.score
     if args.score and (args.num_return_sequences or 1) > 1:
-        parser.error("--num_return_sequences has no place in --score")
-    if args.batch_size and not many:
+        parser.error("--num_return_sequences has no effect with --score")
+    if args.batch_size and not is_file:
         parser.error("--batch_size is for --input and --score")
     args.batch_size = args.batch_size or 32
-    with memory_hint("--batch_size" if many else "--max_new_tokens or --num_beams (--batch_size is for files)"):
+    return args
+
+
+def main() -> None:
+    args = parse_args()
+    flags = "--max_new_tokens or --num_beams (--batch_size is for files)"
+    with memory_hint("--batch_size" if args.input or args.score else flags):
         run_command(args)
 
 
-def run_command(args) -> None:
-    """Answer the prompt or the file, score, or chat."""
-    if not any((Path(args.model) / name).is_file() for name in ("config.json", "adapter_config.json")):
-        raise FileNotFoundError(f"no model in {args.model!r}: train one first with  python train.py  or name its folder with --model")
+def run_command(args: argparse.Namespace) -> None:
+    folder = Path(args.model)
+    if not any((folder / name).is_file() for name in ("config.json", "adapter_config.json")):
+        raise FileNotFoundError(f"no model in {args.model!r}: train one first with  python "
+                                "train.py  or name its folder with --model")
     ChatLMConfig.from_pretrained(args.model)  # fails early
     if args.input:
-        input_files([args.input], [args.output])
+        input_files([args.input], [args.output])  # fails early
     device = pick_device(args.device)
     tokenizer = Tokenizer.from_pretrained(args.model, append_eos=True)
     model = load(args.model, args.dtype, device)
     if len(tokenizer) > model.config.vocab_size:
-        raise ValueError(f"{args.model}: the tokenizer has {len(tokenizer)} tokens, the model {model.config.vocab_size}")
+        raise ValueError(f"{args.model}: the tokenizer has {len(tokenizer)} tokens, the model "
+                         f"{model.config.vocab_size}")
     options = decoding_options(args, model)
     if args.seed is not None:
         torch.manual_seed(args.seed)
     if args.prompt is not None:
         if len(tokenizer.encode(args.prompt)) > args.max_len:
-            print(f"the prompt is cut to --max_len {args.max_len} tokens", file=sys.stderr)
-        say_answer(model, tokenizer, args.prompt, args.max_len, GenerationConfig(**options))
+            note_once(f"note: the prompt is cut to --max_len {args.max_len} tokens")
+        print_answer(model, tokenizer, args.prompt, args.max_len, GenerationConfig(**options))
     elif args.input:
-        made_by = {"model": model_hash(args.model), **options, "dtype": args.dtype, "max_len": args.max_len,
-                   "seed": args.seed if options["do_sample"] else None}
-        n = answer_file(model, tokenizer, args.input, args.output, args.batch_size, args.max_len, options, made_by)
+        made_by = {"model": model_hash(args.model), **options, "dtype": args.dtype,
+                   "max_len": args.max_len, "seed": args.seed if options["do_sample"] else None}
+        n = answer_file(model, tokenizer, args.input, args.output, args.batch_size, args.max_len,
+                        options, made_by)
         print(f"{args.output}: {n:,} answers written")
     elif args.score:
-        rows = list(Rows(args.score, ("prompt", "response")))
+        rows = list(Rows(args.score, PAIR))
         if not rows:
             raise ValueError(f"{args.score} has no rows")
         result, _ = score(model, tokenizer, rows, args.max_len, args.batch_size, **options)
         for name, value in result.items():
-            print(f"{name:>14}  {value:.4f}" if isinstance(value, float) else f"{name:>14}  {value:,}")
+            print(f"{name:>14}  {value:,.4f}" if isinstance(value, float) else
+                  f"{name:>14}  {value:,}")
         print(json.dumps(result))
     else:
         chat(model, tokenizer, args.max_len, options)

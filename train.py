@@ -22,8 +22,8 @@ takes the next group of them, its micro-batches, and shares them among the proce
 For example, micro-batches with 30 and 10 target tokens and loss sums of 90 and 50 nats: the loss is
 (90 + 50) / 40 = 3.5 nats per token, whether one rank computes both or two ranks one each. So the
 result does not depend on the number of ranks, nor on restarts: a checkpoint holds the weights, the
-optimizer's state and the position in the sequence, and dropout is seeded by the step. A run that was
-killed continues with exactly the same losses.
+optimizer's state and the position in the sequence, and dropout is seeded by the step. A run that
+was killed continues with exactly the same losses.
 
 The learning rate rises during warmup and then falls (cosine):
 
@@ -54,9 +54,10 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import pyarrow as pa
@@ -69,40 +70,57 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import data
 import sample
-from chatlm import PRESETS, ChatLM, ChatLMConfig, add_lora, init_bigrams, save_adapter
-from data import (AgreedError, ArgumentParser, PairStream, Rows, Texts, atomic_write, check_folder,
-                  hash_file, locked, memory_hint, number, run, write_errors, write_file)
+from chatlm import (IGNORED, PRESETS, ChatLM, ChatLMConfig, add_lora, init_bigrams, save_adapter)
+from data import (PAIR, AgreedError, ArgumentParser, PairStream, Rows, Texts, atomic_write,
+                  check_folder, hash_file, hash_files, locked, memory_hint, note_once, number, run,
+                  write_errors, write_file)
 from tokenizer import Tokenizer
 
-# What a new run takes where no flag says otherwise; resolve_args chooses the other defaults, which depend on model and machine.
-DEFAULTS = {"freeze": "", "max_len": 320, "schedule": "cosine", "warmup_steps": 100, "optimizer": "adafactor", "weight_decay": 0.01,
-            "grad_clip": 1.0, "dropout": 0.0, "dtype": "auto", "compile": False, "checkpoint_activations": False, "eval_every": 500,
-            "save_every": 500, "keep": 2, "seed": 0, "workers": 1, "lora_alpha": 16.0, "lora_dropout": 0.0, "lora_targets": "q,v"}
-DEMO = {"preset": "demo", "max_steps": 1000, "batch_tokens": 1024, "micro_batch_tokens": 512, "max_len": 64, "vocab_size": 2048,
-        "lr": 2e-2}
-LIMITS = ("max_steps", "epochs", "time_limit")
-PATHS = ("data", "valid", "tokenizer", "init_from")
-TIMEOUT = datetime.timedelta(days=2)  # for which ranks wait while the first trains a tokenizer or scores answers; a rank that dies ends all at once
-MEMORY_HINT = "--micro_batch_tokens in a new run, or resume this one with --checkpoint_activations"
+# ranks wait this long while the first one trains a tokenizer; a rank that dies ends all at once
+TIMEOUT = datetime.timedelta(days=2)
 MAX_BAD_STEPS = 10  # in a row, then training stops
-BF16_TERAFLOPS = {"H200": 989, "H100 PCIe": 756, "H100": 989, "A100": 312, "L40S": 362, "L40": 181, "L4": 121, "A10": 125,
-                  "A5000": 111, "4090": 165, "3090": 71, "4060 Ti": 44}  # dense, by NVIDIA's data sheets
-os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")  # its kernels for a thousand shapes take gigabytes on a CPU
+# dense, by NVIDIA's data sheets
+BF16_TERAFLOPS = {"H200": 989, "H100 PCIe": 756, "H100": 989, "A100": 312, "L40S": 362, "L40": 181,
+                  "L4": 121, "A10": 125, "A5000": 111, "4090": 165, "3090": 71, "4060 Ti": 44}
+# limit oneDNN's per-shape kernel cache: variable lengths would fill gigabytes
+os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
 
 
 # --- the loop -------------------------------------------------------------------------------------
 
 
-@dataclass
 class Objective:
-    """What is trained: the responses' loss in train.py, the preference of one answer in dpo.py."""
-    # batch -> (loss sum, normalizer, *extra sums): () each, on the batch's device
-    loss: Callable[[dict], tuple[Tensor, ...]]
-    evaluate: Callable[[], dict]  # values to log, val_loss among them
-    export: Callable[[Path], None]  # write a folder that can be used
-    extra: tuple[str, ...] = ()  # names of the extra sums, which are logged as means
-    answers: Callable[[], dict] | None = None  # scores of answers to held-out prompts
-    initialize: Callable[[PairStream], None] | None = None  # weights of a new run
+    """What is trained: ResponseLoss here, Preference in dpo.py."""
+    extra: tuple[str, ...] = ()  # names of the extra sums; their means are logged
+    shown: tuple[str, ...] = ("loss",)  # the values in the progress line
+
+    def __init__(self, settings: "Settings", ranks: "Ranks", model: ChatLM, tokenizer: Tokenizer):
+        self.settings, self.ranks, self.model, self.tokenizer = settings, ranks, model, tokenizer
+
+    def loss(self, batch: dict) -> tuple[Tensor, ...]:
+        """Loss sum, normalizer and extra sums of a batch, () each, on its device."""
+        raise NotImplementedError
+
+    def evaluate(self) -> dict:
+        """Values on --valid to log, val_loss among them."""
+        raise NotImplementedError
+
+    def score(self) -> dict:
+        """Scores of answers to held-out prompts, on the first rank."""
+        raise NotImplementedError
+
+    def initialize(self, stream: PairStream) -> None:
+        """Initialize the weights of a new run; by default they stay as they are."""
+
+    def export(self, folder: Path) -> None:
+        """Write a model folder, or with LoRA an adapter folder."""
+        s = self.settings
+        if s.lora_rank:
+            save_adapter(self.model, folder, s.init_from, s.lora_rank, s.lora_alpha,
+                         s.lora_targets.split(","), s.lora_dropout)
+        else:
+            self.model.save_pretrained(folder)
+        self.tokenizer.save_pretrained(folder)
 
 
 class Trainer:
@@ -120,13 +138,14 @@ class Trainer:
     result does not depend on how the group is split. Dropout is seeded by seed, step and place.
     """
 
-    def __init__(self, args: argparse.Namespace, ranks: "Ranks", model: ChatLM, stream: PairStream,
+    def __init__(self, settings: "Settings", ranks: "Ranks", model: ChatLM, stream: PairStream,
                  objective: Objective, identity: dict):
-        self.args, self.ranks, self.model, self.stream = args, ranks, model, stream
+        self.settings, self.ranks, self.model, self.stream = settings, ranks, model, stream
         self.objective, self.identity = objective, identity
-        self.out_dir, self.device = Path(args.out_dir), ranks.device
-        self.dtype = getattr(torch, args.dtype)
-        self.optimizers = make_optimizers(model, args.optimizer, args.lr, args.weight_decay)
+        self.out_dir, self.device = Path(settings.out_dir), ranks.device
+        self.dtype = getattr(torch, settings.dtype)
+        self.optimizers = make_optimizers(model, settings.optimizer, settings.lr,
+                                          settings.weight_decay)
         self.state = State(stream=dict(stream.state))
         self.bad_in_a_row = 0
         flops = (1e12 * tera for name, tera in BF16_TERAFLOPS.items()
@@ -143,7 +162,7 @@ class Trainer:
         """Resume from the content of a checkpoint, or initialize a new run."""
         if saved:
             self.state = load_checkpoint(saved, self.model, self.optimizers)
-            if saved["settings"].get("valid_hash") != self.args.valid_hash:
+            if saved["settings"].get("valid_hash") != self.settings.valid_hash:
                 self.state.best_val = math.inf  # of another --valid
             self.stream.state = dict(self.state.stream)
         self.ranks.barrier()
@@ -154,7 +173,7 @@ class Trainer:
             self.report.say(f"resuming from {saved['path']}: step {self.state.step:,}, "
                             f"{self.state.tokens:,} tokens")
             saved.clear()
-        elif self.objective.initialize:
+        else:
             self.objective.initialize(self.stream)
         keep_freed_memory()  # only now, so that the memory of initialization is returned first
         # one flat gradient (P,), of which every p.grad is a view: one all-reduce, one norm
@@ -167,7 +186,7 @@ class Trainer:
     def fit(self, saved: dict | None) -> "State":
         """Train; weights change in place. saved: the checkpoint to resume from. Returns the final
         state; exits with status 128 + N after signal N."""
-        args, stop = self.args, Stop()
+        settings, stop = self.settings, Stop()
         self.start(saved)
         done = self.progress()
         if done >= 1 and self.ranks.is_main:  # killed after the last checkpoint, before its export
@@ -181,13 +200,16 @@ class Trainer:
             if done >= 1 and self.bad_in_a_row:
                 self.fail()
             if values["loss"] is not None:
-                elapsed_s = self.state.elapsed_s - elapsed_before_s
-                self.report.show(values, (1 - done) * elapsed_s / max(done - done_before, 1e-9))
-            if args.valid and (self.due(args.eval_every) or done >= 1):
+                self.report.average(values, (*self.objective.shown, "tok_per_s"))
+                if self.report.is_due():
+                    elapsed_s = self.state.elapsed_s - elapsed_before_s
+                    left_s = (1 - done) * elapsed_s / max(done - done_before, 1e-9)
+                    self.report.show(values, self.stream.epoch, left_s)
+            if settings.valid and (self.due(settings.eval_every) or done >= 1):
                 self.evaluate()
-            if self.objective.answers and self.due(args.bleu_every) and done < 1:
+            if settings.valid and self.due(settings.bleu_every) and done < 1:
                 self.score()
-            if self.due(args.save_every) or done >= 1 or stopping:
+            if self.due(settings.save_every) or done >= 1 or stopping:
                 self.save()
         self.stream.close()
         self.report.close()
@@ -204,27 +226,27 @@ class Trainer:
 
     def progress(self) -> float:
         """The share of the training that is done, 0 to 1 or a little more."""
-        if self.args.max_steps:
-            return self.state.step / self.args.max_steps
-        if self.args.time_limit:
-            return self.state.elapsed_s / self.args.time_limit
-        return self.stream.epoch / self.args.epochs
+        if self.settings.max_steps:
+            return self.state.step / self.settings.max_steps
+        if self.settings.time_limit:
+            return self.state.elapsed_s / self.settings.time_limit
+        return self.stream.epoch / self.settings.epochs
 
     def train_step(self, done: float, stop: bool) -> tuple[dict, bool]:
         """Take one step. done: the share of the training before it; stop: this rank was asked to
         stop. Returns the values to log, and whether any rank was asked to stop."""
-        args, state, start_s = self.args, self.state, time.perf_counter()
-        min_lr = args.lr / 100 if args.min_lr is None else args.min_lr
-        lr = learning_rate(args.schedule, done, state.step, args.lr, min_lr, args.warmup_steps)
+        s, state, start_s = self.settings, self.state, time.perf_counter()
+        min_lr = s.lr / 100 if s.min_lr is None else s.min_lr
+        lr = learning_rate(s.schedule, done, state.step, s.lr, min_lr, s.warmup_steps)
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = lr
         # float16 needs a loss of moderate size: batch_tokens stands in for the normalizer, which is
         # known only after the step
-        scale = (state.loss_scale if self.dtype == torch.float16 else 1.0) / args.batch_tokens
+        scale = (state.loss_scale if self.dtype == torch.float16 else 1.0) / s.batch_tokens
         total = self.accumulate(scale, stop)
         normalizer = max(1.0, total["normalizer"])
-        norm = float(clip_gradient(self.gradient, normalizer * scale, args.grad_clip))
+        norm = float(clip_gradient(self.gradient, normalizer * scale, s.grad_clip))
         finite, overflow = math.isfinite(total["loss"]), not math.isfinite(norm)
         if finite and not overflow:
             for optimizer in self.optimizers:
@@ -260,14 +282,14 @@ class Trainer:
         places = itertools.count(ranks.rank, ranks.world_size)  # of this rank's share in the group
         for place, batch in zip(places, self.stream.next_group()):
             batch = {k: v.to(self.device, non_blocking=True) for k, v in batch.items()}
-            seed = f"{self.args.seed} {self.state.step} {place}".encode()
+            seed = f"{self.settings.seed} {self.state.step} {place}".encode()
             torch.manual_seed(xxhash.xxh3_64_intdigest(seed) >> 1)
             with sdpa_kernel(self.kernels):  # also for backward, which may recompute activations
                 with self.autocast():
                     loss, *others = self.objective.loss(batch)
                 (loss * scale).backward()
             labels = [v for k, v in batch.items() if k.endswith("labels")]
-            target = sum((x != data.IGNORED).sum() for x in labels)
+            target = sum((x != IGNORED).sum() for x in labels)
             source = batch["attention_mask"].sum()
             sums += torch.stack([x.detach().double() for x in (loss, *others, source, target)])
         ranks.all_reduce(self.gradient)
@@ -319,7 +341,7 @@ class Trainer:
         """Score answers to held-out prompts, on the first rank."""
         self.model.eval()
         if self.ranks.is_main:
-            values = self.objective.answers()
+            values = self.objective.score()
             self.report.log({"step": self.state.step, **values})
             shown = "  ".join(f"{name} {value:.2f}" for name, value in values.items())
             self.report.say(f"step {self.state.step:,}  {shown}")
@@ -328,9 +350,8 @@ class Trainer:
     def save(self) -> None:
         """Save a checkpoint, then export: a model without a checkpoint could not be resumed."""
         if self.ranks.is_main:
-            settings = {name: getattr(self.args, name) for name in self.args.stored}
-            save_checkpoint(self.out_dir / "checkpoint", self.args.keep, self.model,
-                            self.optimizers, self.state, self.identity, settings)
+            save_checkpoint(self.out_dir / "checkpoint", self.settings.keep, self.model,
+                            self.optimizers, self.state, self.identity, self.settings.stored())
             self.objective.export(self.out_dir)
         self.ranks.barrier()
 
@@ -568,6 +589,8 @@ def save_checkpoint(folder: Path, keep: int, model: nn.Module, optimizers: list,
     saved = {"model": trained, "optimizers": [o.state_dict() for o in optimizers],
              "state": dataclasses.asdict(state), "identity": identity, "settings": settings}
     newest = folder / "newest"
+    for stale in folder.glob("newest.*.tmp"):  # a process was killed while it was writing
+        stale.unlink()
     with atomic_write(newest) as temporary, write_errors(newest, RuntimeError):  # a full disk
         torch.save(saved, temporary)
     newest.rename(folder / f"step-{state.step:08d}-{hash_file(newest)}.pt")
@@ -707,6 +730,7 @@ class Report:
     def __init__(self, out_dir: Path, is_main: bool, step: int):
         """step: drop log entries newer than this checkpoint; those steps are rerun."""
         self.is_main, self.is_terminal, self.shown_s = is_main, sys.stdout.isatty(), 0.0
+        self.means: dict[str, float] = {}
         if not is_main:
             return
         out_dir.mkdir(parents=True, exist_ok=True)
@@ -739,14 +763,25 @@ class Report:
         if self.is_main:
             print(("\r\x1b[K" if self.is_terminal else "") + text, flush=True)
 
-    def show(self, values: dict, left_s: float) -> None:
-        """Progress: a line that updates in a terminal, otherwise a line every 10 seconds."""
+    def is_due(self) -> bool:
+        """Whether to show progress: five times a second in a terminal, else every 10 seconds."""
         every_s = 0.2 if self.is_terminal else 10
-        if not self.is_main or time.monotonic() - self.shown_s < every_s:
-            return
+        return self.is_main and time.monotonic() - self.shown_s >= every_s
+
+    def average(self, values: dict, names: Iterable[str]) -> None:
+        """Update the running means that `show` shows, over about 20 steps."""
+        for name in names:
+            mean = self.means.get(name, values[name])
+            self.means[name] = mean + (values[name] - mean) / 20
+
+    def show(self, values: dict, epoch: float, left_s: float) -> None:
+        """Print progress, in a terminal over the last line."""
         self.shown_s = time.monotonic()
-        text = (f"step {values['step']:,}  loss {values['loss']:.4f}  lr {values['lr']:.2e}  "
-                f"{values['tok_per_s']:,.0f} tokens/s  {duration(left_s)} left")
+        means = dict(self.means)
+        speed = means.pop("tok_per_s")
+        text = f"step {values['step']:,}  epoch {epoch:.2f}  "
+        text += "  ".join(f"{name} {mean:.4f}" for name, mean in means.items())
+        text += f"  lr {values['lr']:.2e}  {speed:,.0f} tokens/s  {duration(left_s)} left"
         if self.is_terminal:
             print("\r\x1b[K" + text, end="", flush=True)
         else:
@@ -776,60 +811,77 @@ def duration(seconds: float) -> str:
 
 # --- pre-training and SFT -------------------------------------------------------------------------
 
-def response_loss(args: argparse.Namespace, ranks: Ranks, model: ChatLM, tokenizer: Tokenizer) -> Objective:
-    """The mean nats of the responses' tokens, and on --valid also their perplexity and nats per character."""
-    batches: list[dict] = []
-    chars = torch.zeros(1, dtype=torch.float64, device=ranks.device)
-    if args.valid:
-        batches = list(PairStream(args.valid_files, tokenizer, args.micro_batch_tokens, args.max_len, 0, ranks.rank, ranks.world_size).one_epoch())
-        chars += sum(len(tokenizer.decode(row[row >= 0])) for batch in batches for row in batch["labels"].numpy())
-        if not float(ranks.all_reduce(chars)):
-            raise AgreedError(f"{args.valid} has no row with a prompt and a response")
 
-    def loss(batch: dict) -> tuple[Tensor, Tensor]:
-        return model.loss_sum(**batch), (batch["labels"] != data.IGNORED).sum()
+class ResponseLoss(Objective):
+    """The mean nats per token of the responses; on --valid also their perplexity, and nats per
+    character, which can be compared across tokenizers."""
 
-    def evaluate() -> dict:
-        sums = torch.zeros(2, dtype=torch.float64, device=ranks.device)
-        for batch in batches:
-            sums += torch.stack([x.double() for x in loss({k: v.to(ranks.device) for k, v in batch.items()})])
-        nats, tokens = ranks.all_reduce(sums).tolist()
-        return {"val_loss": nats / tokens, "val_ppl": math.exp(min(700.0, nats / tokens)), "val_nats_per_char": nats / float(chars)}
+    def __init__(self, settings: "Settings", ranks: Ranks, model: ChatLM, tokenizer: Tokenizer):
+        """Raises ValueError if --valid has no usable row."""
+        super().__init__(settings, ranks, model, tokenizer)
+        self.batches: list[dict] = []
+        if not settings.valid:
+            return
+        stream = PairStream(settings.valid_files, tokenizer, settings.micro_batch_tokens,
+                            settings.max_len, 0, ranks.rank, ranks.world_size)
+        self.batches = list(stream.one_epoch())
+        rows = (row for batch in self.batches for row in batch["labels"].numpy())
+        chars = sum(len(tokenizer.decode(row[row >= 0])) for row in rows)
+        chars = torch.tensor([chars], dtype=torch.float64, device=ranks.device)
+        self.chars = float(ranks.all_reduce(chars))
+        if not self.chars:
+            raise AgreedError(f"{settings.valid} has no row with a prompt and a response")
 
-    def first_loss(stream: PairStream) -> float:
-        """Mean nats per target token of the first micro-batch, without dropout."""
-        batch = {k: v.to(ranks.device) for k, v in next(stream.one_epoch()).items()}
-        model.eval()
-        with torch.no_grad():
-            nats, tokens = loss(batch)
-        return float(nats / tokens)
+    def loss(self, batch: dict) -> tuple[Tensor, Tensor]:
+        return self.model.loss_sum(**batch), (batch["labels"] != IGNORED).sum()
 
-    def initialize(stream: PairStream) -> None:
+    def evaluate(self) -> dict:
+        sums = torch.zeros(2, dtype=torch.float64, device=self.ranks.device)
+        for batch in self.batches:
+            batch = {k: v.to(self.ranks.device) for k, v in batch.items()}
+            sums += torch.stack([x.double() for x in self.loss(batch)])
+        nats, tokens = self.ranks.all_reduce(sums).tolist()
+        return {"val_loss": nats / tokens, "val_ppl": math.exp(min(700.0, nats / tokens)),
+                "val_nats_per_char": nats / self.chars}
+
+    def score(self) -> dict:
+        result, _ = sample.score(self.model, self.tokenizer, held_out(self.settings),
+                                 self.settings.max_len, max_new_tokens=answer_tokens(self.settings))
+        return {"bleu4": result["bleu4"]}
+
+    def initialize(self, stream: PairStream) -> None:
+        """Initialize a new model from counts of the first window, if that beats random weights on
+        the first micro-batch; with very few tokens, counts mislead."""
+        if self.settings.init_from or self.settings.freeze:
+            return
         before, after = token_pairs(stream)
-        if ranks.is_main and len(after):  # a window may hold no text at all
-            random, random_loss = [p.detach().cpu().clone() for p in model.parameters()], first_loss(stream)
-            init_bigrams(model, torch.from_numpy(before), torch.from_numpy(after))
-            counts_loss = first_loss(stream)
+        if self.ranks.is_main and len(after):  # a window may hold no text at all
+            random = [p.detach().cpu().clone() for p in self.model.parameters()]
+            random_loss = self.first_loss(stream)
+            init_bigrams(self.model, torch.from_numpy(before), torch.from_numpy(after))
+            counts_loss = self.first_loss(stream)
             if counts_loss < random_loss:
                 print(f"initialized from counts of {len(after):,} token pairs", flush=True)
-            else:  # so few tokens that their counts mislead
+            else:
                 with torch.no_grad():
-                    for p, r in zip(model.parameters(), random):
-                        p.copy_(r)
-                print(f"initialized at random: {len(after):,} tokens are too few to count (loss {counts_loss:.1f}, at random {random_loss:.1f})", flush=True)
-        ranks.broadcast(model.parameters())
+                    for p, value in zip(self.model.parameters(), random):
+                        p.copy_(value)
+                print(f"initialized at random: {len(after):,} tokens are too few to count (loss "
+                      f"{counts_loss:.1f}, at random {random_loss:.1f})", flush=True)
+        self.ranks.broadcast(self.model.parameters())
 
-    def answers() -> dict:
-        rows = held_out(args)
-        return {"bleu4": sample.score(model, tokenizer, rows, args.max_len, max_new_tokens=min(128, args.max_len))[0]["bleu4"]}
-
-    return Objective(loss, evaluate, exporter(args, model, tokenizer), answers=answers if args.valid else None,
-                     initialize=None if args.init_from or args.freeze else initialize)
+    def first_loss(self, stream: PairStream) -> float:
+        """Mean nats per target token of the first micro-batch, without dropout."""
+        batch = {k: v.to(self.ranks.device) for k, v in next(stream.one_epoch()).items()}
+        self.model.eval()
+        with torch.no_grad():
+            nats, tokens = self.loss(batch)
+        return float(nats / tokens)
 
 
 def token_pairs(stream: PairStream) -> tuple[np.ndarray, np.ndarray]:
-    """The tokens of all responses in the first window, and the token before each; PAD, which the
-    decoder starts with, before the first one. (N,) int64 each."""
+    """The tokens of all responses in the first window, and the token before each: PAD, the
+    decoder's start token, before the first one. (N,) int64 each."""
     before, after = [], []
     for ids, offsets in stream.window(0, 0).columns[1:]:
         shifted = np.roll(ids, 1)
@@ -839,278 +891,349 @@ def token_pairs(stream: PairStream) -> tuple[np.ndarray, np.ndarray]:
     return np.concatenate(before).astype(np.int64), np.concatenate(after).astype(np.int64)
 
 
-def held_out(args: argparse.Namespace) -> list[dict]:
-    """The pairs of --valid on which answers are scored: all of the demo's, else some 200 spread over the file."""
-    rows = [r for r in Rows(args.valid_files) if r.get("prompt") and r.get("response")]
-    return rows if args.demo else rows[::-(-len(rows) // 200) or 1]
+def held_out(settings: "Settings") -> list[dict]:
+    """The pairs of --valid on which answers are scored: all of the demo's, otherwise about 200
+    spread over the files."""
+    rows = [r for r in Rows(settings.valid_files) if r.get("prompt") and r.get("response")]
+    return rows if settings.demo else rows[::-(-len(rows) // 200) or 1]
 
 
-def exporter(args: argparse.Namespace, model: ChatLM, tokenizer: Tokenizer) -> Callable[[Path], None]:
-    """What writes a model folder, or with LoRA an adapter folder."""
-    def export(folder: Path) -> None:
-        if args.lora_rank:
-            save_adapter(model, folder, args.init_from, args.lora_rank, args.lora_alpha, args.lora_targets.split(","),
-                         args.lora_dropout)
-        else:
-            model.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
-    return export
+def answer_tokens(settings: "Settings") -> int:
+    return min(128, settings.max_len)
 
 
 # --- settings -------------------------------------------------------------------------------------
 
-def parser_for(description: str, defaults: dict | None = None) -> ArgumentParser:
-    """The flags that train.py and dpo.py share. They are None where they are not given: see resolve_args."""
-    p = ArgumentParser(description=description)
-    defaults = {**DEFAULTS, **(defaults or {})}
-
-    def add(flag: str, help: str, **options) -> None:
-        default = defaults.get(flag[2:])
-        p.add_argument(flag, help=help + (f" (default: {default})" if default not in (None, False, "") else ""), **options)
-
-    add("--data", nargs="+", metavar="A.parquet", help="training pairs: Parquet files, or folders of Parquet shards (default: the demo)")
-    add("--valid", metavar="V.parquet", help="held-out pairs to validate on (default: no validation)")
-    add("--tokenizer", metavar="DIR", help="folder with tokenizer.json (default: that of --init_from, else one is trained on --data)")
-    add("--init_from", metavar="MODEL_DIR", help="model folder to start from")
-    p.add_argument("--out_dir", default="out", help="folder for the model, best/, checkpoint/ and log.jsonl")
-    add("--freeze", metavar="shared,encoder", help="parts that are not trained: shared, encoder, decoder")
-    limit = p.add_mutually_exclusive_group()
-    limit.add_argument("--max_steps", type=number(int, 1), help="stop after N steps, counting those of earlier runs")
-    limit.add_argument("--epochs", type=number(float, 0, above=True), help="stop after N passes over the data (default: 1)")
-    limit.add_argument("--time_limit", type=number(float, 0, above=True), metavar="SECONDS",
-                       help="stop after N seconds of training, counting earlier runs")
-    add("--batch_tokens", type=number(int, 1), help="prompt and response tokens per step, over all processes (default: 65536 on a GPU, "
-        "2560 on a CPU, more where that leaves a process without work)")
-    add("--micro_batch_tokens", type=number(int, 1), help="padded tokens per forward pass, B * (S + T); lower it if memory runs out "
-        "(default: up to 16384, as the GPU's free memory allows; 1280 on a CPU)")
-    add("--max_len", type=number(int, 2, 1 << 20), help="tokens per side, longer ones are cut")
-    add("--lr", type=number(float, 0, above=True), help="peak learning rate; Adafactor caps it at 1/sqrt(step) "
-        + ("(default: 1e-5, with LoRA 1e-4)" if "beta" in defaults else
-           "(default: 0.02, for 0.2b 0.005, with --init_from 0.002; other optimizers 0.002, with --init_from 1e-4)"))
-    add("--min_lr", type=number(float, 0), help="learning rate at the end, and at the beginning of onecycle (default: --lr / 100)")
-    add("--schedule", choices=["cosine", "onecycle", "wsd", "constant"], help="how the learning rate changes")
-    add("--warmup_steps", type=number(int, 0), help="ramp the learning rate up over N steps, at most a tenth of the training")
-    add("--optimizer", choices=["adamw", "adafactor", "muon"], help="muon is for the hidden matrices, with AdamW for the rest")
-    add("--weight_decay", type=number(float, 0), help="weight decay of matrices, not of norms and embeddings")
-    add("--grad_clip", type=number(float, 0, above=True), help="largest norm of the gradient")
-    add("--dropout", type=number(float, 0, 1), help="dropout rate, wherever T5 has it")
-    add("--dtype", choices=["auto", "float32", "bfloat16", "float16"], help="dtype of the matrix products; auto: what the device is fast at")
-    add("--compile", action=argparse.BooleanOptionalAction, help="torch.compile the model")
-    add("--checkpoint_activations", action=argparse.BooleanOptionalAction,
-        help="recompute activations in backward: less memory, a quarter slower")
-    add("--eval_every", type=number(int, 1), help="validate every N steps")
-    add("--save_every", type=number(int, 1), help="save a checkpoint every N steps")
-    add("--keep", type=number(int, 1), help="checkpoints to keep")
-    p.add_argument("--resume", default="auto", metavar="auto|never|CHECKPOINT",
-                   help="auto: resume from the newest checkpoint of --out_dir, if there is one, with its settings; never: start anew and "
-                   "delete them")
-    add("--seed", type=number(int, 0, 2 ** 63 - 1), help="seed of the weights, the order of the data and dropout")
-    add("--device", help="cpu, cuda or cuda:N (default: a GPU if there is one)")
-    add("--workers", type=number(int, 0), help="tokenizing processes per training process")
-    add("--lora_rank", type=number(int, 1), help="train low-rank additions to --lora_targets, and nothing else")
-    add("--lora_alpha", type=number(float, 0, above=True), help="the additions are scaled by alpha / rank")
-    add("--lora_dropout", type=number(float, 0, 1), help="dropout on LoRA inputs")
-    add("--lora_targets", metavar="q,k,v,o,wi,wo", help="linear layers that get LoRA, or all")
-    return p
+LIMITS = ("max_steps", "epochs", "time_limit")
+PATHS = ("data", "valid", "tokenizer", "init_from")  # may differ between machines
+DEMO = {"preset": "demo", "max_steps": 1000, "batch_tokens": 1024, "micro_batch_tokens": 512,
+        "max_len": 64, "vocab_size": 2048, "lr": 2e-2}
+MEMORY_HINT = ("--micro_batch_tokens in a new run, or resume this one with "
+               "--checkpoint_activations")
 
 
-def resolve_args(args: argparse.Namespace, ranks: Ranks, saved: dict | None, columns: tuple[str, ...] = ("prompt", "response"),
-                 defaults: dict | None = None, find_files: Callable | None = None) -> None:
-    """Decide every setting once, when a run starts: by its flag, else by the checkpoint that it resumes, else by default.
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """The settings of a run. They are resolved once, when it starts, and kept in its checkpoints.
+    The names are those of the flags. None: chosen by `resolve`, or off."""
+    out_dir: str
+    resume: str = "auto"
+    given: frozenset[str] = frozenset()  # names of the flags in this call
+    data: list[str] | None = None
+    valid: str | None = None
+    tokenizer: str | None = None
+    init_from: str | None = None
+    demo: bool = False
+    data_files: tuple[str, ...] = ()
+    valid_files: tuple[str, ...] = ()
+    valid_hash: str = ""
+    preset: str | None = None
+    vocab_size: int = 29298
+    freeze: str = ""
+    dropout: float = 0.0
+    lora_rank: int | None = None
+    lora_alpha: float = 16.0
+    lora_dropout: float = 0.0
+    lora_targets: str = "q,v"
+    max_steps: int | None = None
+    epochs: float | None = None
+    time_limit: float | None = None
+    batch_tokens: int | None = None
+    micro_batch_tokens: int | None = None
+    max_len: int = 320
+    lr: float | None = None
+    min_lr: float | None = None
+    schedule: str = "cosine"
+    warmup_steps: int = 100
+    optimizer: str = "adafactor"
+    weight_decay: float = 0.01
+    grad_clip: float = 1.0
+    dtype: str = "auto"
+    compile: bool = False
+    checkpoint_activations: bool = False
+    eval_every: int = 500
+    bleu_every: int | None = None
+    save_every: int = 500
+    keep: int = 2
+    seed: int = 0
+    workers: int = 1
 
-    Fills args in place, the same on every rank; args.stored names the settings that checkpoints keep. Raises ValueError for
-    what cannot work, before anything is written.
-    """
-    args.given = {name for name, value in vars(args).items() if value is not None} - {"resume", "out_dir"}
-    args.stored = {*vars(args), "demo", "valid_hash"} - {"given", "resume", "out_dir", "device"}
-    for name, value in (saved["settings"] if saved else {}).items():
-        if getattr(args, name, None) is None and not (name in LIMITS and args.given & set(LIMITS)):
-            setattr(args, name, value)
-    args.demo = args.data is None or bool(getattr(args, "demo", False)) and "data" not in args.given
-    if args.demo:
-        if args.init_from or args.valid and "valid" in args.given:
+    columns: ClassVar[tuple[str, ...]] = PAIR
+    # what may not change when a run is resumed, besides data, tokenizer and model
+    fixed: ClassVar[tuple[str, ...]] = (
+        "micro_batch_tokens", "max_len", "seed", "optimizer", "freeze", "lora_rank", "lora_alpha",
+        "lora_targets", "lora_dropout")
+    help_lr: ClassVar[str] = ("0.02, for 0.2b 0.005, with --init_from 0.002; other optimizers "
+                              "0.002, with --init_from 1e-4")
+
+    def stored(self) -> dict:
+        """What a checkpoint keeps."""
+        own = {"out_dir", "resume", "given", "data_files", "valid_files"}
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in own}
+
+    def default_lr(self) -> float:
+        if self.optimizer != "adafactor":
+            return 1e-4 if self.init_from else 2e-3
+        if self.init_from:
+            return 2e-3
+        return 5e-3 if self.preset == "0.2b" else 2e-2
+
+    def find_files(self, paths: list[str], ranks: Ranks) -> list[str]:
+        """The Parquet files that --data or --valid stand for."""
+        return training_files(paths, self.columns, [self.out_dir])
+
+
+def resolve(kind: type[Settings], args: argparse.Namespace, ranks: Ranks,
+            saved: dict | None) -> Settings:
+    """Decide every setting: by its flag, else by the checkpoint that the run resumes from, else by
+    default. The same on every rank. Raises ValueError for what cannot work, before anything but the
+    demo's data is written."""
+    s = combine_layers(kind, args, saved["settings"] if saved else {})
+    if s.demo:
+        if s.init_from or "valid" in s.given:
             raise ValueError("--init_from and --valid need --data")
-        make_demo_data(args, ranks)
-        defaults = {**DEMO, **(defaults or {})}
-        if args.epochs or args.time_limit:
-            del defaults["max_steps"]
-    check_given(args)
-    if args.lora_rank and not args.init_from:
+        s = make_demo_data(s, ranks)
+    check_flags(s, resumes=saved is not None)
+    s = choose_defaults(s, ranks)
+    # machines may differ in what they are fast at: the first rank decides
+    agreed = ranks.all_gather(s.stored())[0]
+    s = replace(s, **{k: v for k, v in agreed.items() if k not in (*PATHS, "valid_hash")})
+    valid_files = s.find_files([s.valid] if s.valid else [], ranks)
+    s = replace(s, data_files=tuple(s.find_files(s.data, ranks)), valid_files=tuple(valid_files),
+                valid_hash=hash_files(valid_files))
+    check_out_dir(s, resumes=saved is not None)
+    if ranks.is_main:
+        report_unused(s)
+        found = overlap(s.data_files, s.valid_files) if s.valid else 0
+        if found:
+            note_once(f"warning: {found:,} prompts of --valid are in --data too, and measure "
+                      "memory (data.py split keeps them apart)")
+    return s
+
+
+def combine_layers(kind: type[Settings], args: argparse.Namespace, stored: dict) -> Settings:
+    """Flags over stored settings over defaults."""
+    names = {f.name for f in fields(kind)}
+    given = {k: v for k, v in vars(args).items() if k in names and v is not None}
+    flags = frozenset(given) - {"resume", "out_dir"}
+    values = {k: v for k, v in stored.items() if k in names and v is not None}
+    if flags & set(LIMITS):
+        values = {k: v for k, v in values.items() if k not in LIMITS}
+    values |= given
+    demo = "data" not in values or stored.get("demo", False) and "data" not in flags
+    defaults = {k: v for k, v in DEMO.items() if k != "batch_tokens"} if demo else {}
+    if demo and values.keys() & set(LIMITS):
+        del defaults["max_steps"]
+    return kind(**{**defaults, **values, "demo": demo, "given": flags})
+
+
+def check_flags(s: Settings, resumes: bool) -> None:
+    """Raise ValueError for flags that exclude each other."""
+    for name in ("lora_alpha", "lora_dropout", "lora_targets"):
+        if name in s.given and not s.lora_rank:
+            raise ValueError(f"--{name} has no effect without --lora_rank")
+    if s.lora_rank and s.freeze:
+        raise ValueError("--freeze has no effect with --lora_rank, which trains nothing but the "
+                         "additions: choose --lora_targets")
+    if s.lora_rank and not s.init_from:
         raise ValueError("--lora_rank adds to a model: name it with --init_from")
-    if args.init_from and args.preset:
-        raise ValueError("--preset is for a new model; --init_from brings its own shape" if not saved else
-                         f"--preset and --init_from exclude each other, and the run in {args.out_dir} began with the other one")
-    defaults = {**DEFAULTS, "preset": "small", "vocab_size": 29298, **(defaults or {})}
-    batch_tokens = defaults.pop("batch_tokens", 65536 if ranks.device.type == "cuda" else 2560)
-    for name, value in defaults.items():
-        if getattr(args, name, None) is None and not (name == "preset" and args.init_from):
-            setattr(args, name, value)
-    if not (args.max_steps or args.epochs or args.time_limit):
-        args.epochs = 1.0
-    args.lr = args.lr or default_lr(args)
-    if args.dtype == "auto":
-        args.dtype = str(pick_dtype("auto", ranks.device)).removeprefix("torch.")
-    if args.optimizer == "muon" and pick_dtype("auto", ranks.device) == torch.float32 and ranks.is_main:
-        print("note: torch's Muon computes in bfloat16, for which this CPU has no instructions: it will be slow", file=sys.stderr)
-    if args.micro_batch_tokens is None:
-        args.micro_batch_tokens = min(ranks.all_gather(default_micro_batch(args, ranks.device, len(columns))))
-    if args.batch_tokens is None:
-        group = max(1, round(batch_tokens / args.micro_batch_tokens))
-        args.batch_tokens = -(-group // ranks.world_size) * ranks.world_size * args.micro_batch_tokens  # equal shares
-    for name, value in ranks.all_gather({name: getattr(args, name) for name in args.stored - {*PATHS, "valid_hash"}})[0].items():
-        setattr(args, name, value)  # machines may differ in what they are fast at: the first decides
-    for part in filter(None, args.freeze.split(",")):
+    if "vocab_size" in s.given and (s.tokenizer or s.init_from):
+        flag = "tokenizer" if s.tokenizer else "init_from"
+        raise ValueError(f"--vocab_size is for a tokenizer that is trained here; --{flag} brings "
+                         "its own")
+    if s.init_from and s.preset:
+        if resumes:
+            raise ValueError("--preset and --init_from exclude each other, and the run in "
+                             f"{s.out_dir} began with the other one")
+        raise ValueError("--preset is for a new model; --init_from brings its own shape")
+    for part in filter(None, s.freeze.split(",")):
         if part not in ("shared", "encoder", "decoder"):
             raise ValueError(f"--freeze {part!r}: only shared, encoder and decoder can be frozen")
-    find_files = find_files or (lambda paths, columns: training_files(paths, columns, [args.out_dir]))
-    args.data_files, args.valid_files = find_files(args.data, columns), find_files([args.valid] if args.valid else [], columns)
-    args.valid_hash = data.hash_files(args.valid_files)
-    out = Path(args.out_dir)
-    if args.init_from and Path(args.init_from).resolve() == out.resolve():
-        raise ValueError(f"--out_dir {out} is --init_from, which would be overwritten: choose another")
-    if args.resume == "auto" and not saved and (out / "config.json").exists():
-        raise ValueError(f"{out} holds a model and no checkpoint to resume from: choose another --out_dir, or --resume never to replace it")
-    for name, works, why in (("eval_every", args.valid, "without --valid"), ("bleu_every", args.valid, "without --valid"),
-                             ("min_lr", args.schedule != "constant", "with --schedule constant"),
-                             ("warmup_steps", args.schedule != "onecycle", "with --schedule onecycle"),
-                             ("batch_tokens", args.batch_tokens >= args.micro_batch_tokens, "below --micro_batch_tokens: a step takes one micro-batch")):
-        if name in args.given and not works and ranks.is_main:
-            print(f"note: --{name} has no effect {why}", file=sys.stderr)
-    if args.valid and ranks.is_main and (found := overlap(args.data_files, args.valid_files)):
-        print(f"warning: {found:,} prompts of --valid are in --data too, and measure memory (data.py split keeps them apart)", file=sys.stderr)
 
 
-def check_given(args: argparse.Namespace) -> None:
-    """Raises ValueError for a flag that has no effect next to the others, once all settings are resolved."""
-    for name in ("lora_alpha", "lora_dropout", "lora_targets"):
-        if name in args.given and not args.lora_rank:
-            raise ValueError(f"--{name} has no effect without --lora_rank")
-    if args.lora_rank and args.freeze:
-        raise ValueError("--freeze has no effect with --lora_rank, which trains nothing but the additions: choose --lora_targets")
-    if "vocab_size" in args.given and (args.tokenizer or args.init_from):
-        raise ValueError(f"--vocab_size is for a tokenizer that is trained here; --{'tokenizer' if args.tokenizer else 'init_from'} brings its own")
+def choose_defaults(s: Settings, ranks: Ranks) -> Settings:
+    """Replace None by defaults that depend on other settings and on the machine."""
+    if not s.preset and not s.init_from:
+        s = replace(s, preset="small")
+    if not (s.max_steps or s.epochs or s.time_limit):
+        s = replace(s, epochs=1.0)
+    best = str(pick_dtype("auto", ranks.device)).removeprefix("torch.")
+    s = replace(s, lr=s.lr or s.default_lr(), dtype=best if s.dtype == "auto" else s.dtype)
+    if s.optimizer == "muon" and best == "float32" and ranks.is_main:
+        note_once("note: torch's Muon computes in bfloat16, for which this CPU has no "
+                  "instructions: it will be slow")
+    if s.micro_batch_tokens is None:
+        fits = default_micro_batch(s, ranks.device, len(s.columns))
+        s = replace(s, micro_batch_tokens=min(ranks.all_gather(fits)))
+    if s.batch_tokens is None:
+        wanted = 65536 if ranks.device.type == "cuda" else 2560
+        wanted = DEMO["batch_tokens"] if s.demo else wanted
+        group = max(1, round(wanted / s.micro_batch_tokens))
+        group = -(-group // ranks.world_size) * ranks.world_size  # equal shares
+        s = replace(s, batch_tokens=group * s.micro_batch_tokens)
+    return s
 
 
-def default_lr(args: argparse.Namespace) -> float:
-    if args.optimizer != "adafactor":
-        return 1e-4 if args.init_from else 2e-3
-    if args.init_from:
-        return 2e-3
-    return 5e-3 if args.preset == "0.2b" else 2e-2
+def check_out_dir(s: Settings, resumes: bool) -> None:
+    """Raise ValueError if the run would overwrite a model that it does not resume."""
+    out = Path(s.out_dir)
+    if s.init_from and Path(s.init_from).resolve() == out.resolve():
+        raise ValueError(f"--out_dir {out} is --init_from, which would be overwritten: choose "
+                         "another")
+    if s.resume == "auto" and not resumes and (out / "config.json").exists():
+        raise ValueError(f"{out} holds a model and no checkpoint to resume from: choose another "
+                         "--out_dir, or --resume never to replace it")
 
 
-def default_micro_batch(args: argparse.Namespace, device: torch.device, columns: int) -> int:
-    """B * (S + T) for one forward pass: a power of two that fits the GPU's free memory, 16,384 at most; 1,280 on a CPU; never
-    less than one row of max_len tokens in every column. Raises ValueError if the model leaves no room for that."""
-    one_row = columns * args.max_len
+def report_unused(s: Settings) -> None:
+    """Print a line for every flag that has no effect."""
+    is_group = s.batch_tokens >= s.micro_batch_tokens
+    effective = {
+        "eval_every": (s.valid, "without --valid"), "bleu_every": (s.valid, "without --valid"),
+        "min_lr": (s.schedule != "constant", "with --schedule constant"),
+        "warmup_steps": (s.schedule != "onecycle", "with --schedule onecycle"),
+        "batch_tokens": (is_group, "below --micro_batch_tokens: a step takes one micro-batch")}
+    for name, (works, reason) in effective.items():
+        if name in s.given and not works:
+            note_once(f"note: --{name} has no effect {reason}")
+
+
+def default_micro_batch(s: Settings, device: torch.device, columns: int) -> int:
+    """Padded tokens B * (S + T) for one forward pass: a power of two that fits the GPU's free
+    memory, at most 16,384; 1,280 on a CPU; at least one row of max_len tokens in every column.
+    Raises ValueError if the model leaves no room for that."""
+    one_row = columns * s.max_len
     if device.type != "cuda":
         return max(one_row, 1280)
-    config = ChatLMConfig.from_pretrained(args.init_from) if args.init_from else ChatLMConfig.preset(args.preset, vocab_size=args.vocab_size)
+    if s.init_from:
+        config = ChatLMConfig.from_pretrained(s.init_from)
+    else:
+        config = ChatLMConfig.preset(s.preset, vocab_size=s.vocab_size)
     free_bytes = torch.cuda.mem_get_info(device)[0]
-    room_bytes = 0.85 * free_bytes - state_bytes(config, args)
-    fits = int(room_bytes / activation_bytes(config, args))
+    room_bytes = 0.85 * free_bytes - state_bytes(config, s)
+    fits = int(room_bytes / activation_bytes(config, s))
     if fits < one_row:
-        raise ValueError(f"{free_bytes / 1e9:.1f} GB of GPU memory are free, too little for this model and rows of {columns} x {args.max_len} "
-                         "tokens: lower --max_len, add --checkpoint_activations, or choose a smaller --preset")
+        raise ValueError(f"{free_bytes / 1e9:.1f} GB of GPU memory are free, too little for this "
+                         f"model and rows of {columns} x {s.max_len} tokens: lower --max_len, add "
+                         "--checkpoint_activations, or choose a smaller --preset")
     return max(one_row, min(16384, 1 << fits.bit_length() - 1))
 
 
-def state_bytes(config: ChatLMConfig, args: argparse.Namespace) -> int:
-    """Bytes on the device besides activations: weights and gradients in float32, their copies in the autocast dtype, the
-    optimizer's state, and half a gigabyte for the loss and libraries."""
+def state_bytes(config: ChatLMConfig, s: Settings) -> int:
+    """Bytes on the device besides activations: weights and gradients in float32, their copies in
+    the autocast dtype, the optimizer's state, and half a gigabyte for the loss and libraries."""
     with torch.device("meta"):
         parameters = ChatLM(config).num_parameters()
-    trained = parameters // 50 if args.lora_rank else parameters
-    optimizer = {"adafactor": 0, "muon": 4, "adamw": 8}[args.optimizer]
+    trained = parameters // 50 if s.lora_rank else parameters
+    optimizer = {"adafactor": 0, "muon": 4, "adamw": 8}[s.optimizer]
     return parameters * (4 + 2) + trained * (4 + optimizer) + (1 << 29)
 
 
-def activation_bytes(config: ChatLMConfig, args: argparse.Namespace) -> int:
-    """Bytes that autograd saves for each padded token, a tenth more than counted (tests/test_gpu.py); weights are in state_bytes."""
-    inner, halves = config.num_heads * config.d_kv, 2 if args.dtype == "float32" else 1
+def activation_bytes(config: ChatLMConfig, s: Settings) -> int:
+    """Bytes that autograd saves per padded token, and a tenth more (counted in tests/test_gpu.py).
+    Weights are in state_bytes."""
+    inner, halves = config.num_heads * config.d_kv, 2 if s.dtype == "float32" else 1
     gated = 4 if config.feed_forward_proj == "gated-gelu" else 1
-    layer = halves * (22 * config.d_model + 18 * inner + 2 * (1 + gated) * config.d_ff + 2 * config.num_heads * args.max_len)
-    if args.dropout:  # the output of each dropout and its mask
+    layer = halves * (22 * config.d_model + 18 * inner + 2 * (1 + gated) * config.d_ff
+                      + 2 * config.num_heads * s.max_len)
+    if s.dropout:  # the output of each dropout and its mask
         layer += 3 * config.d_model + (1 + 2 * halves) * config.d_ff
     layers = max(config.num_layers, config.num_decoder_layers or 0)
-    return layers * 4 * config.d_model + layer if args.checkpoint_activations else layers * layer
+    return layers * 4 * config.d_model + layer if s.checkpoint_activations else layers * layer
 
 
-def training_files(paths: list[str], columns: tuple[str, ...], outputs: Iterable[str] = ()) -> list[str]:
-    """Parquet files, and those in folders, in a fixed order. Raises ValueError, naming the command that converts it, for any other file,
-    and where a column is missing."""
+# --- the parts of a run ---------------------------------------------------------------------------
+
+
+def training_files(paths: list[str], columns: tuple[str, ...],
+                   outputs: Iterable[str] = ()) -> list[str]:
+    """Parquet files, and those in folders, in a fixed order. Raises ValueError for another file,
+    naming the command that converts it, and for a missing column."""
     files = []
+    source = "preference" if "chosen" in columns else "pairs"
     for path in paths:
+        shown, is_folder = shlex.quote(path), Path(path).is_dir()
         if Path(path).is_file() and Path(path).suffix.lower() != ".parquet":
-            source = "preference" if "chosen" in columns else "pairs"
-            raise ValueError(f"{path} is not Parquet: convert it with  python data.py clean --source {source} {shlex.quote(path)} --out "
-                             f"{shlex.quote(Path(path).name.partition('.')[0] + '.parquet')}")
-        found = data.input_files([path], outputs) if Path(path).is_dir() else [Path(path)]
-        shards = [str(file) for file in found if file.suffix.lower() == ".parquet" or not Path(path).is_dir()]
+            target = shlex.quote(Path(path).name.partition(".")[0] + ".parquet")
+            raise ValueError(f"{path} is not Parquet: convert it with  python data.py clean "
+                             f"--source {source} {shown} --out {target}")
+        found = data.input_files([path], outputs) if is_folder else [Path(path)]
+        shards = [str(f) for f in found if not is_folder or f.suffix.lower() == ".parquet"]
         if not shards:
-            raise ValueError(f"{path} has no Parquet files: convert what it has with  python data.py clean --source pairs "
-                             f"{shlex.quote(path)} --out data.parquet")
+            raise ValueError(f"{path} has no Parquet files: convert what it has with  python "
+                             f"data.py clean --source {source} {shown} --out data.parquet")
         if len(shards) < len(found):
-            print(f"note: {len(found) - len(shards):,} files in {path} are not Parquet and are skipped", file=sys.stderr)
+            note_once(f"note: {len(found) - len(shards):,} files in {path} are not Parquet and "
+                      "are skipped")
         files += shards
     for file in files:
         data.open_parquet(file, columns)
     return files
 
 
-def make_demo_data(args: argparse.Namespace, ranks: Ranks) -> None:
-    """Point args at the demo's files in the out_dir; the first rank writes them if they are not there."""
-    folder = Path(args.out_dir) / "demo"
-    args.data, args.valid = [str(folder / "train.parquet")], str(folder / "valid.parquet")
-    if ranks.is_main and not (Path(args.valid).is_file() and Path(args.data[0]).is_file()):
+def make_demo_data(s: Settings, ranks: Ranks) -> Settings:
+    """Write the demo's files into the out_dir, unless they are there."""
+    folder = Path(s.out_dir) / "demo"
+    train, valid = str(folder / "train.parquet"), str(folder / "valid.parquet")
+    if ranks.is_main and not (Path(valid).is_file() and Path(train).is_file()):
         print("making demo data: questions about capitals, opposites, units, sums, ...", flush=True)
         data.write_demo(folder)
     ranks.barrier()
+    return replace(s, data=[train], valid=valid)
 
 
-def overlap(files: list[str], valid_files: list[str]) -> int:
-    """How many different prompts of the held-out files are prompts in files too."""
+def overlap(files: Iterable[str], valid_files: Iterable[str]) -> int:
+    """The number of distinct prompts that are in both."""
     def prompts(path: str) -> Iterator[pa.Array]:
-        for batch in data.open_parquet(path, ("prompt",)).iter_batches(65536, columns=["prompt"]):
+        file = data.open_parquet(path, ("prompt",))
+        for batch in file.iter_batches(65536, columns=["prompt"]):
             yield data.text_column(batch["prompt"])
 
-    held, found = pa.chunked_array((part for path in valid_files for part in prompts(path)), pa.large_string()), set()
+    parts = (part for path in valid_files for part in prompts(path))
+    held, found = pa.chunked_array(parts, pa.large_string()), set()
     for path in files:
         for part in prompts(path):
             found.update(part.filter(pc.is_in(part, held)).to_pylist())
     return len(found - {None, ""})
 
 
-def find_tokenizer(args: argparse.Namespace, ranks: Ranks, saved: dict | None = None) -> Tokenizer:
-    """The one named, or the starting model's, or the one that this run, or a user, has put into the out_dir; else one is trained on the
-    data and put there. checkpoint/tokenizer.json tells what it was trained from."""
-    if args.tokenizer or args.init_from:
-        return Tokenizer.from_pretrained(args.tokenizer or args.init_from, append_eos=True)
-    out = Path(args.out_dir)
-    if ranks.is_main and not saved:  # a resumed run has one, whatever the flags say: check_identity compares them
-        train_tokenizer(args, out)
+def find_tokenizer(s: Settings, ranks: Ranks, saved: dict | None = None) -> Tokenizer:
+    """The tokenizer that is named, or that of the starting model, or the one in the out_dir, which
+    is trained on the data if it is not there."""
+    if s.tokenizer or s.init_from:
+        return Tokenizer.from_pretrained(s.tokenizer or s.init_from, append_eos=True)
+    out = Path(s.out_dir)
+    if ranks.is_main and not saved:  # a resumed run has one; check_identity compares it
+        train_tokenizer(s, out)
     ranks.barrier()
     if saved and not (out / "tokenizer.json").is_file():  # --resume from another folder
         out = Path(saved["path"]).parent.parent
     if not (out / "tokenizer.json").is_file():
-        raise ValueError(f"{out} has no tokenizer.json, which the first process wrote: --out_dir must be on a file system that all machines share")
+        raise ValueError(f"{out} has no tokenizer.json, which the first process wrote: --out_dir "
+                         "must be on a file system that all machines share")
     return Tokenizer.from_pretrained(out)
 
 
-def train_tokenizer(args: argparse.Namespace, out: Path) -> None:
-    """Train a tokenizer into out, unless it has one of the same data and size, or one that a user has put there."""
-    source, record = {"data": data.hash_files(args.data_files), "vocab_size": args.vocab_size}, out / "checkpoint" / "tokenizer.json"
+def train_tokenizer(s: Settings, out: Path) -> None:
+    """Train a tokenizer, unless out has one of the same data and size (see
+    checkpoint/tokenizer.json), or one that the user has put there."""
+    source = {"data": hash_files(s.data_files), "vocab_size": s.vocab_size}
+    record = out / "checkpoint" / "tokenizer.json"
     if (out / "tokenizer.json").is_file():
         if not record.is_file():
-            if "vocab_size" in args.given:
-                raise ValueError(f"--vocab_size has no effect: {out} has a tokenizer already; delete its tokenizer.json, or choose another --out_dir")
+            if "vocab_size" in s.given:
+                raise ValueError(f"--vocab_size has no effect: {out} has a tokenizer already; "
+                                 "delete its tokenizer.json, or choose another --out_dir")
             print(f"using the tokenizer in {out}", flush=True)
             return
         if json.loads(record.read_text("utf-8")) == source:
             return
-        print(f"the tokenizer in {out} was trained on other data or for another --vocab_size", flush=True)
-    print(f"training a tokenizer of up to {args.vocab_size:,} tokens on {', '.join(args.data)}", flush=True)
-    tokenizer = Tokenizer.train(Texts(args.data_files), args.vocab_size, memory_bytes=4 * 10 ** 9, progress=sys.stderr.isatty())
+        print(f"the tokenizer in {out} was trained on other data or for another --vocab_size",
+              flush=True)
+    print(f"training a tokenizer of up to {s.vocab_size:,} tokens on {', '.join(s.data)}",
+          flush=True)
+    tokenizer = Tokenizer.train(Texts(s.data_files), s.vocab_size, memory_bytes=4 * 10 ** 9,
+                                progress=sys.stderr.isatty())
     record.parent.mkdir(parents=True, exist_ok=True)
     record.unlink(missing_ok=True)
     tokenizer.save_pretrained(out)
@@ -1126,86 +1249,208 @@ def hash_weights(model: ChatLM) -> str:
     return digest.hexdigest()
 
 
-def make_model(args: argparse.Namespace, ranks: Ranks, tokenizer: Tokenizer) -> ChatLM:
-    torch.manual_seed(args.seed)
-    if args.init_from:
-        model = ChatLM.from_pretrained(args.init_from, torch.float32, ranks.device)
-        if len(tokenizer) > model.config.vocab_size:
-            raise ValueError(f"the tokenizer has {len(tokenizer):,} tokens and the model in {args.init_from} only {model.config.vocab_size:,}")
-        if args.tokenizer and ranks.is_main and (Path(args.init_from) / "tokenizer.json").is_file():
-            own = Tokenizer.from_pretrained(args.init_from)
-            if (own.vocab, own.merges) != (tokenizer.vocab, tokenizer.merges):
-                print(f"warning: {args.tokenizer} has other tokens than {args.init_from} was trained with: that model must learn them anew",
-                      file=sys.stderr)
-        args.init_hash = hash_weights(model)
+def make_model(s: Settings, ranks: Ranks, tokenizer: Tokenizer) -> tuple[ChatLM, str | None]:
+    """The model to train, and a hash of the weights of --init_from (None: random weights)."""
+    torch.manual_seed(s.seed)
+    if s.init_from:
+        model = ChatLM.from_pretrained(s.init_from, torch.float32, ranks.device)
+        init_hash = hash_weights(model)
+        check_vocabulary(s, ranks, tokenizer, model)
     else:
-        model = ChatLM(ChatLMConfig.preset(args.preset, vocab_size=len(tokenizer))).to(ranks.device)
-        args.init_hash = None
-    model.config.dropout_rate = args.dropout
-    model.encoder.checkpoint_activations = model.decoder.checkpoint_activations = args.checkpoint_activations
-    for part in filter(None, args.freeze.split(",")):
+        model = ChatLM(ChatLMConfig.preset(s.preset, vocab_size=len(tokenizer))).to(ranks.device)
+        init_hash = None
+    model.config.dropout_rate = s.dropout
+    for stack in (model.encoder, model.decoder):
+        stack.checkpoint_activations = s.checkpoint_activations
+    for part in filter(None, s.freeze.split(",")):
         getattr(model, part).requires_grad_(False)
-    if args.lora_rank:
-        add_lora(model, args.lora_rank, args.lora_alpha, args.lora_targets.split(","), args.lora_dropout)
+    if s.lora_rank:
+        add_lora(model, s.lora_rank, s.lora_alpha, s.lora_targets.split(","), s.lora_dropout)
     if not any(p.requires_grad for p in model.parameters()):
-        raise ValueError(f"--freeze {args.freeze} leaves nothing to train")
-    if args.compile:
-        model.encode, model.decode = torch.compile(model.encode, dynamic=True), torch.compile(model.decode, dynamic=True)
-    return model
+        raise ValueError(f"--freeze {s.freeze} leaves nothing to train")
+    if s.compile:
+        model.encode = torch.compile(model.encode, dynamic=True)
+        model.decode = torch.compile(model.decode, dynamic=True)
+    if ranks.is_main:
+        print(f"{model.num_parameters() / 1e6:.1f} million parameters, {len(tokenizer):,} tokens, "
+              f"{ranks.world_size} x {ranks.device.type}, {s.dtype}", flush=True)
+    return model, init_hash
 
 
-def run_identity(args: argparse.Namespace, model: ChatLM, tokenizer: Tokenizer, *names: str) -> dict:
-    """What may not change when a run is resumed, by flag; names: more settings of that kind."""
+def check_vocabulary(s: Settings, ranks: Ranks, tokenizer: Tokenizer, model: ChatLM) -> None:
+    """Raise ValueError if the model of --init_from has too few tokens; warn if --tokenizer has
+    others."""
+    if len(tokenizer) > model.config.vocab_size:
+        raise ValueError(f"the tokenizer has {len(tokenizer):,} tokens and the model in "
+                         f"{s.init_from} only {model.config.vocab_size:,}")
+    has_own = (Path(s.init_from) / "tokenizer.json").is_file()
+    if s.tokenizer and has_own and ranks.is_main:
+        own = Tokenizer.from_pretrained(s.init_from)
+        if (own.vocab, own.merges) != (tokenizer.vocab, tokenizer.merges):
+            note_once(f"warning: {s.tokenizer} has other tokens than {s.init_from} was trained "
+                      "with: the model must learn them anew")
+
+
+def run_identity(s: Settings, model: ChatLM, tokenizer: Tokenizer, init_hash: str | None) -> dict:
+    """What may not change when a run is resumed, by flag."""
     shape = dataclasses.asdict(model.config)
     del shape["dropout_rate"]
-    fixed = ("micro_batch_tokens", "max_len", "seed", "optimizer", "freeze", "lora_rank", "lora_alpha", "lora_targets", "lora_dropout", *names)
-    return {"--preset or --init_from (the model's shape)": shape, "--init_from (the model's weights)": args.init_hash,
-            "--tokenizer": xxhash.xxh3_64_hexdigest(tokenizer.to_json().encode()), "--data": data.hash_files(args.data_files),
-            **{f"--{name}": getattr(args, name) for name in fixed}}
+    return {"--preset or --init_from (the model's shape)": shape,
+            "--init_from (the model's weights)": init_hash,
+            "--tokenizer": xxhash.xxh3_64_hexdigest(tokenizer.to_json().encode()),
+            "--data": hash_files(s.data_files),
+            **{f"--{name}": getattr(s, name) for name in s.fixed}}
 
 
-def closing(args: argparse.Namespace, model: ChatLM, tokenizer: Tokenizer, state: State) -> None:
-    """What a finished run can say for itself: scores on held-out pairs, and a few answers."""
-    model.eval()
-    rows, said = held_out(args), []
-    for name, part in ([("held-out facts", [r for r in rows if not data.is_sum(r["prompt"])]),
-                        ("unseen sums", [r for r in rows if data.is_sum(r["prompt"])])] if args.demo else [("held-out pairs", rows)]):
-        if part:
-            result, answers = sample.score(model, tokenizer, part, args.max_len, max_new_tokens=min(128, args.max_len))
-            said += [(answer, row["response"]) for row, answer in zip(part, answers)]
-            print(f"\n{name}: {len(part):,}, exact match {100 * result['exact_match']:.1f} %, BLEU-4 {result['bleu4']:.1f}")
-            for row, answer in list(zip(part, answers))[::max(1, len(part) // 4)][:4]:
-                print(f"  {row['prompt']!r:.120} -> {answer!r:.200}")
-    if said and '"bleu4"' not in (Path(args.out_dir) / "log.jsonl").read_text("utf-8").splitlines()[-1]:  # a finished run that is called again has it
-        report = Report(Path(args.out_dir), True, state.step)
-        report.log({"step": state.step, "bleu4": sample.bleu4(*zip(*said))})
-        report.close()
-    seconds = f"{state.step:,} steps, {state.tokens:,} tokens, {duration(state.elapsed_s)}"
-    asked = "法国的首都是哪里？" if args.demo else "你好"
-    command = "python sample.py" + ("" if args.out_dir == "out" else f" --model {shlex.quote(args.out_dir)}")
-    print(f"\nfinished: {args.out_dir} is a model folder ({seconds}). Talk to it:\n  {command} --prompt \"{asked}\"\n  {command}")
-
-
-def make_stream(args: argparse.Namespace, ranks: Ranks, tokenizer: Tokenizer, columns: tuple[str, ...] = data.PAIR) -> PairStream:
-    """The training batches. Prints one line where processes have unequal shares of a step, or none."""
-    group = max(1, round(args.batch_tokens / args.micro_batch_tokens))
-    stream = PairStream(args.data_files, tokenizer, args.micro_batch_tokens, args.max_len, args.seed, ranks.rank, ranks.world_size,
-                        group=group, columns=columns, workers=args.workers)
-    if not ranks.is_main or group % ranks.world_size == 0:
-        return stream
-    even = -(-group // ranks.world_size) * ranks.world_size * args.micro_batch_tokens
-    idle = max(0, ranks.world_size - group)
-    print(f"note: a step has {group} micro-batches for {ranks.world_size} processes"
-          + (f", of which {idle} have none: they wait" if idle else ", which cannot share them evenly")
-          + f"; --batch_tokens {even} or a smaller --micro_batch_tokens gives all of them work", file=sys.stderr)
+def make_stream(s: Settings, ranks: Ranks, tokenizer: Tokenizer) -> PairStream:
+    """The training batches. Prints a note if processes have unequal shares of a step, or none."""
+    group = max(1, round(s.batch_tokens / s.micro_batch_tokens))
+    stream = PairStream(s.data_files, tokenizer, s.micro_batch_tokens, s.max_len, s.seed,
+                        ranks.rank, ranks.world_size, group=group, columns=s.columns,
+                        workers=s.workers)
+    if ranks.is_main and group % ranks.world_size:
+        even = -(-group // ranks.world_size) * ranks.world_size * s.micro_batch_tokens
+        idle = max(0, ranks.world_size - group)
+        effect = f"of which {idle} have none: they wait" if idle else "which cannot share evenly"
+        note_once(f"note: a step has {group} micro-batches for {ranks.world_size} processes, "
+                  f"{effect}; --batch_tokens {even} or a smaller --micro_batch_tokens gives all "
+                  "of them work")
     return stream
 
 
+def report_results(s: Settings, model: ChatLM, tokenizer: Tokenizer, state: State) -> None:
+    """Print scores on held-out pairs and a few answers of a finished run."""
+    model.eval()
+    rows, answers, references = held_out(s), [], []
+    parts = {"held-out pairs": rows}
+    if s.demo:
+        parts = {"held-out facts": [r for r in rows if not data.is_sum(r["prompt"])],
+                 "unseen sums": [r for r in rows if data.is_sum(r["prompt"])]}
+    for name, part in parts.items():
+        if not part:
+            continue
+        result, said = sample.score(model, tokenizer, part, s.max_len,
+                                    max_new_tokens=answer_tokens(s))
+        answers += said
+        references += [row["response"] for row in part]
+        print(f"\n{name}: {len(part):,}, exact match {100 * result['exact_match']:.1f} %, BLEU-4 "
+              f"{result['bleu4']:.1f}")
+        for row, text in list(zip(part, said))[::max(1, len(part) // 4)][:4]:
+            mark = "✓ " if text.strip() == row["response"].strip() else "✗ "
+            print(f"  {mark if s.demo else ''}{row['prompt']!r:.120} -> {text!r:.200}")
+    last_line = (Path(s.out_dir) / "log.jsonl").read_text("utf-8").splitlines()[-1]
+    if answers and '"bleu4"' not in last_line:  # a finished run that is started again has it
+        report = Report(Path(s.out_dir), True, state.step)
+        report.log({"step": state.step, "bleu4": sample.bleu4(answers, references)})
+        report.close()
+    asked = "法国的首都是哪里？" if s.demo else "你好"
+    model_flag = "" if s.out_dir == "out" else f" --model {shlex.quote(s.out_dir)}"
+    command = f"python sample.py{model_flag}"
+    print(f"\nfinished: {s.out_dir} is a model folder ({state.step:,} steps, {state.tokens:,} "
+          f"tokens, {duration(state.elapsed_s)}). Talk to it:\n"
+          f"  {command} --prompt \"{asked}\"\n  {command}")
+
+
+# --- the command ----------------------------------------------------------------------------------
+
+
+def parser_for(kind: type[Settings], description: str, examples: str) -> ArgumentParser:
+    """The flags that train.py and dpo.py share. Without a flag its value is None: see resolve."""
+    parser = ArgumentParser(description=description, epilog=f"examples:\n{examples}")
+    defaults = {f.name: f.default for f in fields(kind)}
+    group = parser
+
+    def add(flag: str, help: str, **options) -> None:
+        default = defaults.get(flag[2:])
+        if default is not None and default is not False and default != "":
+            help += f" (default: {default})"
+        group.add_argument(flag, help=help, **options)
+
+    positive = {"type": number(int, 1)}
+    group = parser.add_argument_group("data")
+    add("--data", "training pairs: Parquet files or folders of them (default: the demo)",
+        nargs="+", metavar="A.parquet")
+    add("--valid", "held-out pairs to validate on (default: no validation)", metavar="V.parquet")
+    add("--tokenizer", "folder of tokenizer.json (default: that of --init_from, else one is "
+        "trained on --data)", metavar="DIR")
+    add("--max_len", "tokens per side, longer ones are cut", type=number(int, 2, 1 << 20))
+    add("--workers", "tokenizing processes per training process", type=number(int, 0))
+
+    group = parser.add_argument_group("model")
+    add("--init_from", "model folder to start from", metavar="MODEL_DIR")
+    add("--freeze", "parts that are not trained: shared, encoder, decoder",
+        metavar="shared,encoder")
+    add("--dropout", "dropout rate, wherever T5 has it", type=number(float, 0, 1))
+    add("--lora_rank", "train low-rank additions to --lora_targets, and nothing else", **positive)
+    add("--lora_alpha", "the additions are scaled by alpha / rank",
+        type=number(float, 0, above=True))
+    add("--lora_dropout", "dropout on LoRA inputs", type=number(float, 0, 1))
+    add("--lora_targets", "linear layers that get LoRA, or all", metavar="q,k,v,o,wi,wo")
+
+    group = parser.add_argument_group("length").add_mutually_exclusive_group()
+    add("--max_steps", "stop after N steps, including earlier runs", **positive)
+    add("--epochs", "stop after N passes over the data (default: 1)",
+        type=number(float, 0, above=True))
+    add("--time_limit", "stop after N seconds of training, including earlier runs",
+        type=number(float, 0, above=True), metavar="SECONDS")
+
+    group = parser.add_argument_group("optimizer")
+    add("--lr", "peak learning rate; Adafactor caps it at 1/sqrt(step) "
+        f"(default: {kind.help_lr})", type=number(float, 0, above=True))
+    add("--min_lr", "learning rate at the end, and at the beginning of onecycle (default: --lr / "
+        "100)", type=number(float, 0))
+    add("--schedule", "how the learning rate changes",
+        choices=["cosine", "onecycle", "wsd", "constant"])
+    add("--warmup_steps", "ramp the learning rate up over N steps, at most a tenth of the training",
+        type=number(int, 0))
+    add("--optimizer", "muon is for the hidden matrices, with AdamW for the rest",
+        choices=["adamw", "adafactor", "muon"])
+    add("--weight_decay", "weight decay of matrices, not of norms and embeddings",
+        type=number(float, 0))
+    add("--grad_clip", "largest norm of the gradient", type=number(float, 0, above=True))
+    add("--batch_tokens", "prompt and response tokens per update, over all processes (default: "
+        "65536 on a GPU, 2560 on a CPU, rounded up to equal shares)", **positive)
+
+    group = parser.add_argument_group("memory")
+    add("--micro_batch_tokens", "padded tokens per forward pass, B * (S + T); lower it if memory "
+        "runs out (default: up to 16384, as the GPU's memory allows; 1280 on a CPU)", **positive)
+    add("--checkpoint_activations", "recompute activations in backward: less memory, a quarter "
+        "slower", action=argparse.BooleanOptionalAction)
+    add("--dtype", "of the matrix products; auto: what the device is fast at",
+        choices=["auto", "float32", "bfloat16", "float16"])
+    add("--compile", "torch.compile the model", action=argparse.BooleanOptionalAction)
+
+    group = parser.add_argument_group("running")
+    group.add_argument("--out_dir", default="out",
+                       help="folder for the model, best/, checkpoint/ and log.jsonl")
+    group.add_argument("--resume", default="auto", metavar="auto|never|CHECKPOINT",
+                       help="auto: resume from the newest checkpoint of --out_dir, if there is "
+                       "one, with its settings; never: delete them and start anew")
+    add("--eval_every", "validate every N steps", **positive)
+    add("--save_every", "save a checkpoint every N steps", **positive)
+    add("--keep", "checkpoints to keep", **positive)
+    add("--seed", "seed of the weights, the order of the data and dropout",
+        type=number(int, 0, 2 ** 63 - 1))
+    add("--device", "cpu, cuda or cuda:N (default: a GPU if there is one)")
+    return parser
+
+
+EXAMPLES = """\
+  python train.py --data pairs/train.parquet --valid pairs/valid.parquet --out_dir out/pre
+  torchrun --standalone --nproc_per_node=2 train.py --init_from out/pre --data sft.parquet \\
+      --out_dir out/sft"""
+
+
 def main() -> None:
-    parser = parser_for(__doc__.split("\n")[0])
-    parser.add_argument("--preset", choices=list(PRESETS), help="size of a new model (default: small; demo without --data)")
-    parser.add_argument("--vocab_size", type=number(int, 264), help="size of a tokenizer that is trained here (default: 29298; 2048 for the demo)")
-    parser.add_argument("--bleu_every", type=number(int, 1), metavar="STEPS", help="score answers on --valid every N steps (default: at the end)")
+    parser = parser_for(Settings, "Train a model on pairs of prompt and response: pre-training, or "
+                        "fine-tuning with --init_from. Without --data: a demo.", EXAMPLES)
+    add = parser.add_argument_group("only in train.py").add_argument
+    add("--preset", choices=list(PRESETS),
+        help="model size (default: small; demo without --data)")
+    add("--vocab_size", type=number(int, 264),
+        help="size of a tokenizer that is trained here (default: 29298; 2048 for the demo)")
+    add("--bleu_every", type=number(int, 1),
+        help="score answers on --valid every N steps (default: at the end)")
     args = parser.parse_args()
     with memory_hint(MEMORY_HINT):
         run_training(args)
@@ -1216,20 +1461,17 @@ def run_training(args: argparse.Namespace) -> None:
     ranks = Ranks.join(args.device)
     with claimed(Path(args.out_dir), ranks):
         saved = find_checkpoint(args.out_dir, args.resume, ranks)
-        resolve_args(args, ranks, saved)
-        tokenizer = find_tokenizer(args, ranks, saved)
-        model = make_model(args, ranks, tokenizer)
+        settings = resolve(Settings, args, ranks, saved)
+        tokenizer = find_tokenizer(settings, ranks, saved)
+        model, init_hash = make_model(settings, ranks, tokenizer)
+        identity = run_identity(settings, model, tokenizer, init_hash)
+        check_identity(identity, saved, settings.out_dir, ranks)
+        stream = make_stream(settings, ranks, tokenizer)
+        objective = ResponseLoss(settings, ranks, model, tokenizer)
+        state = Trainer(settings, ranks, model, stream, objective, identity).fit(saved)
+        ranks.leave()  # the others need not wait while the first one scores answers
         if ranks.is_main:
-            print(f"{model.num_parameters() / 1e6:.1f} million parameters, {len(tokenizer):,} tokens, {ranks.world_size} x {ranks.device.type}, "
-                  f"{args.dtype}", flush=True)
-        identity = run_identity(args, model, tokenizer)
-        check_identity(identity, saved, args.out_dir, ranks)
-        stream = make_stream(args, ranks, tokenizer)
-        objective = response_loss(args, ranks, model, tokenizer)
-        state = Trainer(args, ranks, model, stream, objective, identity).fit(saved)
-        ranks.leave()  # the others need not wait while the first scores answers
-        if ranks.is_main:
-            closing(args, model, tokenizer, state)
+            report_results(settings, model, tokenizer, state)
 
 
 if __name__ == "__main__":

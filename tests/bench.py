@@ -846,7 +846,7 @@ def faults(args: argparse.Namespace) -> None:
             running, goal, wait_s = start(ranks, out), len(losses(out)) + rng.randint(1, 12), rng.random() * 4
             begin_s = time.perf_counter()
             while running.poll() is None and not (time.perf_counter() - begin_s > wait_s if moment == "starting" else len(losses(out)) >= goal if moment == "training"
-                                                  else (Path(out) / "checkpoint" / "writing.tmp").exists()):
+                                                  else list((Path(out) / "checkpoint").glob("newest.*.tmp"))):
                 time.sleep(0.002)
             if running.poll() is None:
                 running.send_signal(getattr(signal, name))

@@ -586,7 +586,7 @@ def test_dropped_rows_are_named(tmp_path):
                  f"1  has characters that could not be read  (first: {path}, row 5)", "8  all"):
         assert line in done.stdout, done.stdout
     done = call("clean", "--source", "pairs", str(path), "--out", str(tmp_path / "no.parquet"), "--prompt_field", "question")
-    assert done.returncode == 2 and "x.jsonl: pairs needs question, response; found prompt, response (name" in done.stderr and not (tmp_path / "no.parquet").exists()
+    assert done.returncode == 2 and "x.jsonl: pairs needs question and response; found prompt, response (name" in done.stderr and not (tmp_path / "no.parquet").exists()
 
 
 def test_dedup_and_split_pass_over_rows_without_text(tmp_path):
@@ -874,8 +874,8 @@ def test_the_wrong_source_names_what_it_needs(tmp_path):
     rows = [{"prompt": "问题", "response": "这是一个回答"}] * 3
     (tmp_path / "x.json").write_text(json.dumps(rows), "utf-8")
     out = str(tmp_path / "y.parquet")
-    for source, needs in (("alpaca", "instruction, output"), ("duie", "text, spo_list"), ("zhihu_kol", "INSTRUCTION, RESPONSE"),
-                          ("belle", "instruction, output, or input, output, or input, target, or conversations")):
+    for source, needs in (("alpaca", "instruction and output"), ("duie", "text and spo_list"), ("webtext2019zh", "title, content and star"),
+                          ("belle", "instruction and output, or input and output, or input and target, or conversations")):
         done = call("clean", "--source", source, str(tmp_path / "x.json"), "--out", out)
         assert done.returncode == 2 and f"{source} needs {needs}; found prompt, response" in done.stderr and len(done.stderr.splitlines()) == 1
     rows[1] = {"instruction": "问题", "output": "这是一个回答"}  # one row that fits is enough: the others are dropped and counted

@@ -289,6 +289,7 @@ def test_prompt_and_chat(folder):
     assert call("--prompt", "你好", *model).stdout == done.stdout
     chat = call(*model, stdin="你好\n/set temperature 0.5\n/set top_p 2\n/nothing\n/help\n\n/reset\n你好\n")
     assert chat.returncode == 0 and "top_p must be" in chat.stdout and "unknown command" in chat.stdout and chat.stderr == ""
+    assert "temperature = 0.5 (no effect without do_sample)" in chat.stdout and "settings reset" in chat.stdout
 
 
 def test_files_are_answered_in_order_and_continued(folder, tmp_path):
@@ -346,7 +347,7 @@ def test_settings_come_from_flags_then_from_the_model(folder, tmp_path):
     assert options("--num_beams", "3").num_beams == 3
     assert options("--reference_settings") == GenerationConfig(5, num_beams=5, do_sample=True, top_k=50, top_p=0.95, no_repeat_ngram_size=4, length_penalty=-2.0, early_stopping=True)
     done = call("--prompt", "你好", "--model", str(other), "--early_stopping", "never", "--num_beams", "2", "--temperature", "0.7")
-    assert done.returncode == 0 and "--temperature changes nothing without --do_sample" in done.stderr
+    assert done.returncode == 0 and "--temperature has no effect without --do_sample" in done.stderr
     assert call("--prompt", "你好", "--model", str(other), "--early_stopping", "soon").returncode == 2
 
 
@@ -470,7 +471,7 @@ def test_an_adapter_is_no_model(folder, tmp_path):
 def test_flags_without_effect_are_reported(folder):
     model = ["--prompt", "你好", "--model", str(folder), "--max_new_tokens", "2"]
     for flags in (["--top_k", "5"], ["--top_p", "0.5"], ["--temperature", "0.7"], ["--length_penalty", "2"], ["--early_stopping"], ["--seed", "3"]):
-        assert f"note: {flags[0]} changes nothing" in run_here([*model, *flags])[1]
+        assert f"note: {flags[0]} has no effect" in run_here([*model, *flags])[1]
         assert run_here([*model, *flags, "--do_sample", "--num_beams", "2"])[1] == ""
     for flags in (["--batch_size", "2"], ["--output", "x.jsonl"]):
         assert run_here([*model, *flags])[0] == 2
