@@ -1030,7 +1030,7 @@ def decoding_options(args: argparse.Namespace, model: ChatLM) -> dict:
         is_stored = name in stored and name not in given
         raise ValueError(f"{args.model}/generation_config.json: {e}" if is_stored else e) from None
     for name, needs in config.unused().items():
-        if getattr(args, name) is not None:
+        if getattr(args, name, None) is not None:
             note_once(f"note: --{name} has no effect without {needs}")
     return asdict(config)
 
