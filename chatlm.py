@@ -49,13 +49,15 @@ Shapes in comments: B batch, S source length, T target length, D d_model, H head
 """
 import dataclasses
 import errno
+import importlib.util
 import json
 import math
 import os
 import re
 import shlex
+import sys
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import get_args
@@ -220,8 +222,21 @@ class Dropout(nn.Module):
         return F.dropout(x, self.config.dropout_rate) if self.training else x
 
 
+def compute_dtype(weight: Tensor) -> torch.dtype:
+    """The dtype of matrix products with a weight: autocast's if enabled, else the weight's."""
+    device = weight.device.type
+    enabled = torch.is_autocast_enabled(device)
+    return torch.get_autocast_dtype(device) if enabled else weight.dtype
+
+
+def pad_to_8(length: int) -> int:
+    """The next multiple of 8: the row length at which attention kernels on GPUs can read a mask."""
+    return length + -length % 8
+
+
 class RMSNorm(nn.Module):
-    """x / sqrt(mean(x^2) + eps) * weight: a layer norm without centering and without bias."""
+    """x / sqrt(mean(x^2) + eps) * weight: a layer norm without centering and without bias. The
+    result has the dtype of the matrix products that follow, so each casts it no more."""
 
     def __init__(self, config: ChatLMConfig):
         super().__init__()
@@ -229,11 +244,12 @@ class RMSNorm(nn.Module):
         self.eps = config.layer_norm_epsilon
 
     def forward(self, x: Tensor) -> Tensor:
+        dtype = compute_dtype(self.weight)
         if x.is_cuda:  # one kernel, plus a cast of what is not float32
             y = F.rms_norm(x.float(), self.weight.shape, self.weight.float(), self.eps)
-            return y.to(self.weight.dtype)
+            return y.to(dtype)
         inverse = torch.rsqrt(x.float().square().mean(-1, keepdim=True) + self.eps)
-        return self.weight * (x * inverse).to(self.weight.dtype)
+        return (self.weight * (x * inverse).to(self.weight.dtype)).to(dtype)
 
 
 def relative_position_bucket(distance: Tensor, bidirectional: bool, num_buckets: int,
@@ -434,20 +450,24 @@ class ChatLM(nn.Module):
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
         x = self.encoder.dropout(self.shared(input_ids))
-        lowest = torch.finfo(x.dtype).min
-        mask = (attention_mask[:, None, None, :] == 0).to(x.dtype) * lowest
-        positions = torch.arange(input_ids.size(1), device=x.device)
-        bias = self.encoder.position_bias(positions, positions) + mask  # (B, H, S, S)
-        x = self.encoder(x, bias)
-        return self.encoder.dropout(self.encoder.final_layer_norm(x)), mask
+        length, dtype = input_ids.size(1), compute_dtype(self.shared.weight)
+        positions = torch.arange(pad_to_8(length), device=x.device)
+        # bias and mask are cast, and their rows padded for the kernels, once for all layers
+        padded = F.pad(attention_mask, (0, len(positions) - length))
+        mask = (padded[:, None, None, :] == 0).to(dtype) * torch.finfo(dtype).min
+        bias = self.encoder.position_bias(positions[:length], positions).to(dtype) + mask
+        x = self.encoder(x, bias[..., :length])  # (B, H, S, S)
+        return self.encoder.dropout(self.encoder.final_layer_norm(x)), mask[..., :length]
 
     def decode(self, decoder_input_ids: Tensor, encoded: Tensor, mask: Tensor) -> Tensor:
         """decoder_input_ids (B, T), with encode's output -> hidden states (B, T, D)."""
         x = self.decoder.dropout(self.shared(decoder_input_ids))
-        positions = torch.arange(decoder_input_ids.size(1), device=x.device)
-        ahead = positions[None, :] > positions[:, None]  # (T, T)
-        bias = self.decoder.position_bias(positions, positions)
-        bias = bias.masked_fill(ahead, torch.finfo(x.dtype).min)  # (1, H, T, T)
+        length, dtype = decoder_input_ids.size(1), compute_dtype(self.shared.weight)
+        keys = torch.arange(pad_to_8(length), device=x.device)
+        queries = keys[:length]
+        bias = self.decoder.position_bias(queries, keys).to(dtype)
+        bias = bias.masked_fill(keys > queries[:, None], torch.finfo(dtype).min)
+        bias = bias[..., :length]  # (1, H, T, T)
         return self.to_head(self.decoder(x, bias, encoded, mask))
 
     def to_head(self, x: Tensor) -> Tensor:
@@ -487,15 +507,22 @@ class ChatLM(nn.Module):
         loss = F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), ignore_index=IGNORED)
         return logits, loss
 
-    def loss_sum(self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor) -> Tensor:
-        """The loss for training, (): summed over the labels, without holding all logits."""
+    def loss_sum(self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor,
+                 targets: Tensor | None = None) -> Tensor:
+        """The loss for training, (): summed over the labels, without holding all logits.
+
+        targets: (N,) int64, the positions of labels (B * T,) that are not -100. Given, there is no
+        device sync; None: they are found here.
+        """
         encoded, mask = self.encode(input_ids, attention_mask)
         hidden = self.decode(self.shift_right(labels), encoded, mask)
-        counted = labels != IGNORED
+        if targets is None:
+            targets = find_targets(labels)
         weight = self.head_weight()
         if not torch.is_grad_enabled():  # or the Function would compute the weight's gradient
             weight = weight.detach()
-        return LinearCrossEntropy.apply(hidden[counted], weight, labels[counted])
+        return LinearCrossEntropy.apply(hidden.flatten(0, 1).index_select(0, targets), weight,
+                                        labels.flatten().index_select(0, targets))
 
     def num_parameters(self) -> int:
         return sum(p.numel() for p in self.parameters())
@@ -522,6 +549,11 @@ class ChatLM(nn.Module):
         save_model(self, Path(folder))
 
 
+def find_targets(labels: Tensor) -> Tensor:
+    """labels (B, T) -> the positions (N,) of those that are not -100, in the flat labels."""
+    return (labels.flatten() != IGNORED).nonzero()[:, 0]
+
+
 class LinearCrossEntropy(torch.autograd.Function):
     """sum_i -log softmax(hidden_i @ weight.T)[labels_i], one chunk of rows at a time.
 
@@ -534,32 +566,24 @@ class LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
-        device = hidden.device.type
-        autocast = torch.is_autocast_enabled(device)
-        dtype = torch.get_autocast_dtype(device) if autocast else hidden.dtype
+        dtype = compute_dtype(weight)
         grad_hidden = torch.empty_like(hidden) if hidden.requires_grad else None
         grad_weight = None
         if weight.requires_grad:
             grad_weight = torch.zeros_like(weight, dtype=torch.float32)
         loss = hidden.new_zeros((), dtype=torch.float32)
-        with torch.autocast(device, enabled=False):
-            w = weight.to(dtype)
-            rows = max(1, LOSS_CHUNK_BYTES // (w.element_size() * len(w)))
-            width = -(-len(w) // 64) * 64  # rows start on a cache line: a third less time
-            # zeros, not empty: bfloat16 kernels on CPUs also read the padding, which may hold NaN
-            buffer = w.new_zeros(min(rows, len(hidden)), width)
-            for i in range(0, len(hidden), rows):
-                h = hidden[i:i + rows].to(dtype)
-                logits = torch.mm(h, w.T, out=buffer[:len(h), :len(w)])
-                loss += logits_to_gradient(logits, labels[i:i + rows])
+        with torch.autocast(hidden.device.type, enabled=False):
+            w, h = weight.to(dtype), hidden.to(dtype)
+            for part, logits in logit_chunks(h, w):
+                loss += logits_to_gradient(logits, labels[part])
                 if grad_hidden is not None:
-                    grad_hidden[i:i + rows] = logits @ w
+                    grad_hidden[part] = logits @ w
                 if grad_weight is None:
                     continue
                 if dtype == torch.float32:
-                    grad_weight.addmm_(logits.T, h)
+                    grad_weight.addmm_(logits.T, h[part])
                 else:
-                    grad_weight.add_(logits.T @ h)
+                    grad_weight.add_(logits.T @ h[part])
         ctx.save_for_backward(grad_hidden, grad_weight)
         return loss
 
@@ -568,9 +592,61 @@ class LinearCrossEntropy(torch.autograd.Function):
         return *(None if x is None else x * grad for x in ctx.saved_tensors), None
 
 
+class LinearLogProbs(torch.autograd.Function):
+    """log softmax(hidden_i @ weight.T)[labels_i], one chunk of rows at a time.
+
+    hidden (N, D), weight (V, D), labels (N,) -> (N,) float32. The gradient with respect to the
+    logits is one-hot minus softmax, times the gradient of each row, which is known only in
+    backward: so that computes the logits of each chunk again. Otherwise like LinearCrossEntropy.
+    """
+
+    @staticmethod
+    def forward(ctx, hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+        ctx.save_for_backward(hidden, weight, labels)
+        ctx.dtype = compute_dtype(weight)
+        logps = hidden.new_empty(len(hidden), dtype=torch.float32)
+        with torch.autocast(hidden.device.type, enabled=False):
+            w = weight.to(ctx.dtype)
+            for part, logits in logit_chunks(hidden.to(ctx.dtype), w):
+                logps[part] = -F.cross_entropy(logits.float(), labels[part], reduction="none")
+        return logps
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        hidden, weight, labels = ctx.saved_tensors
+        needs_hidden, needs_weight, _ = ctx.needs_input_grad
+        grad_hidden = torch.empty_like(hidden) if needs_hidden else None
+        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if needs_weight else None
+        with torch.autocast(hidden.device.type, enabled=False):
+            w, h = weight.to(ctx.dtype), hidden.to(ctx.dtype)
+            for part, logits in logit_chunks(h, w):
+                logits_to_gradient(logits, labels[part])
+                logits *= -grad[part, None]
+                if needs_hidden:
+                    grad_hidden[part] = logits @ w
+                if needs_weight:
+                    grad_weight += logits.T @ h[part]
+        return grad_hidden, grad_weight, None
+
+
+def logit_chunks(hidden: Tensor, weight: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """hidden (N, D), weight (V, D) of one dtype -> slices of rows, and their logits (n, V), which
+    the next ones overwrite. Rows of the buffer start on a cache line: a third less time."""
+    rows = max(1, LOSS_CHUNK_BYTES // (weight.element_size() * len(weight)))
+    width = -(-len(weight) // 64) * 64
+    # zeros, not empty: bfloat16 kernels on CPUs also read the padding, which may hold NaN
+    buffer = weight.new_zeros(min(rows, len(hidden)), width)
+    for i in range(0, len(hidden), rows):
+        h = hidden[i:i + rows]
+        yield slice(i, i + len(h)), torch.mm(h, weight.T, out=buffer[:len(h), :len(weight)])
+
+
 def logits_to_gradient(logits: Tensor, labels: Tensor) -> Tensor:
     """Replace logits (N, V) in place by their gradient, softmax - one-hot; return the loss, ().
-    On a CPU this takes as many rows at a time as fit the cache."""
+    A GPU runs it as one compiled function if it can; a CPU takes as many rows at a time as fit its
+    cache."""
+    if logits.is_cuda and compiled_gradient.is_usable:
+        return compiled_gradient(logits, labels)
     rows = max(1, len(logits))
     if logits.device.type == "cpu":
         rows = max(1, CACHE_BYTES // (4 * logits.size(1)))
@@ -583,6 +659,40 @@ def logits_to_gradient(logits: Tensor, labels: Tensor) -> Tensor:
         loss += (top - p.amax(-1).log() - chosen).sum()
         part.copy_(p.scatter_add_(1, label, -torch.ones_like(label, dtype=p.dtype)))
     return loss
+
+
+def plain_gradient(logits: Tensor, labels: Tensor) -> Tensor:
+    """logits_to_gradient as its definition. Compiled, it passes over the logits three times."""
+    x = logits.float()
+    total = x.logsumexp(-1, keepdim=True)
+    loss = (total - x.gather(1, labels[:, None])).sum()
+    is_label = torch.arange(x.size(1), device=x.device) == labels[:, None]
+    logits.copy_((x - total).exp() - is_label.float())
+    return loss
+
+
+class CompiledFunction:
+    """A function that torch.compile turns into few GPU kernels, at its first call. It is not usable
+    without Triton, or after it could not be compiled, such as without a C compiler."""
+
+    def __init__(self, function: Callable, backend: str = "inductor"):
+        self.plain, self.backend, self.compiled = function, backend, None
+        self.is_usable = backend != "inductor" or importlib.util.find_spec("triton") is not None
+
+    def __call__(self, *args: Tensor):
+        try:
+            if self.compiled is None:  # not above: it imports torch's compiler, which takes seconds
+                self.compiled = torch.compile(self.plain, dynamic=True, backend=self.backend)
+            return self.compiled(*args)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as e:  # compilers fail in many ways, before anything has been computed
+            self.is_usable = False
+            print(f"note: the loss is not compiled: {str(e).splitlines()[0]:.200}", file=sys.stderr)
+            return self.plain(*args)
+
+
+compiled_gradient = CompiledFunction(plain_gradient)
 
 
 # --- initialization -------------------------------------------------------------------------------

@@ -45,12 +45,11 @@ import xxhash
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 import data
 import sample
 import train
-from chatlm import IGNORED, LOSS_CHUNK_BYTES, ChatLM, load_adapter, merge_lora
+from chatlm import IGNORED, ChatLM, LinearLogProbs, find_targets, load_adapter, merge_lora
 from data import (ArgumentParser, PairStream, Progress, Rows, atomic_write, check_folder,
                   hash_files, memory_hint, note_once, number, run, write_errors)
 from tokenizer import Tokenizer
@@ -83,29 +82,28 @@ def dpo_loss(policy_chosen: Tensor, policy_rejected: Tensor, ref_chosen: Tensor,
     return losses.mean(), beta * chosen.detach(), beta * rejected.detach()
 
 
-def sequence_logps(model: ChatLM, encoded: Tensor, mask: Tensor, labels: Tensor) -> Tensor:
-    """Summed log-probabilities (B,) of labels (B, T), -100 ignored. Logits exist for one chunk at a
-    time, also in backward, which recomputes them."""
+def sequence_logps(model: ChatLM, encoded: Tensor, mask: Tensor, labels: Tensor,
+                   targets: Tensor | None = None) -> Tensor:
+    """Summed log-probabilities (B,) of labels (B, T), -100 ignored. targets: see ChatLM.loss_sum.
+    Logits exist for one chunk at a time, also in backward, which recomputes them."""
     hidden = model.decode(model.shift_right(labels), encoded, mask)  # (B, T, D)
-    counted = labels != IGNORED
-    weight = model.head_weight()  # (V, D)
-
-    def logps(h: Tensor, label: Tensor) -> Tensor:
-        return -F.cross_entropy(F.linear(h, weight).float(), label, reduction="none")
-
-    rows = max(1, LOSS_CHUNK_BYTES // (4 * len(weight)))
-    chunks = zip(hidden[counted].split(rows), labels[counted].split(rows))
-    parts = [checkpoint(logps, h, label, use_reentrant=False) for h, label in chunks]
-    owner = counted.nonzero()[:, 0]  # the row of each token
-    zeros = torch.zeros(len(labels), device=labels.device)
-    return zeros.index_add(0, owner, torch.cat(parts))
+    if targets is None:
+        targets = find_targets(labels)
+    label = labels.flatten().index_select(0, targets)
+    logps = LinearLogProbs.apply(hidden.flatten(0, 1).index_select(0, targets),
+                                 model.head_weight(), label)
+    owner = targets // labels.size(1)  # the row of each token
+    return torch.zeros(len(labels), device=labels.device).index_add(0, owner, logps)
 
 
 def pair_logps(model: ChatLM, batch: dict) -> tuple[Tensor, Tensor]:
-    """Log-probabilities (B,) of the chosen and of the rejected answers."""
+    """Log-probabilities (B,) of the chosen and of the rejected answers. batch: from PairStream or
+    train.to_device."""
     encoded, mask = model.encode(batch["input_ids"], batch["attention_mask"])
-    return (sequence_logps(model, encoded, mask, batch["chosen_labels"]),
-            sequence_logps(model, encoded, mask, batch["rejected_labels"]))
+    chosen, rejected = (sequence_logps(model, encoded, mask, batch[f"{name}_labels"],
+                                       batch.get(f"{name}_targets"))
+                        for name in ("chosen", "rejected"))
+    return chosen, rejected
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,7 +144,8 @@ class Preference(train.Objective):
     def stream(self, files: tuple[str, ...]) -> PairStream:
         s = self.settings
         return PairStream(files, self.tokenizer, s.micro_batch_tokens, s.max_len, 0,
-                          self.ranks.rank, self.ranks.world_size, columns=COLUMNS)
+                          self.ranks.rank, self.ranks.world_size, columns=COLUMNS,
+                          round_to=s.round_to)
 
     def reference(self, files: tuple[str, ...], name: str, init_hash: str) -> Tensor:
         s, stream = self.settings, self.stream(files)
@@ -175,7 +174,7 @@ class Preference(train.Objective):
     def evaluate(self) -> dict:
         sums = torch.zeros(2 + len(METRICS), dtype=torch.float64, device=self.ranks.device)
         for batch in self.batches:
-            batch = {k: v.to(self.ranks.device) for k, v in batch.items()}
+            batch = train.to_device(batch, self.ranks.device)
             sums += torch.stack([x.double() for x in self.loss(batch, "valid")])
         total, pairs, *metrics = self.ranks.all_reduce(sums).tolist()
         means = {f"val_{name}": x / pairs for name, x in zip(METRICS, metrics)}
@@ -207,7 +206,7 @@ def reference_logps(ranks: train.Ranks, model: ChatLM, stream: PairStream, path:
     autocast = torch.autocast(ranks.device.type, dtype, enabled=dtype != torch.float32)
     with torch.no_grad(), autocast:
         for batch in stream.one_epoch():
-            batch = {k: v.to(ranks.device) for k, v in batch.items()}
+            batch = train.to_device(batch, ranks.device)
             logps[batch["rows"]] = torch.stack(pair_logps(model, batch), 1)
             rows_done += len(batch["rows"])
             if ranks.is_main:

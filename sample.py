@@ -60,7 +60,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from chatlm import IGNORED, ChatLM, ChatLMConfig, FeedForward, RMSNorm, read_json
+from chatlm import (IGNORED, ChatLM, ChatLMConfig, FeedForward, RMSNorm, pad_to_8, read_json)
 from data import (PAIR, ArgumentParser, Progress, Rows, hash_files, input_files, locked,
                   memory_hint, note_once, number, run, write_errors, write_file)
 from tokenizer import Tokenizer
@@ -103,10 +103,18 @@ def sliced_product(weight: Tensor) -> Product:
 def packed_product(weight: Tensor, dtype: torch.dtype) -> Product:
     """x -> x @ weight.T on a CPU, with the weight packed for FBGEMM.
 
-    float16: the weight is rounded, and the arithmetic is float32. int8: each row of the weight is
-    scaled to -127 .. 127, x is quantized to 8 bits at every call, and integers are summed.
+    float16: the weight is rounded, and the arithmetic is float32. bfloat16: the same for few rows,
+    which is faster than torch's own product; for more rows that, if the CPU has instructions for
+    it. int8: each row of the weight is scaled to -127 .. 127, x is quantized to 8 bits at every
+    call, and integers are summed.
     """
     ops = torch.ops.quantized
+    if dtype == torch.bfloat16:
+        rounded = weight.bfloat16()
+        few_rows = packed_product(rounded.float(), torch.float16)
+        if not has_bfloat16(weight.device):
+            return few_rows
+        return lambda x: few_rows(x) if len(x) < 8 else F.linear(x.bfloat16(), rounded).float()
     if dtype == torch.float16:
         packed = ops.linear_prepack_fp16(weight, None)
         return lambda x: ops.linear_dynamic_fp16(x, packed)
@@ -117,6 +125,13 @@ def packed_product(weight: Tensor, dtype: torch.dtype) -> Product:
         quantized = torch.quantize_per_channel(weight, scale, zero, 0, torch.qint8)
         packed = ops.linear_prepack(quantized)
     return lambda x: ops.linear_dynamic(x, packed, True)
+
+
+def has_bfloat16(device: torch.device) -> bool:
+    """Whether the device has instructions for products of bfloat16."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
 def quick_norm(norm: RMSNorm) -> Product:
@@ -131,6 +146,29 @@ def quick_norm(norm: RMSNorm) -> Product:
     return normalize
 
 
+def gpu_norm(norm: RMSNorm, scale: float = 1.0) -> Product:
+    """RMSNorm for a GPU: one kernel, and a cast from float32 if that is not the weights' dtype. The
+    result is multiplied by scale."""
+    dtype, weight = norm.weight.dtype, norm.weight * scale
+    weight32 = weight.float()
+
+    def normalize(x: Tensor) -> Tensor:
+        if x.dtype == dtype:
+            return F.rms_norm(x, weight.shape, weight, norm.eps)
+        return F.rms_norm(x, weight.shape, weight32, norm.eps).to(dtype)
+    return normalize
+
+
+def gpu_feed_forward(module: FeedForward) -> Product:
+    """wo(relu(wi x)) for a GPU: relu is part of the first product's kernel."""
+    up, down = module.wi.weight.t(), module.wo.weight
+    zeros = up.new_zeros(up.size(1))
+    return lambda x: F.linear(torch._addmm_activation(zeros, x, up), down)
+
+
+FLOAT16_SCALE = 16.0  # the feed-forward layer's result can pass float16's 65,504
+
+
 class LayerProducts(NamedTuple):
     """What one decoder block applies to its rows."""
     norm: Product
@@ -141,6 +179,7 @@ class LayerProducts(NamedTuple):
     cross_out: Product
     feed_norm: Product
     feed_forward: Product
+    feed_scale: float  # by which the result of feed_forward is multiplied
 
 
 class Products:
@@ -150,8 +189,14 @@ class Products:
     def __init__(self, model: ChatLM, dtype: torch.dtype | None = None):
         weight = model.shared.weight
         self.dtype, self.quick = dtype, weight.is_cpu and weight.dtype == torch.float32
+        self.is_gpu = weight.is_cuda
         self.head = self.of(model.head_weight())
         self.layers = [self.layer(*block.layer) for block in model.decoder.block]
+        self.to_head = model.to_head
+        if self.is_gpu:
+            c = model.config
+            scale = c.d_model ** -0.5 if c.scale_decoder_outputs else 1.0
+            self.to_head = gpu_norm(model.decoder.final_layer_norm, scale)
 
     def of(self, weight: Tensor) -> Product:
         if self.dtype:
@@ -166,9 +211,15 @@ class Products:
         return self.of(weights[0] if len(weights) == 1 else torch.cat(weights))
 
     def norm(self, module: RMSNorm) -> Product:
+        if self.is_gpu:
+            return gpu_norm(module)
         return quick_norm(module) if self.quick else module
 
     def feed_forward(self, module: FeedForward) -> Product:
+        """The feed-forward layer without the factor that `layer` takes out of it."""
+        plain = type(getattr(module, "wi", None)) is nn.Linear and type(module.wo) is nn.Linear
+        if self.is_gpu and plain:
+            return gpu_feed_forward(module)
         if not self.quick:
             return module
         names = ("wi_0", "wi_1") if module.gated else ("wi",)
@@ -178,10 +229,16 @@ class Products:
 
     def layer(self, own: nn.Module, cross: nn.Module, feed: nn.Module) -> LayerProducts:
         a, c = own.SelfAttention, cross.EncDecAttention
+        feed_norm, scale = self.norm(feed.layer_norm), 1.0
+        feed_forward = self.feed_forward(feed.DenseReluDense)
+        is_half = feed.layer_norm.weight.dtype == torch.float16
+        if self.is_gpu and is_half and feed_forward is not feed.DenseReluDense:
+            scale = FLOAT16_SCALE
+            feed_norm = gpu_norm(feed.layer_norm, 1 / scale)  # relu and products are linear in it
         return LayerProducts(
             self.norm(own.layer_norm), self.side_by_side(a.q, a.k, a.v), self.side_by_side(a.o),
             self.norm(cross.layer_norm), self.side_by_side(c.q), self.side_by_side(c.o),
-            self.norm(feed.layer_norm), self.feed_forward(feed.DenseReluDense))
+            feed_norm, feed_forward, scale)
 
 
 packed_models: weakref.WeakKeyDictionary[ChatLM, Products] = weakref.WeakKeyDictionary()
@@ -190,8 +247,8 @@ packed_models: weakref.WeakKeyDictionary[ChatLM, Products] = weakref.WeakKeyDict
 def pack(model: ChatLM, dtype: torch.dtype | None = None) -> None:
     """Lay the decoder's weights out once, for all answers of a model that will not change.
 
-    dtype: torch.float16 or torch.int8 decode with weights of 2 bytes or 1; the model must be
-    float32 on a CPU. Raises ValueError if the model or the processor cannot.
+    dtype: torch.float16, torch.bfloat16 or torch.int8 decode with weights of 2 bytes or 1; the
+    model must be float32 on a CPU. Raises ValueError if the model or the processor cannot.
     """
     weight = model.shared.weight
     if dtype and (weight.dtype != torch.float32 or not weight.is_cpu):
@@ -201,6 +258,14 @@ def pack(model: ChatLM, dtype: torch.dtype | None = None) -> None:
     except (RuntimeError, AttributeError) as e:
         raise ValueError(f"this processor, or this torch, has no products with {dtype} weights: "
                          f"{str(e).splitlines()[0]}") from None
+
+
+class StepGraph(NamedTuple):
+    """A captured step, with the memory of its input and output."""
+    graph: torch.cuda.CUDAGraph
+    ids: Tensor
+    logits: Tensor
+    hidden: Tensor
 
 
 class Decoder:
@@ -227,14 +292,18 @@ class Decoder:
         self.rows, self.length = len(input_ids) * rows_per_source, 0
         self.static = input_ids.is_cuda if static is None else static
         self.products = packed_models.get(model) or Products(model)
-        encoded, self.mask = model.encode(input_ids, attention_mask)
+        encoded, mask = model.encode(input_ids, attention_mask)
+        # rows that the GPU's kernels can read: (B, 1, 1, S) padded, also after select
+        self.mask = F.pad(mask, (0, pad_to_8(mask.size(3)) - mask.size(3)))
+        self.source_length = mask.size(3)
         self.sources = [block.layer[1].EncDecAttention.keys_values(encoded)  # (B, H, S, K) each
                         for block in model.decoder.block]
         # keys and values in turn for each layer: (2 * layers, rows, capacity, H * K)
         self.cache = encoded.new_empty(2 * len(self.sources), self.rows, 0, c.num_heads * c.d_kv)
         self.bias = self.visible = encoded.new_empty(0)  # (1, H, 1, capacity); visible is masked
-        self.graph: torch.cuda.CUDAGraph | None = None
-        self.same_steps = 0  # steps since the number of rows or the cache changed
+        # for each number of rows: its steps on this cache and these sources, and its graph
+        self.steps: Counter = Counter()
+        self.graphs: dict[int, StepGraph] = {}
 
     def grow_cache(self, rows: int, length: int) -> None:
         """Make room for so many rows and positions. The capacity is a power of two of at least 32;
@@ -250,7 +319,11 @@ class Decoder:
         self.bias = bias.to(self.cache.dtype)  # of distances capacity - 1 .. 0
         self.visible = torch.full_like(self.bias, torch.finfo(self.bias.dtype).min)
         self.visible[..., 0] = self.bias[..., -1]
-        self.graph, self.same_steps = None, 0
+        self.forget_graphs()
+
+    def forget_graphs(self) -> None:
+        self.graphs.clear()
+        self.steps.clear()
 
     @torch.inference_mode()
     def step(self, ids: Tensor) -> tuple[Tensor, Tensor]:
@@ -262,50 +335,59 @@ class Decoder:
         if not self.static:
             return self.forward(ids, place, self.length, self.bias[..., -self.length:])
         self.visible[..., 1:self.length] = self.bias[..., -self.length:-1]
-        replays = ids.is_cuda and self.same_steps > 8 and Decoder.graph_owner() in (None, self)
-        if replays:
+        replays = ids.is_cuda and self.steps[self.rows] > 8
+        if replays and Decoder.graph_owner() in (None, self):
             logits, hidden = self.replay(ids)
         else:
             logits, hidden = self.forward(ids, 0, self.cache.size(2), self.visible)
         self.cache[:, :self.rows, place] = self.cache[:, :self.rows, 0]
-        self.same_steps += 1
+        self.steps[self.rows] += 1
         return logits, hidden
 
     def replay(self, ids: Tensor) -> tuple[Tensor, Tensor]:
-        """The static step as a CUDA graph, captured at the first call."""
-        if self.graph is None:
-            self.ids, self.graph = ids.clone(), torch.cuda.CUDAGraph()
+        """The static step as a CUDA graph, captured at the first call for this number of rows."""
+        if self.rows not in self.graphs:
+            graph, graph_ids = torch.cuda.CUDAGraph(), ids.clone()
             Decoder.graph_owner = weakref.ref(self)
             # thread_local: other threads, such as TensorBoard's, may use the GPU meanwhile
             with torch.cuda.device(ids.device), torch.cuda.graph(
-                    self.graph, capture_error_mode="thread_local"):
-                self.result = self.forward(self.ids, 0, self.cache.size(2), self.visible)
-        self.ids.copy_(ids)
-        self.graph.replay()
-        logits, hidden = self.result
-        return logits.clone(), hidden.clone()
+                    graph, capture_error_mode="thread_local"):
+                result = self.forward(graph_ids, 0, self.cache.size(2), self.visible)
+            self.graphs[self.rows] = StepGraph(graph, graph_ids, *result)
+        step = self.graphs[self.rows]
+        step.ids.copy_(ids)
+        step.graph.replay()
+        return step.logits.clone(), step.hidden.clone()
 
     def forward(self, ids: Tensor, place: int, end: int, bias: Tensor) -> tuple[Tensor, Tensor]:
         """Run ids (rows,) through the decoder. Their keys and values go to `place` in the cache,
         and they attend to the positions before `end` with bias (1, H, 1, end)."""
         rows, attend = self.rows, F.scaled_dot_product_attention
         heads = (rows, self.heads[0], 1, self.heads[1])  # (rows, H, 1, K)
-        newest = self.cache[:, :rows, place].unbind()
+        newest = self.cache[:, :rows, place].unflatten(0, (-1, 2)).transpose(1, 2)
         past = self.cache[:, :rows, :end].unflatten(-1, self.heads).transpose(2, 3).unbind()
+        mask = self.mask[..., :self.source_length]
         x = self.model.shared(ids)  # (rows, D)
+        if x.dtype == torch.float16:  # sums of many layers can pass its 65,504
+            x = x.float()
         for i, layer in enumerate(self.products.layers):
-            q, k, v = layer.qkv(layer.norm(x)).view(rows, 3, -1).unbind(1)
-            newest[2 * i].copy_(k)
-            newest[2 * i + 1].copy_(v)
-            y = attend(q.view(heads), past[2 * i], past[2 * i + 1], attn_mask=bias, scale=1.0)
+            qkv = layer.qkv(layer.norm(x)).view(rows, 3, -1)
+            newest[i].copy_(qkv[:, 1:])  # (rows, 2, H * K)
+            q, keys, values = qkv[:, 0].view(heads), past[2 * i], past[2 * i + 1]
+            y = attend(q, keys, values, attn_mask=bias, scale=1.0)
             x = x + layer.out(y.view(rows, -1))
             q = layer.cross_q(layer.cross_norm(x)).view(len(self.mask), -1, *self.heads)
             q = q.transpose(1, 2)  # (B, H, N, K): the N rows of a source are its queries
-            y = attend(q, *self.sources[i], attn_mask=self.mask, scale=1.0)
+            y = attend(q, *self.sources[i], attn_mask=mask, scale=1.0)
             x = x + layer.cross_out(y.transpose(1, 2).reshape(rows, -1))
-            x = x + layer.feed_forward(layer.feed_norm(x))
-        hidden = self.model.to_head(x)
+            x = torch.add(x, layer.feed_forward(layer.feed_norm(x)), alpha=layer.feed_scale)
+        hidden = self.products.to_head(x)
         return self.products.head(hidden).float(), hidden
+
+    def drops(self, unfinished: int) -> bool:
+        """Whether to drop finished rows. On a GPU, where that costs a graph and a row costs little,
+        only when half have finished."""
+        return unfinished <= (self.rows // 2 if self.static else self.rows - 1)
 
     @torch.inference_mode()
     def select(self, rows: Tensor, sources: Tensor | None = None) -> None:
@@ -323,8 +405,9 @@ class Decoder:
             copies = [self.cache[:, row, :used].clone() for _, row in moved]
             for (to, _), copy in zip(moved, copies):
                 self.cache[:, to, :used] = copy
-        if len(rows) != self.rows or sources is not None:
-            self.rows, self.graph, self.same_steps = len(rows), None, 0
+        self.rows = len(rows)
+        if sources is not None:
+            self.forget_graphs()
 
 
 # --- strategies -----------------------------------------------------------------------------------
@@ -482,18 +565,21 @@ def steps(model: ChatLM, input_ids: Tensor, attention_mask: Tensor | None,
     decoder = Decoder(model, input_ids, attention_mask)
     ids = input_ids.new_full((len(input_ids), config.max_new_tokens + 1), c.pad_token_id)
     ids[:, 0] = c.decoder_start_token_id
-    rows = torch.arange(len(ids), device=ids.device)  # the unfinished ones
+    rows = torch.arange(len(ids), device=ids.device)  # the decoder's
+    alive = torch.ones(len(ids), dtype=torch.bool, device=ids.device)  # of these the unfinished
     for length in range(1, config.max_new_tokens + 1):
         logits = decoder.step(ids[rows, length - 1])[0]
         scores = config.process(logits, ids[rows, :length], c.eos_token_id)
         chosen = draw(scores, 1)[:, 0] if config.do_sample else scores.argmax(-1)
+        chosen = torch.where(alive, chosen, c.pad_token_id)
         ids[rows, length] = chosen
         yield ids[:, :length + 1]
-        going = (chosen != c.eos_token_id).nonzero()[:, 0]
+        alive &= chosen != c.eos_token_id
+        going = alive.nonzero()[:, 0]
         if not len(going):
             return
-        if len(going) < len(rows):
-            rows = rows[going]
+        if decoder.drops(len(going)):
+            rows, alive = rows[going], alive[going]
             decoder.select(going, going)
 
 
@@ -578,26 +664,27 @@ def beam_search(model: ChatLM, input_ids: Tensor, attention_mask: Tensor | None,
     c, n, limit = model.config, config.num_beams, config.max_new_tokens
     decoder = Decoder(model, input_ids, attention_mask, rows_per_source=n)
     beams = Beams(input_ids, config, c.decoder_start_token_id, c.eos_token_id)
-    prompts = list(range(len(input_ids)))  # the unfinished ones
-    results: list[Tensor] = [beams.ended[0]] * len(prompts)
+    prompts = list(range(len(input_ids)))  # the decoder's
+    results: dict[int, Tensor] = {}  # of those that are done
     for length in range(1, limit + 1):
         ids = beams.running[:, :, :length].flatten(0, 1)  # (P * N, length)
         logits = decoder.step(ids[:, -1])[0]
         scores = config.process(logits.log_softmax(-1), ids, c.eos_token_id)
         source = beams.extend(scores.view(len(prompts), n, -1), length)
-        going = beams.unfinished(length)
-        for i in set(range(len(prompts))) - set(going):
-            results[prompts[i]] = beams.ended[i, :config.num_return_sequences]
+        unfinished = beams.unfinished(length)
+        for i, prompt in enumerate(prompts):
+            if i not in unfinished and prompt not in results:
+                results[prompt] = beams.ended[i, :config.num_return_sequences]
+        going, alive = [i for i in unfinished if prompts[i] not in results], None
         if not going:
             break
-        alive = None
-        if len(going) < len(prompts):
+        if decoder.drops(n * len(going)):
             prompts = [prompts[i] for i in going]
             alive = torch.tensor(going, device=ids.device)
             beams.keep(alive)
             source = source.view(-1, n)[alive].flatten()
         decoder.select(source, alive)
-    ids = torch.cat(results)
+    ids = torch.cat([results[prompt] for prompt in range(len(input_ids))])
     is_eos = ids == c.eos_token_id
     lengths = torch.where(is_eos.any(1), is_eos.int().argmax(1), limit)
     return ids[:, :lengths.max() + 1]
@@ -785,17 +872,22 @@ def pick_device(name: str | None) -> torch.device:
 
 
 def load(folder: str, dtype: str | None, device: torch.device) -> ChatLM:
-    """A model for decoding. On a CPU, float16 and int8 are how the decoder's weights are packed,
-    and the rest is float32. Raises ValueError for int8 on a GPU."""
+    """A model for decoding. On a CPU, a dtype other than float32 is how the decoder's weights are
+    packed, and the rest is float32. Raises ValueError for int8 on a GPU."""
     if device.type == "cuda":
         if dtype == "int8":
             raise ValueError("--dtype int8 is for CPUs; on a GPU take float16 or bfloat16")
         # cuBLAS's workspace: 8 MB per stream instead of 32
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:2:16:8")
     wanted = getattr(torch, dtype) if dtype else None
-    packed = device.type == "cpu" and dtype in ("float16", "int8")
-    model = ChatLM.from_pretrained(folder, torch.float32 if packed else wanted, device)
-    pack(model.requires_grad_(False), wanted if packed else None)
+    is_packed = device.type == "cpu" and wanted in (torch.float16, torch.int8)
+    model = ChatLM.from_pretrained(folder, torch.float32 if is_packed else wanted, device)
+    model.requires_grad_(False)
+    if device.type == "cuda":
+        pack(model)
+        return model
+    wanted = wanted or model.shared.weight.dtype
+    pack(model.float(), None if wanted == torch.float32 else wanted)
     return model
 
 
@@ -1031,7 +1123,8 @@ def decoding_options(args: argparse.Namespace, model: ChatLM) -> dict:
         raise ValueError(f"{args.model}/generation_config.json: {e}" if is_stored else e) from None
     for name, needs in config.unused().items():
         if getattr(args, name, None) is not None:
-            note_once(f"note: --{name} has no effect without {needs}")
+            flags = re.sub(r"\b(?=do_sample|penalty_alpha|top_k|num_beams)", "--", needs)
+            note_once(f"note: --{name} has no effect without {flags}")
     return asdict(config)
 
 

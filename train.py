@@ -70,7 +70,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import data
 import sample
-from chatlm import (IGNORED, PRESETS, ChatLM, ChatLMConfig, add_lora, init_bigrams, save_adapter)
+from chatlm import (IGNORED, PRESETS, ChatLM, ChatLMConfig, add_lora, find_targets, init_bigrams,
+                    save_adapter)
 from data import (PAIR, AgreedError, ArgumentParser, PairStream, Rows, Texts, atomic_write,
                   check_folder, hash_file, hash_files, locked, memory_hint, note_once, number, run,
                   write_errors, write_file)
@@ -98,7 +99,7 @@ class Objective:
         self.settings, self.ranks, self.model, self.tokenizer = settings, ranks, model, tokenizer
 
     def loss(self, batch: dict) -> tuple[Tensor, ...]:
-        """Loss sum, normalizer and extra sums of a batch, () each, on its device."""
+        """Loss sum, normalizer and extra sums of a batch from to_device, () each, on its device."""
         raise NotImplementedError
 
     def evaluate(self) -> dict:
@@ -182,6 +183,7 @@ class Trainer:
         self.gradient = torch.zeros(sum(sizes), device=self.device)
         for p, part in zip(parameters, self.gradient.split(sizes)):
             p.grad = part.view_as(p)
+        self.reducer = GradientReducer(parameters, self.gradient, self.ranks)
 
     def fit(self, saved: dict | None) -> "State":
         """Train; weights change in place. saved: the checkpoint to resume from. Returns the final
@@ -246,8 +248,7 @@ class Trainer:
         scale = (state.loss_scale if self.dtype == torch.float16 else 1.0) / s.batch_tokens
         total = self.accumulate(scale, stop)
         normalizer = max(1.0, total["normalizer"])
-        norm = float(clip_gradient(self.gradient, normalizer * scale, s.grad_clip))
-        finite, overflow = math.isfinite(total["loss"]), not math.isfinite(norm)
+        finite, overflow = math.isfinite(total["loss"]), not math.isfinite(total["norm"])
         if finite and not overflow:
             for optimizer in self.optimizers:
                 optimizer.step()
@@ -272,32 +273,37 @@ class Trainer:
         return values, total["stops"] > 0
 
     def accumulate(self, scale: float, stop: bool) -> dict[str, float]:
-        """Sum loss * scale's gradient over the group, of all ranks, into self.gradient. Returns the
-        sums over the ranks: loss, normalizer, extras, tokens, seconds, and ranks asked to stop."""
+        """Sum loss * scale's gradient over the group, of all ranks, into self.gradient, and divide
+        and clip it. Returns sums over the ranks (loss, normalizer, extras, tokens, seconds, ranks
+        asked to stop) and the norm. Only at its end does the CPU wait for the device."""
         self.model.train()
         self.gradient.zero_()
-        names = ["loss", "normalizer", *self.objective.extra, "source", "target"]
+        names = ["loss", "normalizer", *self.objective.extra]
         sums = torch.zeros(len(names), dtype=torch.float64, device=self.device)
-        ranks = self.ranks
+        source = target = 0
+        ranks, share = self.ranks, with_last(self.stream.next_group())
         places = itertools.count(ranks.rank, ranks.world_size)  # of this rank's share in the group
-        for place, batch in zip(places, self.stream.next_group()):
-            batch = {k: v.to(self.device, non_blocking=True) for k, v in batch.items()}
+        for place, (batch, is_last) in zip(places, share):
+            if is_last:
+                self.reducer.start()
+            source, target = source + count_sources(batch), target + count_targets(batch)
             seed = f"{self.settings.seed} {self.state.step} {place}".encode()
             torch.manual_seed(xxhash.xxh3_64_intdigest(seed) >> 1)
             with sdpa_kernel(self.kernels):  # also for backward, which may recompute activations
                 with self.autocast():
-                    loss, *others = self.objective.loss(batch)
+                    loss, *others = self.objective.loss(to_device(batch, self.device))
                 (loss * scale).backward()
-            labels = [v for k, v in batch.items() if k.endswith("labels")]
-            target = sum((x != IGNORED).sum() for x in labels)
-            source = batch["attention_mask"].sum()
-            sums += torch.stack([x.detach().double() for x in (loss, *others, source, target)])
-        ranks.all_reduce(self.gradient)
+            sums += torch.stack([x.detach().double() for x in (loss, *others)])
+        self.reducer.finish()
         now_s = time.perf_counter()
         seconds, self.tick_s = now_s - self.tick_s, now_s
-        clock = torch.tensor([seconds if ranks.is_main else 0.0, float(stop)], dtype=torch.float64)
-        sums = ranks.all_reduce(torch.cat([sums, clock.to(self.device)]))
-        return dict(zip([*names, "seconds", "stops"], sums.tolist()))
+        counts = [source, target, seconds if ranks.is_main else 0.0, float(stop)]
+        counts = torch.tensor(counts, dtype=torch.float64).to(self.device, non_blocking=True)
+        sums = ranks.all_reduce(torch.cat([sums, counts]))
+        divisor = sums[1].clamp(min=1) * scale
+        norm = clip_gradient(self.gradient, divisor, self.settings.grad_clip)
+        values = torch.cat([sums, norm.double()[None]]).tolist()  # the only device sync
+        return dict(zip([*names, "source", "target", "seconds", "stops", "norm"], values))
 
     def adapt_loss_scale(self, overflow: bool) -> None:
         """float16: an overflow halves the loss scale, 1,000 steps without one double it."""
@@ -354,6 +360,36 @@ class Trainer:
                             self.optimizers, self.state, self.identity, self.settings.stored())
             self.objective.export(self.out_dir)
         self.ranks.barrier()
+
+
+def to_device(batch: dict, device: torch.device) -> dict:
+    """A batch (see PairStream) on a device, with the flat positions of target tokens: "targets" for
+    "labels", "chosen_targets" for "chosen_labels", ... They are found on the CPU, so the device is
+    never waited for, and copied from pinned memory while it computes."""
+    targets = {name.replace("labels", "targets"): find_targets(x)
+               for name, x in batch.items() if name.endswith("labels")}
+    tensors = {**batch, **targets}
+    if device.type == "cuda":
+        tensors = {name: x.pin_memory() for name, x in tensors.items()}
+    return {name: x.to(device, non_blocking=True) for name, x in tensors.items()}
+
+
+def with_last(items: Iterable) -> Iterator[tuple[dict, bool]]:
+    """(item, whether it is the last one). The next item is made while the current one is used."""
+    items = iter(items)
+    item = next(items, None)
+    while item is not None:
+        following = next(items, None)
+        yield item, following is None
+        item = following
+
+
+def count_sources(batch: dict) -> int:
+    return int(batch["attention_mask"].sum())
+
+
+def count_targets(batch: dict) -> int:
+    return sum(int((x != IGNORED).sum()) for name, x in batch.items() if name.endswith("labels"))
 
 
 class Stop:
@@ -454,6 +490,64 @@ class Ranks:
             gc.collect()  # end gloo's threads: one that outlives the interpreter would abort it
 
 
+class GradientReducer:
+    """Sums the flat gradient over the ranks, in slices. A slice is sent while backward computes the
+    next ones: backward reaches the last parameters first.
+
+        gradient   [ slice 2 | slice 1 | slice 0 ]      slice 0 is ready first
+
+    All ranks send the slices in the same order. A rank without a micro-batch sends them at the
+    end. (DistributedDataParallel was not an option: it expects every rank to have a micro-batch,
+    and one forward call per backward pass.)
+    """
+    SLICE_BYTES = 1 << 26
+
+    def __init__(self, parameters: list[nn.Parameter], gradient: Tensor, ranks: Ranks):
+        """gradient: (P,), with the gradient of each parameter in turn as a view."""
+        self.ranks, self.slices, self.waiting = ranks, [], []
+        self.slice_of: dict[nn.Parameter, int] = {}
+        self.works: list = []
+        self.counting = False
+        end = begin = len(gradient)
+        for p in reversed(parameters):
+            begin -= p.numel()
+            self.slice_of[p] = len(self.slices)
+            if (end - begin) * gradient.element_size() >= self.SLICE_BYTES or begin == 0:
+                self.slices.append(gradient[begin:end])
+                end = begin
+        if ranks.world_size > 1:
+            for p in parameters:
+                p.register_post_accumulate_grad_hook(self.count)
+
+    def start(self) -> None:
+        """The next backward pass is the last one of this step."""
+        self.waiting = [0] * len(self.slices)
+        for i in self.slice_of.values():
+            self.waiting[i] += 1
+        self.counting = True
+
+    def count(self, p: nn.Parameter) -> None:
+        """The gradient of p is complete."""
+        if self.counting:
+            self.waiting[self.slice_of[p]] -= 1
+            while len(self.works) < len(self.slices) and self.waiting[len(self.works)] == 0:
+                self.send()
+
+    def send(self) -> None:
+        self.works.append(dist.all_reduce(self.slices[len(self.works)], async_op=True))
+
+    def finish(self) -> None:
+        """Send the slices that are left, and wait for all."""
+        self.counting = False
+        if self.ranks.world_size == 1:
+            return
+        while len(self.works) < len(self.slices):
+            self.send()
+        for work in self.works:
+            work.wait()
+        self.works = []
+
+
 def gpu_of_process(device: str, local: int, local_size: int) -> str:
     """cuda:N for the process `local` of local_size on this machine. device: as in --device."""
     if device != "cuda":
@@ -498,11 +592,9 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
     CPU."""
     if name != "auto":
         return getattr(torch, name)
-    if device.type == "cuda":
-        native = torch.cuda.is_bf16_supported(including_emulation=False)
-        return torch.bfloat16 if native else torch.float16
-    native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    return torch.bfloat16 if native else torch.float32
+    if sample.has_bfloat16(device):
+        return torch.bfloat16
+    return torch.float16 if device.type == "cuda" else torch.float32
 
 
 # --- optimizer and schedule -----------------------------------------------------------------------
@@ -525,9 +617,78 @@ def make_optimizers(model: nn.Module, name: str, lr: float,
                                 adjust_lr_fn="match_rms_adamw")
         return [muon, torch.optim.AdamW(groups[1:], **adamw)] if rest else [muon]
     groups = [group for group in groups if group["params"]]
-    if name == "adafactor":
-        return [torch.optim.Adafactor(groups, lr=lr)]
+    if name == "adafactor":  # torch's is faster on a CPU, and on a GPU it waits for every tensor
+        is_gpu = any(p.is_cuda for p in matrices + rest)
+        return [(StackedAdafactor if is_gpu else torch.optim.Adafactor)(groups, lr=lr)]
     return [torch.optim.AdamW(groups, **adamw)]
+
+
+class StackedAdafactor(torch.optim.Adafactor):
+    """torch.optim.Adafactor (Shazeer and Stern 2018, arXiv:1804.04235) for a GPU: parameters of one
+    shape are updated together, by the same kernels, and no number is read back to the CPU.
+
+    It divides the gradient G by the root of a running mean of its squares V. Of V (O, I), only the
+    means of rows and columns are kept:
+
+        V ~ row (O, 1) @ col (1, I) / mean(row)         update = G / sqrt(V), at most 1 on average
+
+    The state is that of torch's optimizer, per parameter, so checkpoints fit both.
+    """
+    STACK_BYTES = 1 << 28  # of one stack; a step needs twice that
+
+    @torch.no_grad()
+    def step(self, closure=None) -> None:
+        for group in self.param_groups:
+            shapes: dict[torch.Size, list[Tensor]] = {}
+            for p in group["params"]:
+                if p.grad is not None:
+                    shapes.setdefault(p.shape, []).append(p)
+            for shape, params in shapes.items():
+                n = max(1, self.STACK_BYTES // (4 * shape.numel()))
+                for i in range(0, len(params), n):
+                    self.update(params[i:i + n], group)
+
+    def update(self, params: list[Tensor], group: dict) -> None:
+        """One step of N parameters of one shape."""
+        eps1, eps2 = group["eps"]
+        eps1 = torch.finfo(torch.float32).eps if eps1 is None else eps1
+        grad = torch.stack([p.grad for p in params])  # (N, O, I) or (N, I)
+        states = [self.state[p] for p in params]
+        for state, g in zip(states, grad):
+            if not state:
+                state["step"] = torch.tensor(0.0)  # on the CPU
+                if g.dim() > 1:
+                    state["row_var"] = g.new_zeros(len(g), 1)
+                    state["col_var"] = g.new_zeros(1, g.size(1))
+                else:
+                    state["variance"] = torch.zeros_like(g)
+            state["step"] += 1
+        step = float(states[0]["step"])
+        fresh, rate = step ** group["beta2_decay"], min(group["lr"], step ** -0.5)
+        size = torch.stack(torch._foreach_norm(params)) / params[0].numel() ** 0.5
+        rate = size.clamp(min=eps2) * rate  # (N,)
+        if grad.dim() > 2:
+            rows, columns = grad.norm(dim=2, keepdim=True), grad.norm(dim=1, keepdim=True)
+            row = self.average(states, "row_var", rows, grad.size(2), fresh)
+            col = self.average(states, "col_var", columns, grad.size(1), fresh)
+            update = (row @ col).div_(row.mean(1, keepdim=True).clamp_(min=eps1))
+        else:
+            update = self.average(states, "variance", grad, 1, fresh)
+        update = update.clamp_(min=eps1 * eps1).rsqrt_().mul_(grad)
+        axes = tuple(range(1, grad.dim()))
+        norm = torch.linalg.vector_norm(update, dim=axes) / (params[0].numel() ** 0.5 * group["d"])
+        update.mul_((rate / norm.clamp(min=1)).view(-1, *[1] * len(axes)))
+        if group["weight_decay"]:
+            torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
+        torch._foreach_sub_(params, list(update.unbind()))
+
+    @staticmethod
+    def average(states: list[dict], name: str, root: Tensor, count: int, fresh: float) -> Tensor:
+        """Update a running mean of root^2 / count, and return it stacked (N, ...)."""
+        stored = [state[name] for state in states]
+        mean = torch.stack(stored).lerp_(root.square().div_(count), fresh)
+        torch._foreach_copy_(stored, list(mean.unbind()))
+        return mean
 
 
 def clip_gradient(gradient: Tensor, divisor: Tensor | float, max_norm: float) -> Tensor:
@@ -823,7 +984,8 @@ class ResponseLoss(Objective):
         if not settings.valid:
             return
         stream = PairStream(settings.valid_files, tokenizer, settings.micro_batch_tokens,
-                            settings.max_len, 0, ranks.rank, ranks.world_size)
+                            settings.max_len, 0, ranks.rank, ranks.world_size,
+                            round_to=settings.round_to)
         self.batches = list(stream.one_epoch())
         rows = (row for batch in self.batches for row in batch["labels"].numpy())
         chars = sum(len(tokenizer.decode(row[row >= 0])) for row in rows)
@@ -833,13 +995,14 @@ class ResponseLoss(Objective):
             raise AgreedError(f"{settings.valid} has no row with a prompt and a response")
 
     def loss(self, batch: dict) -> tuple[Tensor, Tensor]:
-        return self.model.loss_sum(**batch), (batch["labels"] != IGNORED).sum()
+        loss = self.model.loss_sum(**batch)
+        return loss, loss.new_full((), len(batch["targets"]))
 
     def evaluate(self) -> dict:
         sums = torch.zeros(2, dtype=torch.float64, device=self.ranks.device)
         for batch in self.batches:
-            batch = {k: v.to(self.ranks.device) for k, v in batch.items()}
-            sums += torch.stack([x.double() for x in self.loss(batch)])
+            loss = self.loss(to_device(batch, self.ranks.device))
+            sums += torch.stack([x.double() for x in loss])
         nats, tokens = self.ranks.all_reduce(sums).tolist()
         return {"val_loss": nats / tokens, "val_ppl": math.exp(min(700.0, nats / tokens)),
                 "val_nats_per_char": nats / self.chars}
@@ -872,7 +1035,7 @@ class ResponseLoss(Objective):
 
     def first_loss(self, stream: PairStream) -> float:
         """Mean nats per target token of the first micro-batch, without dropout."""
-        batch = {k: v.to(self.ranks.device) for k, v in next(stream.one_epoch()).items()}
+        batch = to_device(next(stream.one_epoch()), self.ranks.device)
         self.model.eval()
         with torch.no_grad():
             nats, tokens = self.loss(batch)
@@ -904,6 +1067,7 @@ def answer_tokens(settings: "Settings") -> int:
 
 # --- settings -------------------------------------------------------------------------------------
 
+GPU_BATCH_TOKENS = 65536  # of a step, by default
 LIMITS = ("max_steps", "epochs", "time_limit")
 PATHS = ("data", "valid", "tokenizer", "init_from")  # may differ between machines
 DEMO = {"preset": "demo", "max_steps": 1000, "batch_tokens": 1024, "micro_batch_tokens": 512,
@@ -940,6 +1104,7 @@ class Settings:
     time_limit: float | None = None
     batch_tokens: int | None = None
     micro_batch_tokens: int | None = None
+    round_to: int | None = None  # lengths of a batch are multiples of this, for compiled kernels
     max_len: int = 320
     lr: float | None = None
     min_lr: float | None = None
@@ -961,7 +1126,7 @@ class Settings:
     columns: ClassVar[tuple[str, ...]] = PAIR
     # what may not change when a run is resumed, besides data, tokenizer and model
     fixed: ClassVar[tuple[str, ...]] = (
-        "micro_batch_tokens", "max_len", "seed", "optimizer", "freeze", "lora_rank", "lora_alpha",
+        "micro_batch_tokens", "round_to", "max_len", "seed", "optimizer", "freeze", "lora_rank", "lora_alpha",
         "lora_targets", "lora_dropout")
     help_lr: ClassVar[str] = ("0.02, for 0.2b 0.005, with --init_from 0.002; other optimizers "
                               "0.002, with --init_from 1e-4")
@@ -1062,11 +1227,13 @@ def choose_defaults(s: Settings, ranks: Ranks) -> Settings:
     if s.optimizer == "muon" and best == "float32" and ranks.is_main:
         note_once("note: torch's Muon computes in bfloat16, for which this CPU has no "
                   "instructions: it will be slow")
+    if s.round_to is None:  # a resumed run keeps its own
+        s = replace(s, round_to=8 if s.compile else 1)
     if s.micro_batch_tokens is None:
-        fits = default_micro_batch(s, ranks.device, len(s.columns))
+        fits = default_micro_batch(s, ranks.device, len(s.columns), ranks.world_size)
         s = replace(s, micro_batch_tokens=min(ranks.all_gather(fits)))
     if s.batch_tokens is None:
-        wanted = 65536 if ranks.device.type == "cuda" else 2560
+        wanted = GPU_BATCH_TOKENS if ranks.device.type == "cuda" else 2560
         wanted = DEMO["batch_tokens"] if s.demo else wanted
         group = max(1, round(wanted / s.micro_batch_tokens))
         group = -(-group // ranks.world_size) * ranks.world_size  # equal shares
@@ -1098,11 +1265,11 @@ def report_unused(s: Settings) -> None:
             note_once(f"note: --{name} has no effect {reason}")
 
 
-def default_micro_batch(s: Settings, device: torch.device, columns: int) -> int:
+def default_micro_batch(s: Settings, device: torch.device, columns: int, ranks: int = 1) -> int:
     """Padded tokens B * (S + T) for one forward pass: a power of two that fits the GPU's free
-    memory, at most 16,384; 1,280 on a CPU; at least one row of max_len tokens in every column.
-    Raises ValueError if the model leaves no room for that."""
-    one_row = columns * s.max_len
+    memory, at most 65,536 over all ranks; 1,280 on a CPU; at least one row of max_len tokens in
+    every column. Raises ValueError if the model leaves no room for that."""
+    one_row = columns * -(-s.max_len // (s.round_to or 1)) * (s.round_to or 1)
     if device.type != "cuda":
         return max(one_row, 1280)
     if s.init_from:
@@ -1116,7 +1283,8 @@ def default_micro_batch(s: Settings, device: torch.device, columns: int) -> int:
         raise ValueError(f"{free_bytes / 1e9:.1f} GB of GPU memory are free, too little for this "
                          f"model and rows of {columns} x {s.max_len} tokens: lower --max_len, add "
                          "--checkpoint_activations, or choose a smaller --preset")
-    return max(one_row, min(16384, 1 << fits.bit_length() - 1))
+    return max(one_row, min(1 << (GPU_BATCH_TOKENS // ranks).bit_length() - 1,
+                            1 << fits.bit_length() - 1))
 
 
 def state_bytes(config: ChatLMConfig, s: Settings) -> int:
@@ -1307,7 +1475,7 @@ def make_stream(s: Settings, ranks: Ranks, tokenizer: Tokenizer) -> PairStream:
     group = max(1, round(s.batch_tokens / s.micro_batch_tokens))
     stream = PairStream(s.data_files, tokenizer, s.micro_batch_tokens, s.max_len, s.seed,
                         ranks.rank, ranks.world_size, group=group, columns=s.columns,
-                        workers=s.workers)
+                        workers=s.workers, round_to=s.round_to)
     if ranks.is_main and group % ranks.world_size:
         even = -(-group // ranks.world_size) * ranks.world_size * s.micro_batch_tokens
         idle = max(0, ranks.world_size - group)
@@ -1413,7 +1581,7 @@ def parser_for(kind: type[Settings], description: str, examples: str) -> Argumen
 
     group = parser.add_argument_group("memory")
     add("--micro_batch_tokens", "padded tokens per forward pass, B * (S + T); lower it if memory "
-        "runs out (default: up to 16384, as the GPU's memory allows; 1280 on a CPU)", **positive)
+        "runs out (default: up to 65536, as the GPU's memory allows; 1280 on a CPU)", **positive)
     add("--checkpoint_activations", "recompute activations in backward: less memory, a quarter "
         "slower", action=argparse.BooleanOptionalAction)
     add("--dtype", "of the matrix products; auto: what the device is fast at",

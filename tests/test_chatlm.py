@@ -80,6 +80,7 @@ def test_export_loads_in_transformers(theirs, tmp_path):
     assert not list((tmp_path / "ours").glob("*.tmp"))
 
 
+@pytest.mark.quick
 def test_new_model_has_t5s_initialisation(tmp_path):
     torch.manual_seed(0)
     theirs = dict(T5ForConditionalGeneration(T5Config(**TINY, feed_forward_proj="gated-gelu")).named_parameters())
@@ -90,6 +91,7 @@ def test_new_model_has_t5s_initialisation(tmp_path):
         assert abs(p.std() - theirs[name].std()) <= 0.15 * theirs[name].std() + 1e-9, name
 
 
+@pytest.mark.quick
 def test_presets_have_their_size():
     with torch.device("meta"):
         model = ChatLM(ChatLMConfig.preset("0.2b"))
@@ -97,6 +99,7 @@ def test_presets_have_their_size():
     assert model.num_parameters() + model.shared.weight.numel() == 210_193_152  # the shared matrix twice
 
 
+@pytest.mark.quick
 def test_sharded_weights_load(theirs, tmp_path):
     _, folder = theirs
     whole = load_file(folder / "model.safetensors")
@@ -116,6 +119,7 @@ def test_sharded_weights_load(theirs, tmp_path):
         ChatLM.from_pretrained(sharded)
 
 
+@pytest.mark.quick
 def test_folders_that_are_not_t5_are_refused(theirs, tmp_path):
     _, folder = theirs
     with pytest.raises(FileNotFoundError, match="no config.json"):
@@ -136,6 +140,7 @@ def test_folders_that_are_not_t5_are_refused(theirs, tmp_path):
         ChatLM.from_pretrained(folder)
 
 
+@pytest.mark.quick
 def test_chunked_loss_is_cross_entropy(monkeypatch):
     monkeypatch.setattr("chatlm.LOSS_CHUNK_BYTES", 4 * 50 * 7)  # seven rows at a time
     g = torch.Generator().manual_seed(1)
@@ -151,6 +156,7 @@ def test_chunked_loss_is_cross_entropy(monkeypatch):
             assert torch.allclose(a, b, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.quick
 def test_chunked_loss_with_nothing_to_predict():
     model = ChatLM(ChatLMConfig(**TINY))
     ids, mask, labels = make_batch()
@@ -165,6 +171,7 @@ def test_position_buckets():
     assert relative_position_bucket(d, False, 32, 128).tolist() == [31, 31, 31, 17, 8, 7, 1, 0, 0, 0, 0, 0, 0, 0]
 
 
+@pytest.mark.quick
 def test_train_flops_are_torchs_without_attention():
     from torch.utils.flop_counter import FlopCounterMode
     model = ChatLM(ChatLMConfig.preset("demo", vocab_size=500))
@@ -221,6 +228,7 @@ def test_counts_begin_a_model_that_predicts_as_they_do():
         init_bigrams(ChatLM(ChatLMConfig.preset("demo", vocab_size=V, feed_forward_proj="gated-gelu")), torch.tensor(before), torch.tensor(after))
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("text", [[7, 1], [0, 9, 9, 9, 9, 9, 9], [0, 5, 6] * 3000, list(range(300))], ids=["one pair", "one token", "a circle", "each once"])
 def test_little_to_count_does_no_harm(text):
     model = ChatLM(ChatLMConfig.preset("demo", vocab_size=300)).eval()
@@ -230,6 +238,7 @@ def test_little_to_count_does_no_harm(text):
     assert model(ids, mask, labels=labels)[1] < 30
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("kept", ["shared.weight", "encoder.embed_tokens.weight", "decoder.embed_tokens.weight", "lm_head.weight"])
 def test_tied_weights_load_under_any_of_their_names(tmp_path, kept):
     config = T5Config(**TINY, decoder_start_token_id=0)
@@ -257,6 +266,7 @@ def test_values_without_a_meaning_are_one_line(tmp_path, change, message):
     assert "config.json" in str(error.value) and len(str(error.value).splitlines()) == 1
 
 
+@pytest.mark.quick
 def test_token_ids_mean_what_they_mean_in_transformers(tmp_path):
     """One [EOS] in a list; a start token that only generation_config.json has; fields that the file leaves out."""
     torch.manual_seed(0)
@@ -277,6 +287,7 @@ def test_token_ids_mean_what_they_mean_in_transformers(tmp_path):
         assert getattr(ours, name) == getattr(default, name), name
 
 
+@pytest.mark.quick
 def test_a_loss_without_gradients_is_one_product():
     """With no_grad the gradient of the head would be computed for nothing."""
     class Products(TorchDispatchMode):
@@ -300,6 +311,7 @@ def test_a_loss_without_gradients_is_one_product():
     assert trained.count - layers.count == 3
 
 
+@pytest.mark.quick
 def test_padding_of_the_logits_never_reaches_a_gradient(monkeypatch):
     """bfloat16 products on CPUs read the padding of rows too: it must be finite."""
     empty = torch.Tensor.new_empty
@@ -313,6 +325,7 @@ def test_padding_of_the_logits_never_reaches_a_gradient(monkeypatch):
         assert hidden.grad.isfinite().all() and weight.grad.isfinite().all()
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_models_that_transformers_saved_load_and_answer(tmp_path, dtype):
     """It keeps some weights of a float16 T5 in float32."""
@@ -343,6 +356,7 @@ def test_configs_with_another_meaning_are_refused(tmp_path, change, message):
         ChatLMConfig.from_pretrained(tmp_path)
 
 
+@pytest.mark.quick
 def test_t5s_other_field_names_and_null_scale_mean_the_same(tmp_path):
     torch.manual_seed(0)
     theirs = T5ForConditionalGeneration(T5Config(**TINY, decoder_start_token_id=0)).eval()
@@ -355,6 +369,7 @@ def test_t5s_other_field_names_and_null_scale_mean_the_same(tmp_path):
     assert (ChatLM.from_pretrained(tmp_path)(ids, labels=ids)[0] - theirs(input_ids=ids, labels=ids).logits).abs().max() < 1e-4
 
 
+@pytest.mark.quick
 def test_an_index_without_a_map_is_one_line(theirs, tmp_path):
     _, folder = theirs
     (folder / "model.safetensors").unlink()

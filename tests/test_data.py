@@ -134,6 +134,7 @@ def test_a_worker_does_not_run_the_program_again(demo, tmp_path, monkeypatch):
     assert ran.stderr == "" and ran.stdout.splitlines() == ["begins __main__", f"{rows} {program}"]
 
 
+@pytest.mark.quick
 def test_the_epoch_is_counted_in_rows(demo, monkeypatch):
     path, tokenizer = demo
     monkeypatch.setattr(data, "WINDOW_ROWS", 2000)  # of 3,001: the second window is smaller
@@ -143,6 +144,7 @@ def test_the_epoch_is_counted_in_rows(demo, monkeypatch):
         assert abs(stream.epoch - rows / 3001) < 0.05
 
 
+@pytest.mark.quick
 def test_the_seed_and_the_epoch_change_the_order(demo):
     path, tokenizer = demo
     n = len(epoch_of(PairStream(path, tokenizer, 2000, 64)))
@@ -151,6 +153,7 @@ def test_the_seed_and_the_epoch_change_the_order(demo):
     assert not same(first[:n], take(PairStream(path, tokenizer, 2000, 64, seed=1), n))
 
 
+@pytest.mark.quick
 def test_a_rank_without_batches_moves_on_with_the_others(demo, monkeypatch):
     path, tokenizer = demo
     monkeypatch.setattr(data, "WINDOW_ROWS", 1000)
@@ -163,6 +166,7 @@ def test_a_rank_without_batches_moves_on_with_the_others(demo, monkeypatch):
         next(iter(idle))
 
 
+@pytest.mark.quick
 def test_a_killed_worker_is_one_line(demo, monkeypatch):
     path, tokenizer = demo
     monkeypatch.setattr(data, "WINDOW_ROWS", 500)
@@ -215,6 +219,7 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1e3)
     assert float(done.stdout) < 250, done.stdout + done.stderr
 
 
+@pytest.mark.quick
 def test_shapes_are_few_when_asked(demo):
     path, tokenizer = demo
     batches = epoch_of(PairStream(path, tokenizer, 2000, 64, round_to=16))
@@ -224,6 +229,7 @@ def test_shapes_are_few_when_asked(demo):
     assert sum(len(b["labels"]) for b in batches) == 3001
 
 
+@pytest.mark.quick
 def test_absurdly_long_rows_are_cut(demo, tmp_path):
     _, tokenizer = demo
     pq.write_table(pa.table({"prompt": ["北京，" * 1_000_000, "问"], "response": ["答", "北" * 3_000_000]}), tmp_path / "x.parquet")
@@ -241,6 +247,7 @@ def test_plans_hold_every_row_once_within_the_budget(lengths, budget, seed):
     assert all(len(rows) * lengths[rows].max(0).sum() <= budget for rows in plan)
 
 
+@pytest.mark.quick
 def test_little_is_padding(demo):
     path, tokenizer = demo
     cells = real = 0
@@ -250,6 +257,7 @@ def test_little_is_padding(demo):
     assert real / cells > 0.92
 
 
+@pytest.mark.quick
 def test_rows_without_text_are_passed_over(demo, tmp_path, capsys):
     _, tokenizer = demo
     path = tmp_path / "x.parquet"
@@ -263,6 +271,7 @@ def test_rows_without_text_are_passed_over(demo, tmp_path, capsys):
     assert f"(first: {path}, row group 0, row 1)" in capsys.readouterr().err
 
 
+@pytest.mark.quick
 def test_three_columns_carry_row_numbers(demo, tmp_path):
     _, tokenizer = demo
     path = tmp_path / "x.parquet"
@@ -296,6 +305,7 @@ def test_bad_training_files_are_refused(demo, tmp_path):
         PairStream(path, tokenizer, micro_batch_tokens=100, max_len=64)
 
 
+@pytest.mark.quick
 def test_demo_is_deterministic_and_held_out():
     train, valid = make_demo()
     assert (train, valid) == make_demo() and train != make_demo(1)[0]
@@ -311,6 +321,7 @@ def test_demo_is_deterministic_and_held_out():
     assert not {r for p, r in valid if data.is_sum(p)} & known  # the sums are not
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize(("raw", "clean"), [
     ("你好,世界!真的吗?", "你好，世界！真的吗？"), ("圆周率是3.14,约等于3。", "圆周率是3.14,约等于3。"), ("好。。。。", "好。"), ("等等……好——", "等等……好——"),
     ("a\r\nb\x00\u200bc", "a\nbc"), ("多   个　 空格", "多 个 空格"), ("第一\n\n\n\n第二", "第一\n\n第二"), ("完.", "完。"), ("见v1.2.3版.", "见v1.2.3版。"),
@@ -376,6 +387,7 @@ def test_a_split_that_leaves_an_older_side_behind_says_so(tmp_path):
     assert done.returncode == 0 and "valid.parquet is of an earlier split" in done.stderr
 
 
+@pytest.mark.quick
 def test_kinds_of_string_columns_may_be_mixed(demo, tmp_path):
     _, tokenizer = demo
     table = pa.table({"response": ["北京", "上海"], "prompt": ["问", "答"]})
@@ -389,6 +401,7 @@ def test_kinds_of_string_columns_may_be_mixed(demo, tmp_path):
     assert overlap(files, files[:1]) == 2
 
 
+@pytest.mark.quick
 def test_a_tokenizer_without_eos_is_given_one(demo, tmp_path):
     _, tokenizer = demo
     other = copy.copy(tokenizer)
@@ -398,6 +411,7 @@ def test_a_tokenizer_without_eos_is_given_one(demo, tmp_path):
     assert other.append_eos is False
 
 
+@pytest.mark.quick
 def test_rows_of_equal_lengths_are_planned_at_once():
     lengths = np.full((20_000, 2), 32)
     plan = plan_batches(lengths, 640, np.random.default_rng(0))
@@ -424,6 +438,7 @@ def similarity(a: str, b: str) -> float:
     return len(x & y) / len(x | y) if x | y else 0.0
 
 
+@pytest.mark.quick
 @settings(max_examples=200, deadline=None)
 @given(st.lists(st.text(alphabet="一二三四五，。 a\n😀", max_size=14), max_size=12))
 def test_shingles_are_the_5_grams(texts):
@@ -613,6 +628,7 @@ def test_nothing_half_written_stays(tmp_path):
         assert sorted(p.name for p in tmp_path.iterdir()) == ["out.parquet", "x.json"] and (tmp_path / "out.parquet").read_bytes() == b"before"
 
 
+@pytest.mark.quick
 def test_a_row_group_that_is_damaged_is_named(demo, tmp_path):
     path, tokenizer = demo
     raw = bytearray(path.read_bytes())
@@ -639,6 +655,7 @@ def test_csv_records_that_do_not_fit_are_reported_and_the_rest_is_read(tmp_path)
         list(Rows(tmp_path / "x.csv"))
 
 
+@pytest.mark.quick
 @settings(max_examples=100, deadline=None)
 @given(st.lists(st.lists(st.text(alphabet='a,"\n\r 好', max_size=6), min_size=2, max_size=2), max_size=8))
 def test_csv_that_is_well_formed_is_read_as_written(records):
@@ -657,6 +674,7 @@ def test_byte_order_marks_are_understood(tmp_path, encoding, name):
     assert rows_of(name, gzip.compress(content) if name.endswith(".gz") else content, tmp_path) == ([{"text": "你好"}], {})
 
 
+@pytest.mark.quick
 def test_json_lists_are_read_by_any_name_and_their_errors_have_the_true_line(tmp_path):
     rows = [{"text": f"第{i}"} for i in range(500)]
     for name in ("x.json", "x.jsonl", "x.jsonl.gz"):
@@ -703,6 +721,7 @@ def test_commands_do_not_read_what_they_write(tmp_path):
     assert done.returncode == 2 and "both input and output" in done.stderr
 
 
+@pytest.mark.quick
 def test_files_of_others_in_an_input_folder_are_not_overwritten(tmp_path):
     write_pairs(tmp_path / "ours.parquet", [{"prompt": "a", "response": "b"}])
     theirs = tmp_path / "train.parquet"
@@ -815,6 +834,7 @@ def test_rows_are_read_from_every_kind_of_file(tmp_path):
     assert list(Rows(tmp_path / "f.txt")) == [{"text": "一"}, {"text": "二"}]
 
 
+@pytest.mark.quick
 def test_bad_rows_are_noted_and_passed_over(tmp_path):
     good = json.dumps({"text": "你好"})
     (tmp_path / "a.jsonl").write_bytes(f"{good}\n[1]\n{{\n\n{good}\n".encode() + b'{"text": "\xe4\xbd"}\n')

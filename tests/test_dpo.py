@@ -68,8 +68,9 @@ def test_loss_is_the_closed_form():
     assert torch.isclose(dpo_loss(a, b, c, d, 0.3, loss="ipo")[0], ((a - c - b + d - 1 / 0.6) ** 2).mean())
 
 
+@pytest.mark.quick
 def test_log_probabilities_and_gradients_are_transformers(folder, monkeypatch):
-    monkeypatch.setattr("dpo.LOSS_CHUNK_BYTES", 4 * 1300 * 3)  # three rows at a time
+    monkeypatch.setattr("chatlm.LOSS_CHUNK_BYTES", 4 * 1300 * 3)  # three rows at a time
     ours, theirs = ChatLM.from_pretrained(folder), AutoModelForSeq2SeqLM.from_pretrained(folder).eval()
     batch = make_triples(len(Tokenizer.from_pretrained(folder)))
     reference = torch.randn(2, 5)
@@ -111,6 +112,7 @@ def test_adapter_is_pefts_in_both_directions(folder, tmp_path, targets):
     assert (AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "merged").eval()(**inputs).logits - made(**inputs).logits).abs().max() < 1e-4
 
 
+@pytest.mark.quick
 def test_an_adapter_for_another_model_is_refused(folder, tmp_path):
     other = ChatLM(ChatLMConfig.preset("demo", vocab_size=1300, num_layers=3))
     add_lora(other, 4, 8.0, ["q"])
@@ -279,6 +281,7 @@ def test_of_several_samples_the_one_least_like_the_chosen_is_rejected(folder, tm
     assert sum(bleu4([r["rejected"]], [r["chosen"]]) for r in rows[1]) <= sum(bleu4([r["rejected"]], [r["chosen"]]) for r in rows[0])
 
 
+@pytest.mark.quick
 def test_bad_input_ends_with_one_line(folder, tmp_path, monkeypatch, capsys):
     x, start = tmp_path / "x.jsonl", ["--init_from", str(folder), "--out_dir", str(tmp_path / "out")]
     pq.write_table(pa.table({"prompt": ["a"], "chosen": ["b"]}), tmp_path / "x.parquet")
@@ -414,6 +417,7 @@ def test_half_finished_rejections_are_continued_only_as_they_began(folder, tmp_p
     assert out.is_file() and sorted(p.name for p in tmp_path.iterdir()) == ["a.jsonl", "b.jsonl", "p.parquet"]
 
 
+@pytest.mark.quick
 def test_triples_and_references_follow_their_files(folder, tmp_path):
     """A change in the middle of a large file, of the same size, is noticed."""
     path = tmp_path / "x.jsonl"

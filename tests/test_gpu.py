@@ -9,6 +9,7 @@ or a wrong attention mask. A device sync, where the CPU waits for the GPU, raise
 Shapes: B batch, S source length, T target length, D d_model, V vocabulary.
 """
 import argparse
+import collections
 import contextlib
 import ctypes
 import json
@@ -30,6 +31,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+import chatlm
 import dpo
 import sample
 import train
@@ -115,6 +117,7 @@ def fake_gpu(monkeypatch) -> Iterator[None]:
                 ctypes.CDLL(torch._C.__file__), "_ZN3c104impl26device_guard_impl_registryE")
         except (OSError, ValueError):
             pytest.skip("cannot find the device guards of this torch")
+    monkeypatch.setattr(chatlm.compiled_gradient, "is_usable", False)  # it would compile kernels
     monkeypatch.setattr(torch.cuda.amp.common, "amp_definitely_not_available", lambda: False)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *args, **kwargs: True)
     before, guards[cuda] = guards[cuda], guards[meta]  # the guard of "meta" does nothing
@@ -123,6 +126,69 @@ def fake_gpu(monkeypatch) -> Iterator[None]:
             yield
     finally:
         guards[cuda] = before
+
+
+class Kernels(TorchDispatchMode):
+    """Counts the kernels that a GPU would launch, and the bytes that they read and write. An
+    operation that returns one of its inputs, or a view, launches none."""
+
+    def __init__(self):
+        super().__init__()
+        self.names, self.bytes = collections.Counter(), 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        name = func.overloadpacket.__name__
+        read, made = ([x for x in tree_leaves(tree) if isinstance(x, Tensor)]
+                      for tree in ((args, kwargs), result))
+        stored = {x.untyped_storage()._cdata for x in read}
+        is_view = all(x.untyped_storage()._cdata in stored for x in made)
+        is_written = name.endswith("_") or "out" in (kwargs or {})
+        on_gpu = any(x.is_cuda for x in read + made)
+        if on_gpu and (is_written or not is_view) and not name.startswith(("empty", "new_empty")):
+            self.names[name] += 1
+            whole = [x for x in read if x.numel() <= 1 or 0 not in x.stride()]  # not expanded
+            new = [x for x in made if not any(x is y for y in read)]
+            self.bytes += sum(x.numel() * x.element_size() for x in whole + new)
+        return result
+
+    @property
+    def total(self) -> int:
+        return self.names.total()
+
+
+class OneKernelNorm(torch.autograd.Function):
+    """Stands in for F.rms_norm, which is one kernel on a GPU and several elsewhere: the same number
+    of kernels, 1 and 2, on tensors of the same shapes. It needs one dtype, as there."""
+
+    @staticmethod
+    def forward(ctx, x, weight):
+        assert x.dtype == weight.dtype
+        ctx.save_for_backward(x, weight)
+        return x * weight
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, _ = ctx.saved_tensors
+        product = grad * x
+        return product, product.sum(tuple(range(x.dim() - 1)))
+
+
+@pytest.fixture
+def counting_gpu(monkeypatch, fake_gpu) -> Iterator[list]:
+    """The fake device with F.rms_norm as one kernel. Yields a list of attention masks that the
+    kernel would have to copy, because their rows do not begin at multiples of 8."""
+    monkeypatch.setattr(F, "rms_norm", lambda x, shape, weight, eps: OneKernelNorm.apply(x, weight))
+    attention, copied = CheckedAttention.attention, []
+
+    def checked(self, q, k, v, attn_mask, scale, dropout_p=0.0):
+        strides = [n for size, n in zip(attn_mask.shape, attn_mask.stride()[:-1]) if size > 1]
+        if any(n % 8 for n in strides):
+            copied.append(attn_mask.shape)
+        return attention(self, q, k, v, attn_mask, scale, dropout_p)
+
+    monkeypatch.setattr(CheckedAttention, "attention", checked)
+    yield copied
 
 
 def make_model(dtype: torch.dtype = torch.float32, config: ChatLMConfig | None = None) -> ChatLM:
@@ -191,6 +257,7 @@ REFUSED = {
 }
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("inference", [False, True])
 @pytest.mark.parametrize("case", [*SYNCS, *REFUSED])
 def test_the_fake_device_raises(fake_gpu, case, inference):
@@ -199,10 +266,11 @@ def test_the_fake_device_raises(fake_gpu, case, inference):
         call(ones(3))
 
 
+@pytest.mark.quick
 def test_a_sync_inside_the_decoder_raises(fake_gpu):
     model = make_model()
     decoder = Decoder(model, ones(B, S))
-    model.decoder.final_layer_norm.register_forward_hook(lambda module, args, x: x[0, 0].item())
+    model.shared.register_forward_hook(lambda module, args, x: x[0, 0].item())
     with pytest.raises(DeviceSync):
         decoder.step(ones(B))
     with pytest.raises(DeviceSync):
@@ -267,6 +335,7 @@ def test_the_memory_of_a_micro_batch_is_estimated(fake_gpu, preset, change, drop
     assert saved < estimate < 1.5 * saved
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("kind", ["sigmoid", "ipo"])
 def test_dpo_loss_and_its_backward(fake_gpu, kind):
     logps = [ones(B, dtype=torch.float32).requires_grad_() for _ in range(4)]
@@ -276,6 +345,7 @@ def test_dpo_loss_and_its_backward(fake_gpu, kind):
     assert all(x.grad.is_cuda for x in logps)
 
 
+@pytest.mark.quick
 def test_clip_gradient_does_not_sync(fake_gpu):
     gradient = ones(50, dtype=torch.float32)
     for divisor in (2.0, ones(dtype=torch.float32), ones(dtype=torch.float64)):
@@ -296,6 +366,7 @@ def test_decoder_does_not_sync(fake_gpu, dtype, rows_per_source):
         assert hidden.shape == (rows * rows_per_source, D) and hidden.dtype == dtype
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("options", [
     {"repetition_penalty": 1.3}, {"min_new_tokens": 9}, {"do_sample": True, "temperature": 0.7},
     {"do_sample": True, "top_k": 5}, {"do_sample": True, "top_p": 0.9, "num_beams": 3}], ids=str)
@@ -322,20 +393,113 @@ def test_generate_first_syncs_to_see_which_rows_have_finished(fake_gpu, monkeypa
     assert sync.value.source.dtype == torch.bool and sync.value.source.shape in ((B,), ())
 
 
-PAIRS = ("input_ids", "attention_mask", "chosen_labels", "rejected_labels")
-KNOWN_SYNCS = {
-    "loss_sum": lambda: make_model().loss_sum(ones(B, S), ones(B, S), ones(B, T)),
-    "pair_logps": lambda: dpo.pair_logps(make_model(), {name: ones(B, T) for name in PAIRS}),
-    "no_repeat_ngram_size": lambda: GenerationConfig(no_repeat_ngram_size=2).process(
-        ones(B, V, dtype=torch.float32), ones(B, T), 1),
-}
+@pytest.mark.quick
+def test_no_repeat_ngram_size_is_the_only_known_sync(fake_gpu):
+    with pytest.raises(DeviceSync):  # it looks for repeated n-grams with nonzero
+        GenerationConfig(no_repeat_ngram_size=2).process(
+            ones(B, V, dtype=torch.float32), ones(B, T), 1)
 
 
-@pytest.mark.xfail(raises=DeviceSync, strict=True, reason="uses a boolean mask or nonzero")
-@pytest.mark.parametrize("call", KNOWN_SYNCS)
-def test_known_syncs(fake_gpu, call):
-    with torch.no_grad():
-        KNOWN_SYNCS[call]()
+# --- budgets: 0.2b, as many tokens as its default micro-batch has ---------------------------------
+
+LARGE = ChatLMConfig.preset("0.2b", dropout_rate=0.0)
+ROWS, LENGTH = 128, 64  # 8,192 source and 8,192 target tokens
+
+
+def test_the_budget_of_a_micro_batch(counting_gpu):
+    """Without the loss, which LinearCrossEntropy's own test covers."""
+    model = make_model(config=LARGE).train()
+    with Kernels() as kernels, torch.autocast(GPU, torch.bfloat16):
+        mask = ones(ROWS, LENGTH)
+        encoded, mask = model.encode(mask, mask)
+        hidden = model.decode(model.shift_right(ones(ROWS, LENGTH)), encoded, mask)
+    assert encoded.dtype == hidden.dtype == mask.dtype == torch.bfloat16
+    loss = hidden.sum()
+    with kernels:
+        run_backward(loss)
+    assert kernels.total <= 1700 and kernels.bytes <= 55e9 and counting_gpu == []
+
+
+@pytest.mark.quick
+def test_mask_rows_are_aligned_for_every_length(counting_gpu):
+    model = make_model(torch.float16)
+    for source, target in ((1, 1), (9, 7), (16, 8), (33, 63)):
+        encoded, mask = model.encode(ones(B, source))
+        assert encoded.shape == (B, source, D) and mask.shape == (B, 1, 1, source)
+        assert model.decode(ones(B, target), encoded, mask).shape == (B, target, D)
+    assert counting_gpu == []
+
+
+def test_the_loss_does_not_sync_and_its_budget(counting_gpu):
+    model, n = make_model(config=LARGE).train(), ROWS * LENGTH
+    batch = {"input_ids": ones(ROWS, 8), "attention_mask": ones(ROWS, 8),
+             "labels": ones(ROWS, LENGTH), "targets": ones(n)}
+    with torch.autocast(GPU, torch.bfloat16):
+        model.loss_sum(**batch)
+    hidden = ones(n, LARGE.d_model, dtype=torch.bfloat16).requires_grad_()
+    with Kernels() as kernels, torch.autocast(GPU, torch.bfloat16):
+        LinearCrossEntropy.apply(hidden, model.head_weight(), ones(n))
+    chunks = -(-n // (chatlm.LOSS_CHUNK_BYTES // (2 * LARGE.vocab_size)))
+    assert kernels.total <= 21 * chunks + 10, (kernels.total, chunks)
+    frozen = model.head_weight().detach()
+    with Kernels() as fewer, torch.autocast(GPU, torch.bfloat16):
+        LinearCrossEntropy.apply(hidden, frozen, ones(n))
+    assert fewer.names["mm"] == 2 * chunks  # no gradient of a frozen head
+
+
+@pytest.mark.quick
+def test_the_compiled_loss_is_the_plain_one_and_can_fail(capsys):
+    torch.manual_seed(0)
+    logits, labels = 5 * torch.randn(40, 300), torch.randint(0, 300, (40,))
+    expected, found = logits.clone(), logits.clone()
+    loss = chatlm.logits_to_gradient(expected, labels)
+    compiled = chatlm.CompiledFunction(chatlm.plain_gradient, backend="aot_eager")
+    assert compiled.is_usable and float(compiled(found, labels)) == pytest.approx(float(loss))
+    assert torch.allclose(found, expected, atol=1e-6)
+
+    def broken(graph, inputs):
+        raise RuntimeError("no C compiler")
+
+    broken = chatlm.CompiledFunction(chatlm.plain_gradient, backend=broken)
+    assert float(broken(logits, labels)) == pytest.approx(float(loss)) and not broken.is_usable
+    assert torch.allclose(logits, expected, atol=1e-6) and "not compiled" in capsys.readouterr().err
+
+
+def test_the_budget_of_a_dpo_micro_batch(counting_gpu):
+    """Prompts, chosen and rejected answers in one pass each; the encoder runs once."""
+    model = make_model(config=LARGE).train()
+    names = ("input_ids", "attention_mask", "chosen_labels", "rejected_labels")
+    batch = {name: ones(ROWS, LENGTH) for name in names}
+    batch |= {f"{name}_targets": ones(ROWS * LENGTH) for name in ("chosen", "rejected")}
+    with Kernels() as kernels, torch.autocast(GPU, torch.bfloat16):
+        chosen, rejected = dpo.pair_logps(model, batch)
+    loss = dpo.dpo_loss(chosen, rejected, chosen.detach(), rejected.detach(), 0.1)[0]
+    with kernels:
+        run_backward(loss)
+    assert kernels.total <= 3600 and kernels.bytes <= 135e9, (kernels.total, kernels.bytes)
+
+
+@pytest.mark.parametrize(("name", "most"), [("adafactor", 250), ("adamw", 20)])
+def test_the_budget_of_an_optimizer_step(fake_gpu, name, most):
+    model = make_model(config=LARGE)
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)
+    for optimizer in train.make_optimizers(model, name, 1e-3, 0.01):
+        optimizer.step()  # allocates its state
+        with Kernels() as kernels:
+            optimizer.step()
+    assert 0 < kernels.total <= most, kernels.names
+
+
+@pytest.mark.parametrize(("dtype", "most"), [(torch.float16, 190), (torch.bfloat16, 160)], ids=str)
+def test_the_budget_of_a_decoding_step(counting_gpu, dtype, most):
+    decoder, ids = Decoder(make_model(dtype, LARGE), ones(16, 61), ones(16, 61)), ones(10)
+    for _ in range(3):
+        decoder.step(ones(16))
+    decoder.select(ids, ids)
+    with Kernels() as kernels:
+        decoder.step(ids)
+    assert 0 < kernels.total <= most and counting_gpu == [], kernels.names
 
 
 # --- the choice of a device -----------------------------------------------------------------------
@@ -353,6 +517,7 @@ def fake_driver(monkeypatch, count: int) -> list:
     return calls
 
 
+@pytest.mark.quick
 def test_segments_of_gpu_memory_may_grow(monkeypatch):
     fake_driver(monkeypatch, 1)
     for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
@@ -380,6 +545,7 @@ def join_as_rank_1(monkeypatch, device: str | None, gpus: int = 2) -> dict:
     return {**given, "device": ranks.device}
 
 
+@pytest.mark.quick
 def test_nccl_waits_for_hours_and_knows_its_device(monkeypatch):
     given = join_as_rank_1(monkeypatch, None)
     assert given["backend"] == "nccl" and given["timeout"].total_seconds() >= 12 * 3600
@@ -387,6 +553,7 @@ def test_nccl_waits_for_hours_and_knows_its_device(monkeypatch):
     assert join_as_rank_1(monkeypatch, "cpu")["device_id"] is None
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize(("device", "gpus", "message"), [
     ("cuda:0", 2, "--device cuda:0 is one GPU for 2 processes"),
     (None, 1, "2 processes need as many GPUs, and this machine has 1: --nproc_per_node=1"),
@@ -396,6 +563,7 @@ def test_every_process_needs_a_gpu_of_its_own(monkeypatch, device, gpus, message
         join_as_rank_1(monkeypatch, device, gpus)
 
 
+@pytest.mark.quick
 def test_graphs_are_captured_while_other_threads_use_the_gpu(monkeypatch):
     """A thread that pins memory or reads TensorBoard's scalars must not end the capture."""
     options = []
@@ -413,10 +581,11 @@ def test_graphs_are_captured_while_other_threads_use_the_gpu(monkeypatch):
     with torch.inference_mode():
         decoder = Decoder(model, ids, static=True)
         decoder.step(ids[:, 0])
-        assert torch.equal(decoder.replay(ids[:, 0])[0], decoder.result[0])
+        assert torch.equal(decoder.replay(ids[:, 0])[0], decoder.graphs[B].logits)
     assert [o["capture_error_mode"] for o in options] == ["thread_local"]
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize(("name", "index"), [(None, 0), ("cuda", 0), ("cuda:1", 1)])
 def test_pick_device_selects_a_gpu_by_index(monkeypatch, name, index):
     calls = fake_driver(monkeypatch, 2)
@@ -424,6 +593,7 @@ def test_pick_device_selects_a_gpu_by_index(monkeypatch, name, index):
     assert calls == [torch.device("cuda", index), False]
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize(("name", "count"), [("cuda", 0), ("cuda:0", 0), ("cuda:2", 2)])
 def test_pick_device_names_the_flag_of_a_missing_gpu(monkeypatch, name, count):
     fake_driver(monkeypatch, count)
@@ -431,6 +601,7 @@ def test_pick_device_names_the_flag_of_a_missing_gpu(monkeypatch, name, count):
         sample.pick_device(name)
 
 
+@pytest.mark.quick
 def test_without_a_gpu_pick_device_takes_the_cpu(monkeypatch):
     calls = fake_driver(monkeypatch, 0)
     assert sample.pick_device(None) == torch.device("cpu") and not calls

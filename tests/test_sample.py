@@ -68,6 +68,7 @@ def test_beam_search_is_transformers(tmp_path, num_beams, penalties):
             assert torch.equal(generate(ours, ids, mask, **options), expected), options
 
 
+@pytest.mark.quick
 def test_rows_of_a_batch_get_what_they_get_alone(tmp_path):
     _, ours = make_models(tmp_path, 1)
     ids, mask = make_prompts()
@@ -120,9 +121,10 @@ def test_steps_that_are_all_alike_are_the_steps(tmp_path, device):
             select([row for row in range(12) for _ in range(2)])
         if step == 340:
             select([0, 1, 2, 3, 12, 13, 14, 15], [0, 3])
-    assert device.type == "cpu" or alike.graph is not None
+    assert device.type == "cpu" or alike.graphs
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=GPU)])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_a_model_decodes_as_it_computes(tmp_path, device, dtype):
@@ -146,6 +148,7 @@ def test_a_sliced_product_is_the_product(rows, columns):
     torch.testing.assert_close(sliced_product(weight)(x), x @ weight.T)
 
 
+@pytest.mark.quick
 def test_ctranslate2_answers_the_same(folder, tmp_path):
     """Its converter takes the folder as transformers' own, and its greedy answers are ours."""
     from ctranslate2 import Translator
@@ -162,6 +165,7 @@ def test_ctranslate2_answers_the_same(folder, tmp_path):
         assert [words[i] for i in ours.tolist() if i != 1] == theirs.hypotheses[0]
 
 
+@pytest.mark.quick
 def test_transformers_answers_the_same_from_text(folder):
     """AutoTokenizer and AutoModelForSeq2SeqLM, what was pipeline("text2text-generation") before it left transformers."""
     from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
@@ -171,6 +175,7 @@ def test_transformers_answers_the_same_from_text(folder):
                                                                                ["今天天气怎么样？"], max_new_tokens=12)[0]
 
 
+@pytest.mark.quick
 def test_sampling_filters_as_transformers():
     g = torch.Generator().manual_seed(3)
     for temperature, top_k, top_p, beams in itertools.product((0.7, 1.0, 1.5), (0, 1, 5, 100), (0.3, 0.9, 1.0), (1, 3)):
@@ -244,6 +249,7 @@ def test_options_out_of_range_are_refused(tmp_path, options):
     assert not GenerationConfig(do_sample=True, temperature=0).do_sample
 
 
+@pytest.mark.quick
 def test_bleu_is_sacrebleus():
     rng = random.Random(0)
     for trial in range(40):
@@ -387,6 +393,7 @@ def replaced(args: list[str], flag: str, value: str) -> list[str]:
     return [*args[:i + 1], value, *args[i + 2:]]
 
 
+@pytest.mark.quick
 def test_answers_of_others_are_never_mixed_in(answered, tmp_path):
     args, out = answered
     before = out.read_bytes()
@@ -409,6 +416,7 @@ def test_answers_of_others_are_never_mixed_in(answered, tmp_path):
     assert run_here(args)[0] == 0 and out.read_bytes() == before
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("content", [b"my notes\n", b'{"prompt": "a"}\n', b"[1]\n", b'{"question": 1}\n', b"\0\0\0", b"half a line"], ids=repr)
 def test_files_that_are_not_ours_stay_as_they_are(answered, content):
     args, out = answered
@@ -423,6 +431,7 @@ def test_files_that_are_not_ours_stay_as_they_are(answered, content):
         assert code == 2 and ("is not an answer" in line or "another prompt" in line) and out.read_bytes() == content
 
 
+@pytest.mark.quick
 def test_the_input_is_never_the_output(folder, tmp_path):
     path = tmp_path / "p.jsonl"
     path.write_text('{"prompt": "你好"}\n{"prompt": "half')
@@ -439,12 +448,14 @@ def test_the_input_is_never_the_output(folder, tmp_path):
         assert len((tmp_path / "folder" / "a.jsonl").read_text().splitlines()) == 1
 
 
+@pytest.mark.quick
 def test_blank_lines_are_no_prompts(folder, tmp_path):
     (tmp_path / "p.txt").write_text("\n你好\n\n   \n世界\n\n")
     assert run_here(["--input", str(tmp_path / "p.txt"), "--output", str(tmp_path / "a.jsonl"), "--model", str(folder), "--max_new_tokens", "4"])[0] == 0
     assert [json.loads(line)["prompt"] for line in (tmp_path / "a.jsonl").read_text().splitlines()] == ["你好", "世界"]
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"), MemoryError(),
                                    RuntimeError("[enforce fail at alloc_cpu.cpp:117] DefaultCPUAllocator: can't allocate memory"),
                                    RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
@@ -468,6 +479,7 @@ def test_an_adapter_is_no_model(folder, tmp_path):
     assert code == 2 and "merge it first with  python dpo.py merge" in line
 
 
+@pytest.mark.quick
 def test_flags_without_effect_are_reported(folder):
     model = ["--prompt", "你好", "--model", str(folder), "--max_new_tokens", "2"]
     for flags in (["--top_k", "5"], ["--top_p", "0.5"], ["--temperature", "0.7"], ["--length_penalty", "2"], ["--early_stopping"], ["--seed", "3"]):
@@ -477,6 +489,7 @@ def test_flags_without_effect_are_reported(folder):
         assert run_here([*model, *flags])[0] == 2
 
 
+@pytest.mark.quick
 def test_nats_per_character_count_the_characters_that_were_scored(folder):
     model, tokenizer = ChatLM.from_pretrained(folder), Tokenizer.from_pretrained(folder)
     rows = [{"prompt": "你好", "response": "今天天气怎么样？" * 30}]
@@ -485,6 +498,7 @@ def test_nats_per_character_count_the_characters_that_were_scored(folder):
     assert math.isclose(result["nats_per_char"], result["loss"] * 20 / len(tokenizer.decode(ids)), rel_tol=1e-6)
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize(("content", "message"), [
     ({"max_new_tokens": "8"}, "max_new_tokens must be a whole number"), ({"max_new_tokens": 8.0}, "max_new_tokens must be"), ({"top_k": 50.0}, "top_k must be"),
     ({"temperature": "x"}, "temperature must be a number"), ({"do_sample": "false"}, "do_sample must be true or false"), ({"length_penalty": "1"}, "length_penalty must be"),
@@ -497,6 +511,7 @@ def test_settings_of_a_model_are_checked(folder, tmp_path, content, message):
     assert code == 2 and f"model/generation_config.json: {message}" in line
 
 
+@pytest.mark.quick
 def test_settings_that_we_do_not_have_are_reported(folder, tmp_path):
     import shutil
     shutil.copytree(folder, tmp_path / "model")
@@ -514,6 +529,7 @@ def test_numbers_out_of_range_are_one_line(folder, flags):
     assert run_here(["--prompt", "你好", "--model", str(folder), "--penalty_alpha", "0.6", "--top_k", "5000", "--max_new_tokens", "2"])[0] == 0
 
 
+@pytest.mark.quick
 def test_an_output_that_is_no_file_or_in_use_is_refused(answered, tmp_path):
     args, out = answered
     for device in ("/dev/full", "/dev/null", str(tmp_path)):
@@ -527,6 +543,7 @@ def test_an_output_that_is_no_file_or_in_use_is_refused(answered, tmp_path):
     assert code == 2 and "another process is writing" in line and out.read_bytes() == before[:20]
 
 
+@pytest.mark.quick
 def test_token_ids_of_the_generation_config_are_a_part_of_the_model(answered):
     args, out = answered
     before = out.read_bytes()

@@ -94,6 +94,7 @@ def test_merges_are_textbook_bpe_on_text():
     assert (ours.vocab, ours.merges) == (vocab, merges)
 
 
+@pytest.mark.quick
 def test_pairs_of_twins_in_threes_are_counted_once():
     texts = ["，".join(chr(0x4E00 + i) * 3 for i in range(3000))] * 2  # x x x holds x x once, twice if one counts overlaps
     tokenizer = Tokenizer.train(texts, 3266, character_coverage=1.0)
@@ -140,6 +141,7 @@ def test_a_sample_is_the_same_for_any_number_of_workers(capsys):
         Tokenizer.train(iter(texts), 8600, memory_bytes=600_000_000)
 
 
+@pytest.mark.quick
 def test_compression_is_that_of_tokenizers_and_sentencepiece():
     train, held_out = CORPUS[::2], CORPUS[1::2]
     size = len(SPECIAL_TOKENS + BYTE_TOKENS) + len(set("".join(train))) + 300
@@ -195,12 +197,14 @@ def test_fuzzed_text_has_tokenizers_ids_and_comes_back(tokenizer, theirs, text):
     assert_same(tokenizer, theirs, text)
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("text", ["", "[EOS]", "a[PAD]b[EOS", "[[EOS]]", "[CLS][SEP]中国[UNK]", "  a  b ", "▁ ▁", "\0\x01\r\n\t", "Ⅷ〇½②٣", "e\u0301",
                                   "👨\u200d👩\u200d👧", "哈" * 1001, "哈哈哈，" * 300, "首都" * 3000, "a" * 127, "a" * 128, "a" * 129, "\u2e43中\u166d国\U00010ead"])
 def test_difficult_text_has_tokenizers_ids(tokenizer, theirs, text):
     assert_same(tokenizer, theirs, text)
 
 
+@pytest.mark.quick
 def test_batches_are_single_texts(tokenizer, theirs):
     texts = [*CORPUS[:3000], "", "哈" * 5000, *CORPUS[:10]]
     batch = tokenizer.encode_batch(texts)
@@ -223,6 +227,7 @@ def test_lone_surrogates_are_replaced(tokenizer):
     assert tokenizer.decode(tokenizer.encode("中\ud800国")) == "中\ufffd国"
 
 
+@pytest.mark.quick
 @settings(max_examples=100, deadline=None)
 @given(st.lists(st.one_of(st.integers(0, 262), st.integers(0, 2499)), max_size=30))
 def test_decoding_is_tokenizers_for_any_ids(tokenizer, theirs, ids):
@@ -231,6 +236,7 @@ def test_decoding_is_tokenizers_for_any_ids(tokenizer, theirs, ids):
     assert tokenizer.decode(ids, skip_special_tokens=False) == theirs.decode(ids, skip_special_tokens=False)
 
 
+@pytest.mark.quick
 @settings(max_examples=200, deadline=None)
 @given(st.lists(st.one_of(st.integers(0, 262), st.integers(0, 2499)), max_size=30), st.booleans())
 def test_streaming_never_shows_half_a_character(tokenizer, ids, skip):
@@ -239,6 +245,7 @@ def test_streaming_never_shows_half_a_character(tokenizer, ids, skip):
     assert [p for p in tokenizer.stream([*spelled, 300, 301]) if p] == ["你😀" + tokenizer.vocab[300], tokenizer.vocab[301]]
 
 
+@pytest.mark.quick
 def test_auto_tokenizer_reads_the_folder(tokenizer, tmp_path):
     tokenizer.save_pretrained(tmp_path)
     auto = AutoTokenizer.from_pretrained(tmp_path)
@@ -304,6 +311,7 @@ def test_nfkc_is_tokenizers_for_every_character():
         assert normalize(text) == theirs.normalize_str(text)
 
 
+@pytest.mark.quick
 def test_nfkc_normalises_as_tokenizers_does(tmp_path):
     tokenizer = Tokenizer.train(CORPUS[:500], 1500, nfkc=True)
     tokenizer.save_pretrained(tmp_path)
@@ -313,6 +321,7 @@ def test_nfkc_normalises_as_tokenizers_does(tmp_path):
     assert Tokenizer.from_pretrained(tmp_path) == tokenizer
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("state", ["truncation", "padding", "both"])
 def test_padding_and_truncation_in_a_file_change_no_ids(tokenizer, tmp_path, state):
     """As after tokenizer.save_pretrained in a program that padded and truncated its batches."""
@@ -337,6 +346,7 @@ def test_tags_of_wikiextractor_are_not_learnt(tmp_path):
     assert learnt == set("数学是研究数量的学科。")
 
 
+@pytest.mark.quick
 def test_bad_tokenizer_files_are_refused(tokenizer, tmp_path):
     with pytest.raises(FileNotFoundError, match="no tokenizer.json"):
         Tokenizer.from_pretrained(tmp_path)
@@ -354,6 +364,7 @@ def test_bad_tokenizer_files_are_refused(tokenizer, tmp_path):
             Tokenizer.from_pretrained(tmp_path)
 
 
+@pytest.mark.quick
 def test_bad_corpora_are_refused(tmp_path):
     with pytest.raises(ValueError, match="no text"):
         Tokenizer.train([])
@@ -417,6 +428,7 @@ def test_wrong_commands_end_with_one_line_and_change_nothing(tmp_path):
     assert "need at least" in call("train", str(corpus), *to, "--vocab_size", "300").stderr
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("change", [{"additional_special_tokens": ["你好"]}, {"extra_special_tokens": {"a": "<a>"}}, {"added_tokens_decoder": {"9": {"content": "<b>"}}}], ids=str)
 def test_special_tokens_of_the_configuration_alone_are_refused(tokenizer, tmp_path, change):
     tokenizer.save_pretrained(tmp_path)

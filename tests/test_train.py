@@ -1,5 +1,6 @@
 """Training starts from nothing, loses no step whatever happens, and refuses what cannot work."""
 import dataclasses
+import itertools
 import json
 import math
 import os
@@ -22,8 +23,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
+import data
 import train
-from chatlm import ChatLM
+from chatlm import ChatLM, ChatLMConfig
 from data import make_demo
 from sample import generate
 from data import run
@@ -126,6 +128,7 @@ def test_out_dir_holds_what_is_promised(straight):
     assert rows[-1].keys() == {"step", "bleu4"} and rows[-1]["step"] == 24
 
 
+@pytest.mark.quick
 def test_tensorboard_has_what_the_log_has(straight):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
     events = EventAccumulator(str(straight / "tensorboard"))
@@ -136,6 +139,7 @@ def test_tensorboard_has_what_the_log_has(straight):
         assert all(math.isclose(e.value, value, rel_tol=1e-6) for e, (_, value) in zip(events.Scalars(name), logged))
 
 
+@pytest.mark.quick
 def test_export_is_transformers_model(straight):
     theirs, auto = AutoModelForSeq2SeqLM.from_pretrained(straight).eval(), AutoTokenizer.from_pretrained(straight)
     ours, tokenizer = ChatLM.from_pretrained(straight), Tokenizer.from_pretrained(straight)
@@ -148,6 +152,7 @@ def test_export_is_transformers_model(straight):
         assert tokenizer.decode(got[0].tolist()) == auto.decode(expected[0], skip_special_tokens=True)
 
 
+@pytest.mark.quick
 def test_validation_loss_is_transformers(straight, base):
     theirs, auto = AutoModelForSeq2SeqLM.from_pretrained(straight).eval(), AutoTokenizer.from_pretrained(straight)
     nats = tokens = chars = 0
@@ -351,6 +356,7 @@ def test_answers_are_scored_when_asked(base, call_here, tmp_path):
     assert [r["step"] for r in log(tmp_path / "out") if "bleu4" in r] == [2, 4]
 
 
+@pytest.mark.quick
 def test_finished_run_says_so_and_can_be_prolonged(base, call_here, straight):
     before = (straight / "log.jsonl").read_bytes()
     done = call_here(*base, "--out_dir", str(straight), "--max_steps", "24", "--eval_every", "10", "--save_every", "4")
@@ -404,6 +410,7 @@ def test_what_cannot_change_is_named(base, straight, refused, change, flag):
     assert {p: p.read_bytes() for p in straight.rglob("*") if p.is_file()} == before
 
 
+@pytest.mark.quick
 def test_bad_input_ends_with_one_line(base, straight, refused, tmp_path):
     pq.write_table(pa.table({"a": ["b"]}), tmp_path / "no_columns.parquet")
     pq.write_table(pa.table({"prompt": pa.array([], pa.string()), "response": pa.array([], pa.string())}), tmp_path / "empty.parquet")
@@ -649,13 +656,17 @@ def test_the_micro_batch_fits_the_free_memory(monkeypatch):
         return train.default_micro_batch(gpu_args(**changes), torch.device("cuda"), columns)
 
     sizes = [chosen(gb) for gb in (4, 6, 8, 12, 24, 80)]
-    assert sizes == sorted(sizes) and sizes[0] >= 640 and sizes[2] < 16384 and sizes[-1] == 16384, sizes
-    assert chosen(8, checkpoint_activations=True) > chosen(8) > chosen(8, dtype="float32") and chosen(8, preset="small") == 16384
+    assert sizes == sorted(sizes) and sizes[0] >= 640 and sizes[2] < 16384 and sizes[-1] == 65536, sizes
+    assert chosen(8, checkpoint_activations=True) > chosen(8) > chosen(8, dtype="float32") and chosen(8, preset="small") > 16384
+    assert train.default_micro_batch(gpu_args(), torch.device("cuda"), 2, ranks=3) <= 65536 // 3  # a step is shared
+    config, args = ChatLMConfig.preset("0.2b"), gpu_args()
+    assert train.state_bytes(config, args) + 640 * train.activation_bytes(config, args) < 4e9  # --micro_batch_tokens 640
     with pytest.raises(ValueError, match=r"2\.5 GB of GPU memory are free, too little .* --checkpoint_activations"):
         chosen(2.5)
     assert train.default_micro_batch(gpu_args(), torch.device("cpu"), 2) == 1280
 
 
+@pytest.mark.quick
 def test_clipping_is_torchs():
     for scale in (1e-3, 10.0):
         parameter = torch.nn.Parameter(torch.zeros(5_000_000))
@@ -693,6 +704,7 @@ def test_a_tokenizer_that_a_user_put_there_is_used(base, call_here, refused, tmp
     assert done.returncode == 0 and f"using the tokenizer in {out}" in done.stdout
 
 
+@pytest.mark.quick
 def test_flags_without_effect_are_refused(base, straight, refused, tmp_path):
     new = ["--data", base[1], "--out_dir", str(tmp_path / "new"), "--max_steps", "1"]
     for flags, message in ((["--tokenizer", base[5], "--vocab_size", "300"], "--tokenizer brings its own"), (["--init_from", str(straight), "--vocab_size", "300"], "--init_from brings its own"),
@@ -701,6 +713,7 @@ def test_flags_without_effect_are_refused(base, straight, refused, tmp_path):
     assert not (tmp_path / "new" / "log.jsonl").exists()
 
 
+@pytest.mark.quick
 def test_flags_without_effect_are_reported(base, call_here, tmp_path):
     done = call_here("--data", base[1], *base[4:], "--out_dir", str(tmp_path), "--max_steps", "1", "--eval_every", "3")
     assert done.returncode == 0 and done.stderr.splitlines() == ["train.py: note: --eval_every has no effect without --valid"]
@@ -729,6 +742,7 @@ def test_another_starting_model_is_refused(base, call_here, refused, straight, t
     assert call_here(*args, str(straight / "best"), "--max_steps", "4").returncode == 0
 
 
+@pytest.mark.quick
 def test_data_that_changed_in_its_middle_is_refused(base, straight, refused, tmp_path):
     """Of the same size, with the same footer."""
     path = tmp_path / "train.parquet"
@@ -760,6 +774,7 @@ def test_training_reads_folders_and_names_the_command_that_converts(base, call_h
 
 # --- beginnings ---------------------------------------------------------------------------------------------------------------
 
+@pytest.mark.quick
 def test_few_rows_begin_at_random(base, call_here, tmp_path):
     for rows in (3, 20):
         pq.write_table(pq.read_table(base[1]).slice(0, rows), tmp_path / f"{rows}.parquet")
@@ -810,6 +825,7 @@ def test_a_checkpoint_of_another_run_does_not_replace_a_run(base, call_here, ref
     assert "is not a checkpoint" in refused("--resume", str(junk), "--out_dir", str(tmp_path / "new"), "--max_steps", "26")
 
 
+@pytest.mark.quick
 def test_the_starting_model_is_not_overwritten(base, refused, straight, tmp_path):
     shutil.copytree(straight / "best", tmp_path / "model")
     before = (tmp_path / "model" / "model.safetensors").read_bytes()
@@ -834,3 +850,106 @@ def test_weight_decay_and_validation_may_change(base, call_here, tmp_path):
 def test_nonsense_is_one_line(base, refused, tmp_path, flags):
     refused("--data", base[1], "--out_dir", str(tmp_path / "new"), "--max_steps", "1", *flags)
     assert not (tmp_path / "new" / "log.jsonl").exists()
+
+
+def test_stacked_adafactor_is_torchs_and_takes_over_its_state():
+    torch.manual_seed(0)
+    shapes = [(8, 5)] * 4 + [(3,)] * 3 + [(40, 8)] * 2 + [(1, 7), (7, 1)]
+    ours, theirs = ([torch.nn.Parameter(torch.randn(shape, generator=torch.Generator().manual_seed(i)))
+                     for i, shape in enumerate(shapes)] for _ in range(2))
+    a = train.StackedAdafactor(ours, lr=0.02, weight_decay=0.1)
+    b = torch.optim.Adafactor(theirs, lr=0.02, weight_decay=0.1)
+    a.STACK_BYTES = 4 * 40 * 3  # three matrices of (8, 5) at a time
+    for step in range(20):
+        if step == 10:  # as when a run moves from a GPU to a CPU, or back
+            state, other = a.state_dict(), b.state_dict()
+            a = torch.optim.Adafactor(ours, lr=1.0)
+            b = train.StackedAdafactor(theirs, lr=1.0)
+            a.load_state_dict(state)
+            b.load_state_dict(other)
+        for p, q in zip(ours, theirs, strict=True):
+            p.grad = torch.randn(p.shape) * 10 ** torch.randn(1)
+            q.grad = p.grad.clone()
+        a.step()
+        b.step()
+    for p, q in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-6, atol=1e-6)
+    ours_state, theirs_state = (o.state_dict()["state"] for o in (a, b))
+    assert all({k: v.shape for k, v in ours_state[i].items()} == {k: v.shape for k, v in theirs_state[i].items()} for i in range(len(shapes)))
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_compiled_training_has_few_graphs_and_no_breaks(base, tmp_path, recompute):
+    """An epoch of batches, each of another shape: one graph for each stack."""
+    tokenizer = Tokenizer.from_pretrained(base[base.index("--tokenizer") + 1])
+    rng = random.Random(0)
+    texts = ["".join(rng.choices("今天气很好北京首都", k=rng.choice([3, 9, 20, 60]))) for _ in range(800)]
+    data.write_pairs(tmp_path / "x.parquet", [{"prompt": rng.choice(texts), "response": t} for t in texts])
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    model = ChatLM(ChatLMConfig.preset("demo", vocab_size=len(tokenizer))).train()
+    model.encoder.checkpoint_activations = model.decoder.checkpoint_activations = recompute
+    model.encode, model.decode = (torch.compile(f, dynamic=True, backend="aot_eager") for f in (model.encode, model.decode))
+    shapes = set()
+    for batch in itertools.islice(data.PairStream(tmp_path / "x.parquet", tokenizer, 1024, 64, round_to=8).one_epoch(), 40):
+        assert batch["input_ids"].size(1) % 8 == batch["labels"].size(1) % 8 == 0
+        shapes.add((*batch["input_ids"].shape, batch["labels"].shape[1]))
+        with torch.autocast("cpu", torch.bfloat16):
+            model.loss_sum(**train.to_device(batch, torch.device("cpu"))).backward()
+    counters = torch._dynamo.utils.counters
+    assert len(shapes) > 10 and not counters["graph_break"] and counters["stats"]["unique_graphs"] <= 8
+
+
+REDUCE = """
+import os, sys, torch, torch.distributed as dist
+sys.path.insert(0, {root!r})
+import train
+rank = int(os.environ["RANK"])
+dist.init_process_group("gloo")
+ranks = train.Ranks(rank, 2, torch.device("cpu"))
+layers = torch.nn.Sequential(*[torch.nn.Linear(200, 200, bias=False) for _ in range(6)])
+torch.manual_seed(0)
+for p in layers.parameters():
+    p.data.normal_()
+parameters = list(layers.parameters())
+flat = torch.zeros(sum(p.numel() for p in parameters))
+for p, part in zip(parameters, flat.split([p.numel() for p in parameters])):
+    p.grad = part.view_as(p)
+train.GradientReducer.SLICE_BYTES = 4 * 200 * 200
+reducer = train.GradientReducer(parameters, flat, ranks)
+sent = []  # slices that were sent before backward had ended
+for step in range(3):
+    flat.zero_()
+    if rank == 0 or step == 1:  # the other rank has no micro-batch in steps 0 and 2
+        for micro in range(2):
+            if micro == 1:
+                reducer.start()
+            layers(torch.full((4, 200), 0.01 * (1 + step))).sum().backward()
+        sent.append(len(reducer.works))
+    reducer.finish()
+    expected = torch.zeros_like(flat)
+    layers.zero_grad(set_to_none=True)
+    for p, part in zip(parameters, expected.split([p.numel() for p in parameters])):
+        p.grad = part.view_as(p)
+    reducer.counting = False
+    for _ in range(4 if step == 1 else 2):
+        layers(torch.full((4, 200), 0.01 * (1 + step))).sum().backward()
+    torch.testing.assert_close(flat, expected)
+    for p, part in zip(parameters, flat.split([p.numel() for p in parameters])):
+        p.grad = part.view_as(p)
+assert len(reducer.slices) == 6 and sent == [6] * len(sent), sent
+print("ok", len(sent))
+"""
+
+
+def test_gradients_are_sent_while_backward_computes(tmp_path):
+    """Every slice is on its way when backward returns, also while the other rank has no work."""
+    (tmp_path / "reduce.py").write_text(REDUCE.format(root=str(ROOT)), "utf-8")
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(tmp_path / "reduce.py")],
+                          capture_output=True, text=True, timeout=100, env=ENV)
+    assert done.returncode == 0 and sorted(done.stdout.split()) == ["1", "3", "ok", "ok"], done.stderr[-2000:]
+
+
+def test_the_last_item_is_known_one_ahead():
+    assert list(train.with_last(iter("abc"))) == [("a", False), ("b", False), ("c", True)]
+    assert list(train.with_last([])) == []
