@@ -60,7 +60,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import torch
 import torch.nn.functional as F
@@ -236,7 +236,7 @@ def pad_to_8(length: int) -> int:
 
 class RMSNorm(nn.Module):
     """x / sqrt(mean(x^2) + eps) * weight: a layer norm without centering and without bias. The
-    result has the dtype of the matrix products that follow, so each casts it no more."""
+    result has the dtype of the matrix products that follow, so they need no cast."""
 
     def __init__(self, config: ChatLMConfig):
         super().__init__()
@@ -277,7 +277,8 @@ def relative_position_bucket(distance: Tensor, bidirectional: bool, num_buckets:
 
 class Attention(nn.Module):
     """Multi-head attention without biases, and without the scale 1/sqrt(K): T5 makes q smaller
-    at initialization instead. has_position_bias: the stack's first layer, which all share."""
+    at initialization instead. has_position_bias: True in a stack's first layer; its bias serves all
+    layers."""
 
     def __init__(self, config: ChatLMConfig, has_position_bias: bool = False):
         super().__init__()
@@ -315,8 +316,11 @@ class FeedForward(nn.Module):
     def __init__(self, config: ChatLMConfig):
         super().__init__()
         self.gated = config.feed_forward_proj == "gated-gelu"
-        for name in ("wi_0", "wi_1") if self.gated else ("wi",):
-            setattr(self, name, nn.Linear(config.d_model, config.d_ff, bias=False))
+        if self.gated:
+            self.wi_0 = nn.Linear(config.d_model, config.d_ff, bias=False)
+            self.wi_1 = nn.Linear(config.d_model, config.d_ff, bias=False)
+        else:
+            self.wi = nn.Linear(config.d_model, config.d_ff, bias=False)
         self.wo = nn.Linear(config.d_ff, config.d_model, bias=False)
         self.dropout = Dropout(config)
 
@@ -399,7 +403,7 @@ class Stack(nn.Module):
         super().__init__()
         self.config, self.is_decoder = config, is_decoder
         blocks = config.num_decoder_layers if is_decoder else config.num_layers
-        self.block = nn.ModuleList(Block(config, is_decoder, is_first=i == 0)
+        self.block: Any = nn.ModuleList(Block(config, is_decoder, is_first=i == 0)
                                    for i in range(blocks or 0))
         self.final_layer_norm = RMSNorm(config)
         self.dropout = Dropout(config)
@@ -446,21 +450,24 @@ class ChatLM(nn.Module):
     def encode(self, input_ids: Tensor,
                attention_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """input_ids (B, S) int64 -> encoder output (B, S, D), and the mask as a bias (B, 1, 1, S):
-        0 for tokens, the lowest number for padding."""
+        0 for tokens, the lowest number for padding. attention_mask: (B, S), 0 for padding; None: no
+        padding. Both results have the dtype of the matrix products."""
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
         x = self.encoder.dropout(self.shared(input_ids))
         length, dtype = input_ids.size(1), compute_dtype(self.shared.weight)
         positions = torch.arange(pad_to_8(length), device=x.device)
-        # bias and mask are cast, and their rows padded for the kernels, once for all layers
+        # cast once for all layers; rows are padded to a multiple of 8, then sliced, to be aligned
         padded = F.pad(attention_mask, (0, len(positions) - length))
         mask = (padded[:, None, None, :] == 0).to(dtype) * torch.finfo(dtype).min
         bias = self.encoder.position_bias(positions[:length], positions).to(dtype) + mask
-        x = self.encoder(x, bias[..., :length])  # (B, H, S, S)
+        bias = bias[..., :length]  # (B, H, S, S)
+        x = self.encoder(x, bias)
         return self.encoder.dropout(self.encoder.final_layer_norm(x)), mask[..., :length]
 
     def decode(self, decoder_input_ids: Tensor, encoded: Tensor, mask: Tensor) -> Tensor:
-        """decoder_input_ids (B, T), with encode's output -> hidden states (B, T, D)."""
+        """decoder_input_ids (B, T), with encode's output -> hidden states (B, T, D), after the last
+        norm and scale: times head_weight they are logits."""
         x = self.decoder.dropout(self.shared(decoder_input_ids))
         length, dtype = decoder_input_ids.size(1), compute_dtype(self.shared.weight)
         keys = torch.arange(pad_to_8(length), device=x.device)
@@ -511,8 +518,8 @@ class ChatLM(nn.Module):
                  targets: Tensor | None = None) -> Tensor:
         """The loss for training, (): summed over the labels, without holding all logits.
 
-        targets: (N,) int64, the positions of labels (B * T,) that are not -100. Given, there is no
-        device sync; None: they are found here.
+        targets: (N,) int64, flat positions of the labels that are not -100. Pass them to avoid a
+        device sync; None: find them here.
         """
         encoded, mask = self.encode(input_ids, attention_mask)
         hidden = self.decode(self.shift_right(labels), encoded, mask)
@@ -527,7 +534,7 @@ class ChatLM(nn.Module):
     def num_parameters(self) -> int:
         return sum(p.numel() for p in self.parameters())
 
-    def train_flops(self, source_tokens: int, target_tokens: int) -> float:
+    def train_flops(self, source_tokens: float, target_tokens: float) -> float:
         """Operations of the matrix products in a forward and a backward pass: 6 for each weight
         that a token meets. Attention's own products, a few percent, are left out."""
         def size(module: nn.Module) -> int:
@@ -622,9 +629,9 @@ class LinearLogProbs(torch.autograd.Function):
             for part, logits in logit_chunks(h, w):
                 logits_to_gradient(logits, labels[part])
                 logits *= -grad[part, None]
-                if needs_hidden:
+                if grad_hidden is not None:
                     grad_hidden[part] = logits @ w
-                if needs_weight:
+                if grad_weight is not None:
                     grad_weight += logits.T @ h[part]
         return grad_hidden, grad_weight, None
 
@@ -672,11 +679,12 @@ def plain_gradient(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 class CompiledFunction:
-    """A function that torch.compile turns into few GPU kernels, at its first call. It is not usable
-    without Triton, or after it could not be compiled, such as without a C compiler."""
+    """A function that torch.compile turns into few GPU kernels, at its first call. is_usable is
+    False without Triton, and once compiling has failed (for example, no C compiler)."""
 
     def __init__(self, function: Callable, backend: str = "inductor"):
-        self.plain, self.backend, self.compiled = function, backend, None
+        self.plain, self.backend = function, backend
+        self.compiled: Callable | None = None
         self.is_usable = backend != "inductor" or importlib.util.find_spec("triton") is not None
 
     def __call__(self, *args: Tensor):
@@ -686,9 +694,10 @@ class CompiledFunction:
             return self.compiled(*args)
         except torch.OutOfMemoryError:
             raise
-        except Exception as e:  # compilers fail in many ways, before anything has been computed
+        except Exception as e:  # noqa: BLE001 (compilers fail in many ways, before they compute)
             self.is_usable = False
-            print(f"note: the loss is not compiled: {str(e).splitlines()[0]:.200}", file=sys.stderr)
+            reason = f"{type(e).__name__}: {e}".partition("\n")[0]
+            print(f"note: the loss is not compiled: {reason:.200}", file=sys.stderr)
             return self.plain(*args)
 
 
@@ -801,7 +810,7 @@ def init_bigrams(model: ChatLM, before: Tensor, after: Tensor) -> None:
     model.decoder.final_layer_norm.weight.fill_(restored)
     for name, parameter in model.named_parameters():
         if name.endswith((".o.weight", ".wo.weight")):
-            parameter.mul_((3 * c.num_decoder_layers) ** -0.5)
+            parameter.mul_((3 * len(model.decoder.block)) ** -0.5)
     eye = torch.eye(c.d_model)
     last.wi.weight[:2 * c.d_model] = torch.cat([eye, -eye])
     last.wo.weight[:, :2 * c.d_model] = torch.cat([carry, -carry], 1)
@@ -820,9 +829,9 @@ class LoRALinear(nn.Linear):
         super().__init__(base.in_features, base.out_features, bias=False, device="meta")
         self.weight = base.weight
         self.scale, self.dropout = alpha / rank, dropout
-        like = {"bias": False, "device": base.weight.device, "dtype": base.weight.dtype}
-        self.lora_A = nn.Linear(base.in_features, rank, **like)
-        self.lora_B = nn.Linear(rank, base.out_features, **like)
+        device, dtype = base.weight.device, base.weight.dtype
+        self.lora_A = nn.Linear(base.in_features, rank, False, device, dtype)
+        self.lora_B = nn.Linear(rank, base.out_features, False, device, dtype)
         nn.init.zeros_(self.lora_B.weight)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -925,9 +934,9 @@ def load_adapter(model: ChatLM, folder: Path) -> None:
 
 
 # Fields of adapter_config.json that load_adapter applies, or that only matter while training
-ADAPTER_FIELDS = set("""r lora_alpha target_modules peft_type task_type base_model_name_or_path
+ADAPTER_FIELDS = """r lora_alpha target_modules peft_type task_type base_model_name_or_path
     revision inference_mode auto_mapping peft_version lora_dropout init_lora_weights bias
-    megatron_core qalora_group_size runtime_config eva_config""".split())
+    megatron_core qalora_group_size runtime_config eva_config"""
 ADAPTER_INITS = (True, False, None, "gaussian", "eva", "orthogonal")  # do not change the base
 
 
@@ -941,7 +950,7 @@ def check_adapter(config: dict, path: Path) -> None:
         reject("peft_type", "is not supported, only LORA")
     if type(config.get("r")) is not int or not 1 <= config["r"] <= 1 << 20:
         reject("r", "is not a whole number of 1 or more")
-    alpha = config.get("lora_alpha")
+    alpha: Any = config.get("lora_alpha")
     if type(alpha) not in (int, float) or not abs(alpha) < 1e30:
         reject("lora_alpha", "is not a number")
     targets = config.get("target_modules")
@@ -955,7 +964,8 @@ def check_adapter(config: dict, path: Path) -> None:
         reject("bias", "is not supported, only none")
     for field, value in config.items():
         empty = isinstance(value, (dict, list, str)) and not value
-        if field not in ADAPTER_FIELDS and value is not None and value is not False and not empty:
+        known = field in ADAPTER_FIELDS.split()
+        if not known and value is not None and value is not False and not empty:
             reject(field, "is not supported")
 
 
@@ -1007,7 +1017,7 @@ def common_dtype(weights: dict[str, Tensor], folder) -> torch.dtype:
             raise ValueError(f"{folder}: {name} has dtype {w.dtype}: quantized weights are not "
                              "read")
         numbers[w.dtype] = numbers.get(w.dtype, 0) + w.numel()
-    return max(numbers, key=numbers.get)
+    return max(numbers, key=numbers.__getitem__)
 
 
 def read_weights(folder: Path) -> dict[str, Tensor]:
@@ -1023,11 +1033,11 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
         files = sorted({folder / name for name in names.values()})
     else:
         raise FileNotFoundError(f"{folder} has no model.safetensors (other formats are not read)")
-    weights = {}
+    weights: dict[str, Tensor] = {}
     for path in files:
         try:
             with safe_open(path, "pt") as f:
-                weights.update((name, f.get_tensor(name)) for name in f.keys())
+                weights.update((name, f.get_tensor(name)) for name in list(f.keys()))
         except (SafetensorError, OSError) as e:
             raise ValueError(f"{path} is missing or damaged: {e}") from None
     return weights
@@ -1069,7 +1079,7 @@ def read_json(path: Path) -> dict:
         value = json.loads(path.read_text("utf-8"))
     except (ValueError, RecursionError):
         value = None
-    if not isinstance(value, dict):
+    if type(value) is not dict:
         raise ValueError(f"{path} is damaged: not a JSON object")
     return value
 

@@ -13,7 +13,7 @@ many forms, so the way from their files to the model is:
 
 clean   takes prompt and response from the fields of each source, repairs punctuation and spaces,
         and drops rows that teach little; it counts every reason.
-dedup   drops near-duplicates: a text that is repeated a thousand times is learned by heart. Two
+dedup   drops near-duplicates: a text that is repeated a thousand times is memorized. Two
         texts are near when their sets of 5-grams of characters are alike, by Jaccard similarity
 
             J(A, B) = |A and B| / |A or B|           intersection over union
@@ -21,8 +21,8 @@ dedup   drops near-duplicates: a text that is repeated a thousand times is learn
         今天天气很好 has the 5-grams 今天天气很 and 天天气很好; 今天天气很差 shares the first of
         them. Together they have 3, so J = 1/3. Comparing all pairs of ten million texts is out of
         reach. MinHash (Broder 1997) finds candidates: a text's 5-grams are hashed into 128 bins,
-        and each bin keeps its least value. The share of bins with equal values estimates J. Eight
-        bins make a band, and only texts that agree in a whole band are compared exactly:
+        and each bin keeps its smallest value. The share of bins with equal values estimates J.
+        Eight bins make a band, and only texts that agree in a whole band are compared exactly:
 
             a   12 7 30 5 | 9 41 3 8 | ...      the first band is equal: compare a and b
             b   12 7 30 5 | 9 16 3 8 | ...      P(compared) = 1 - (1 - J^8)^16
@@ -37,11 +37,12 @@ and a batch is padded to its longest. Rows are therefore shuffled within a windo
 similar lengths share a batch:
 
     file -> row groups -> windows -> batches                  a batch of 3 pairs
-            8,192 rows    65,536     about 1,280 or           input_ids  法 国 的 首 都 ... (3, S)
-                          rows       8,192 tokens             labels     巴 黎 。 [EOS] ... (3, T)
+            8,192 rows    65,536     micro_batch_tokens       input_ids  法 国 的 首 都 ... (3, S)
+                          rows       with padding             labels     巴 黎 。 [EOS] ... (3, T)
 
-The sequence depends on the files, the seed and the epoch only, not on the number of processes. So
-a run can stop, resume, and use more GPUs, and still see every row once per epoch.
+For the same settings, the sequence depends only on the files, the seed and the epoch, not on the
+number of processes. So a run can resume on another number of GPUs and still see every row once per
+epoch.
 
 Try next: run dedup with --threshold 0.5 and read what it drops; print the share of padding in a
 few batches of PairStream, and again with plan_batches replaced by a random order.
@@ -75,9 +76,9 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
-from itertools import chain, compress, islice
+from itertools import chain, compress, islice, pairwise
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, ClassVar, NamedTuple, Self
 
 import numpy as np
 import xxhash
@@ -136,9 +137,11 @@ class Rows:
     A line of a .txt file is {"text": line}. In folders, links are followed; hidden files, files of
     unknown types and the command's own outputs are skipped, which is reported once.
 
-    columns: every row must have text in these. A bad line, or a row without text, raises
-    ValueError, naming file and row; with skip=True it is skipped and counted in `problems`, anew in
-    every pass. Raises FileNotFoundError, or ValueError for a damaged file or an unknown type.
+    columns: every row must have text in these. A bad row raises ValueError, which names file and
+    row; with skip=True it is skipped and counted in `problems`, which restarts with every pass. Two
+    errors are never skipped: a first row without one of the columns, and an item of a JSON list
+    that is not an object. Raises FileNotFoundError, or ValueError for a damaged file or an unknown
+    type.
     """
 
     def __init__(self, paths, columns: tuple[str, ...] = (), skip: bool = False,
@@ -163,16 +166,16 @@ class Rows:
                                        f"{path}, row {i:,}")
 
 
-class Texts(Rows):
+class Texts:
     """The texts of files: prompt and response of pairs, the turns of conversations, and every
-    string of other rows."""
+    string of other rows. It can be iterated over many times."""
 
     def __init__(self, paths):
-        super().__init__(paths, skip=True)
+        self.rows = Rows(paths, skip=True)
 
     def __iter__(self) -> Iterator[str]:
-        for row in super().__iter__():
-            values = row.values()
+        for row in self.rows:
+            values = list(row.values())
             if isinstance(row.get("conversations"), list):
                 turns = [turn for turn in row["conversations"] if isinstance(turn, dict)]
                 values = [turn.get("value") for turn in turns]
@@ -193,21 +196,23 @@ def read_file(path: Path, problems: Problems | None) -> Iterator[dict]:
         yield from read_parquet(path)
         return
     with open_text(path, problems) as f:
+        rows: Iterable[dict]
         if kind == ".csv":
-            yield from read_csv(f, bad)
+            rows = read_csv(f, bad)
         elif kind == ".txt":
-            yield from read_lines(f, bad if problems is not None else None)
+            rows = read_lines(f, bad if problems is not None else None)
         elif f.peek(1024).lstrip().startswith("["):
-            yield from read_json_list(f)
+            rows = read_json_list(f)
         else:
-            yield from read_json_lines(f, bad)
+            rows = read_json_lines(f, bad)
+        yield from rows
 
 
 def read_json_list(f) -> list[dict]:
     """The objects of a JSON list. It is read whole: about five times the file's size in memory."""
     rows = json.load(f)
     for i, row in enumerate(rows, 1):
-        if not isinstance(row, dict):
+        if type(row) is not dict:
             shown = json.dumps(row, ensure_ascii=False)[:40]
             raise ValueError(f"item {i:,} of its list is {shown}, not an object")
     return rows
@@ -217,8 +222,8 @@ def read_json_lines(f, bad: Callable[[str, int, str], None]) -> Iterator[dict]:
     for number, line in enumerate(f, 1):
         line = line.strip(" \t\r\n")
         try:
-            row = json.loads(line) if line else None
-            if line and not isinstance(row, dict):
+            row = json.loads(line or "{}")
+            if type(row) is not dict:
                 raise ValueError("not an object")
         except (ValueError, RecursionError) as e:
             bad("line is not JSON", number, str(e))
@@ -231,8 +236,8 @@ WIKI_TAG = re.compile("<doc( [^>]*)?>|</doc>")  # what WikiExtractor writes arou
 
 
 def read_lines(f, bad: Callable[[str, int, str], None] | None) -> Iterator[dict]:
-    """Lines of text; one of more than 4 million characters is read as several. bad: skip the tags
-    of WikiExtractor, and report them here."""
+    """Yield lines of text; a line over 4 million characters is split. With bad, WikiExtractor's
+    tags are skipped and reported to it."""
     for number, line in enumerate(iter(lambda: f.readline(1 << 22), ""), 1):
         if bad and WIKI_TAG.fullmatch(line.strip()):
             bad("tag line of WikiExtractor, skipped", number, "")
@@ -246,14 +251,14 @@ csv.field_size_limit(1 << 30)
 def read_csv(f, bad: Callable[[str, int, str], None]) -> Iterator[dict]:
     """The records of a CSV file with a header. pyarrow.csv would stop at the first bad record.
 
-    bad(reason, line, detail) is called for records with more fields than the header, which are
-    skipped, and for a bad quote: only the line where such a record begins is skipped.
+    bad(reason, line, detail) reports two errors. A record with more fields than the header is
+    skipped. After a bad quote, only the first line of that record is skipped.
     """
     record: list[str] = []  # the lines of the current record
-    again: deque[str] = deque()  # lines to read again, which a bad record had swallowed
+    unread: deque[str] = deque()  # lines to read again, which a bad record had swallowed
 
     def lines() -> Iterator[str]:
-        while line := again.popleft() if again else f.readline():
+        while line := unread.popleft() if unread else f.readline():
             record.append(line)
             yield line
 
@@ -270,7 +275,7 @@ def read_csv(f, bad: Callable[[str, int, str], None]) -> Iterator[dict]:
             if header is None:
                 raise ValueError(f"line {begin:,}: {e}") from None
             bad("bad quote in a CSV file, line skipped", begin, str(e))
-            again.extendleft(reversed(record[1:]))
+            unread.extendleft(reversed(record[1:]))
             begin, reader = begin + 1, csv.reader(lines(), strict=True)
             continue
         if header is None:
@@ -303,7 +308,7 @@ def read_parquet(path: Path) -> Iterator[dict]:
 
 
 class TextFile(io.TextIOWrapper):
-    """A text file that counts the U+FFFD it returns: bytes that could not be decoded."""
+    """A text file that counts U+FFFD: replaced bytes, and those already in the file."""
     undecodable = 0
 
     def read(self, size: int | None = -1) -> str:
@@ -311,7 +316,7 @@ class TextFile(io.TextIOWrapper):
         self.undecodable += text.count("\ufffd")
         return text
 
-    def readline(self, size: int = -1) -> str:
+    def readline(self, size: int = -1) -> str:  # type: ignore[override]
         line = super().readline(size)
         self.undecodable += line.count("\ufffd")
         return line
@@ -331,8 +336,8 @@ def open_text(path: Path, problems: Problems | None) -> Iterator[TextFile]:
     noted = Problems() if problems is None else problems
     try:
         with contextlib.ExitStack() as stack:
-            opened = gzip.open(path) if path.suffix.lower() == ".gz" else open(path, "rb")
-            raw = stack.enter_context(opened)
+            open_bytes: Callable = gzip.open if path.suffix.lower() == ".gz" else open
+            raw = stack.enter_context(open_bytes(path, "rb"))
             encoding = encoding_of(path, raw.read(1 << 16))
             raw.seek(0)
             f = stack.enter_context(TextFile(raw, encoding, errors="replace", newline=""))
@@ -341,8 +346,8 @@ def open_text(path: Path, problems: Problems | None) -> Iterator[TextFile]:
             finally:
                 if f.undecodable:
                     name = encoding.removesuffix("-sig")
-                    noted.note(f"character that is not {name}, read as U+FFFD", str(path),
-                               f.undecodable)
+                    noted.note(f"character U+FFFD: bytes that are not {name}, or lost before",
+                               str(path), f.undecodable)
                     if problems is None:
                         noted.warn()
     except (EOFError, gzip.BadGzipFile, zlib.error, csv.Error, ValueError, RecursionError) as e:
@@ -357,7 +362,9 @@ def encoding_of(path: Path, head: bytes) -> str:
     """The encoding of a text file, from its first bytes: what a byte-order mark says, else UTF-8.
     A .csv or .txt file is GB18030 if that fits better. JSON is always UTF-8."""
     def undecodable(encoding: str) -> int:
-        return codecs.getincrementaldecoder(encoding)("replace").decode(head).count("\ufffd")
+        text = codecs.getincrementaldecoder(encoding)("replace").decode(head)
+        in_file = head.count("\ufffd".encode(encoding.removesuffix("-sig")))
+        return text.count("\ufffd") - in_file  # U+FFFD that is in the file is no error
 
     for mark, encoding in BYTE_ORDER_MARKS.items():
         if head.startswith(mark):
@@ -386,8 +393,8 @@ def file_kind(path: Path) -> str:
 
 
 def input_files(paths: Iterable[str | Path], outputs: Iterable[str | Path] = ()) -> list[Path]:
-    """The files that names of files and folders stand for, in a fixed order. outputs: what the
-    command writes. Raises FileNotFoundError, or ValueError for an unknown type or an input that is
+    """Expand files and folders into a list of files, in a fixed order. outputs: what the command
+    writes. Raises FileNotFoundError, or ValueError for an unknown type or an input that is
     also an output."""
     written, files = {os.path.realpath(output) for output in outputs}, []
     for path in map(Path, paths):
@@ -412,7 +419,8 @@ def folder_files(folder: Path, written: set[str]) -> list[Path]:
     def hidden(name: str) -> bool:
         return name.startswith(".") or name == "__MACOSX"
 
-    found, skipped, seen, unknown = [], Counter(), set(), ""
+    found, seen, unknown = [], set(), ""
+    skipped: Counter[str] = Counter()
     for place, folders, names in os.walk(folder, onerror=refuse, followlinks=True):
         if (real := os.path.realpath(place)) in seen:  # a link to a folder above it
             folders.clear()
@@ -482,13 +490,14 @@ def atomic_write(path) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def write_errors(path, *kinds: type[Exception]) -> Iterator[None]:
+def write_errors(path, *kinds: Any) -> Iterator[None]:
     """Turn OSError, and other errors of a library that cannot write, into an OSError that names
     path and cause."""
     try:
         yield
     except (OSError, *kinds) as e:
-        code = re.search(r"\b(?:os error|errno) (\d+)", str(e), re.I)  # safetensors, pyarrow
+        # as safetensors and pyarrow print it
+        code = re.search(r"\b(?:os error|errno) (\d+)", str(e), re.IGNORECASE)
         number = getattr(e, "errno", None) or (int(code[1]) if code else errno.EIO)
         cause = os.strerror(number) if number != errno.EIO else f"{e} (is the disk full?)"
         raise OSError(number, f"could not be written: {cause}", str(path)) from None
@@ -536,14 +545,15 @@ def check_folder(path) -> None:
 class Writer:
     """Writes string columns to a Parquet file, atomically. The file's metadata says that this
     program wrote it: see check_outputs."""
-    MARK = {"written_by": "ChatLM data.py"}
+    MARK: ClassVar[dict[str, str]] = {"written_by": "ChatLM data.py"}
 
     def __init__(self, path, columns: tuple[str, ...] = PAIR):
-        self.path, self.columns, self.total, self.batch = Path(path), columns, 0, []
+        self.path, self.columns, self.total = Path(path), columns, 0
+        self.batch: list[dict] = []
         check_parquet_path(self.path)
         check_folder(self.path.parent)
 
-    def __enter__(self) -> "Writer":
+    def __enter__(self) -> Self:
         pa = arrow()
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self.schema = pa.schema([(c, pa.string()) for c in self.columns], self.MARK)
@@ -707,8 +717,7 @@ UNITS = """\
 千米:米:1000 米:厘米:100 米:分米:10 分米:厘米:10 厘米:毫米:10 千克:克:1000 吨:千克:1000
 斤:两:10 千克:斤:2 小时:分钟:60 分钟:秒:60 天:小时:24 星期:天:7 元:角:10 角:分:10
 升:毫升:1000 平方米:平方分米:100 世纪:年:100 年:个月:12"""
-MONTH_DAYS = {month: 28 if month == 2 else 30 if month in (4, 6, 9, 11) else 31
-              for month in range(1, 13)}
+MONTH_DAYS = dict(enumerate([31, 28, 31, 30, 31, 30, 31, 31, 30, 31, 30, 31], 1))
 CYCLES = {"星期{}": "一二三四五六日", "{}年": "鼠牛虎兔龙蛇马羊猴鸡狗猪", "{}天": "春夏秋冬"}
 # wordings of a question = its answer
 CAPITAL = ("{0}的首都是哪里？|{0}的首都是哪座城市？|{0}首都在哪儿？|{0}的首都叫什么？|"
@@ -796,15 +805,15 @@ def demo_sums() -> Iterator[tuple[list[str], str]]:
 
 
 def is_sum(prompt: str) -> bool:
-    """Whether a demo question is one of demo_sums."""
+    """Whether a demo question is one of demo_sums; train.py scores these apart."""
     return re.search("[加减].*(等于多少|是多少)？$", prompt) is not None
 
 
 def make_demo(seed: int = 0) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
     """(prompt, response) pairs for training and held-out ones.
 
-    One wording of every fact is held out; in training it is used for other facts only. One in 20
-    sums is held out in every wording.
+    For every fact one wording is held out; its template still occurs in training, with other facts.
+    One in 20 sums is held out in every wording.
     """
     rng = random.Random(seed)
     train, valid = [], []
@@ -871,7 +880,7 @@ def chinese_punctuation(text: str) -> str:
 
 
 # marks of a line of code, of a table, or with an address
-CODE = re.compile(r"[{}<>=$\\|`\t]|://|\w\(\)|^ {4}|^~~~", re.M)
+CODE = re.compile(r"[{}<>=$\\|`\t]|://|\w\(\)|^ {4}|^~~~", re.MULTILINE)
 CUT_OFF = re.compile(rf"[。！？!?][”’」』）)】》]*([^。！？!?\n]*[{CHINESE}，、])$")
 LIST_ITEM = re.compile(r"\s*([-*•·#]|[（(]?[\d一二三四五六七八九十]+[、.．)）])")
 
@@ -1006,11 +1015,11 @@ def from_duie(row: dict):
     return prompt, f"[{','.join(triples)}]" if triples else ""
 
 
-WIKI_PROMPTS = (
-    "什么是%s？|介绍一下%s。|请介绍一下%s。|%s是什么？|请解释一下%s。|你知道%s吗？|说说%s。|告诉我%s是什么。|"
-    "请简要介绍%s。|%s指的是什么？|我想了解%s。|如何理解%s？|能讲讲%s吗？|关于%s，你知道些什么？|"
-    "%s是什么意思？|请说明%s的含义。|帮我查一下%s。|谈谈%s。|请问%s是什么？|给我讲讲%s。|词条：%s"
-).split("|")
+WIKI_PROMPTS = [
+    "什么是%s？", "介绍一下%s。", "请介绍一下%s。", "%s是什么？", "请解释一下%s。", "你知道%s吗？", "说说%s。",
+    "告诉我%s是什么。", "请简要介绍%s。", "%s指的是什么？", "我想了解%s。", "如何理解%s？", "能讲讲%s吗？", "关于%s，你知道些什么？",
+    "%s是什么意思？", "请说明%s的含义。", "帮我查一下%s。", "谈谈%s。", "请问%s是什么？", "给我讲讲%s。", "词条：%s",
+]
 
 
 def from_wiki(row: dict):
@@ -1018,7 +1027,8 @@ def from_wiki(row: dict):
     title, text = row.get("title"), row.get("text")
     if not isinstance(title, str) or not isinstance(text, str):
         return "a field is missing or not text"
-    if not title.strip():
+    title, text = html.unescape(title).strip(), html.unescape(text)  # WikiExtractor escapes both
+    if not title:
         return "entry without a title"
     first, _, rest = text.strip().partition("\n")
     text = rest.strip() if first.strip() == title else text.strip()  # the title is repeated there
@@ -1091,7 +1101,8 @@ def wiki_entries(path: Path, problems: Problems) -> Iterator[dict]:
 def titled_entries(lines: Iterable[str], path: Path, problems: Problems) -> Iterator[dict]:
     """A title is a line that ends with a colon, at the beginning or after a blank line. Other
     paragraphs belong to the entry before them."""
-    title, text, after_blank = None, [], True
+    title, after_blank = None, True
+    text: list[str] = []
     for i, line in enumerate(lines, 1):
         stripped = line.strip()
         if after_blank and stripped.endswith((":", "：")):
@@ -1108,13 +1119,13 @@ def titled_entries(lines: Iterable[str], path: Path, problems: Problems) -> Iter
 
 
 def tagged_entries(lines: Iterable[str], path: Path, problems: Problems) -> Iterator[dict]:
-    title, text = None, []
+    title, text = None, list[str]()
     for i, line in enumerate(lines, 1):
         where = f"{path}, line {i:,}"
         if begin := re.match(r'<doc [^>]*title="(.*?)"[^"]*>$', line.rstrip()):
             if title is not None:
                 problems.note("entry without an end", where)
-            title, text = html.unescape(begin[1]), []
+            title, text = begin[1], []
         elif title is not None and line.rstrip() == "</doc>":
             yield {"title": title, "text": "".join(text)}
             title = None
@@ -1147,11 +1158,11 @@ def medical_rows(path: Path, problems: Problems) -> Iterator[dict]:
 
     with open_text(path, problems) as f:
         record, first_line, departments = "", 1, set()
-        for i, line in enumerate(chain(f, [None]), 1):
-            head = (line or "").split(",", 3)
+        for i, line in enumerate(chain(f, [""]), 1):  # "": the end
+            head = line.split(",", 3)
             looks_new = len(head) == 4 and 0 < len(head[0].strip()) <= 12
             quotes_closed = record.count('"') % 2 == 0
-            begins = line is None or head[0] in departments or looks_new and quotes_closed
+            begins = not line or head[0] in departments or looks_new and quotes_closed
             if not begins:
                 record += line
                 continue
@@ -1212,7 +1223,7 @@ def clean_row(texts, source: Source, shortest: int, job: CleanJob) -> tuple[str,
     pair = clean_pair(prompt, response, shortest, job.max_chars, source.verbatim)
     if isinstance(pair, str) or not rejected:
         return pair
-    second = clean_pair(pair[0], rejected[0], shortest, job.max_chars)
+    second = clean_pair(pair[0], rejected[0], shortest, job.max_chars, source.verbatim)
     if isinstance(second, str):
         return f"rejected: {second}"
     return "chosen and rejected are equal" if second[1] == pair[1] else (*pair, second[1])
@@ -1246,7 +1257,9 @@ def simplified(text):
 
 def clean(inputs: list[str], source: str, out: str, fields: tuple[str, ...], min_chars: int,
           max_chars: int, workers: int, to_simplified: bool = False) -> None:
-    check_folder(Path(out).parent)
+    """Clean the pairs of a source into the Parquet file `out`, and print how many rows each reason
+    dropped. Lengths are in characters. Raises ValueError if no row is kept, or a file does not fit
+    the source."""
     check_outputs(inputs, [Path(out)])
     files, counts, problems = input_files(inputs, [out]), Problems(), Problems()
     if to_simplified:
@@ -1255,7 +1268,7 @@ def clean(inputs: list[str], source: str, out: str, fields: tuple[str, ...], min
     def jobs() -> Iterator[CleanJob]:
         for path in files:
             first = 1
-            for rows in grouped(raw_rows(path, source, problems), CLEAN_ROWS):
+            for rows in batches(raw_rows(path, source, problems), CLEAN_ROWS, lambda row: 1):
                 if first == 1:
                     check_source(path, source, fields, rows)
                 yield CleanJob(path, first, rows, source, fields, min_chars, max_chars,
@@ -1297,7 +1310,7 @@ EMPTY_BIN, FACTOR = np.uint32(0xFFFFFFFF), 0x9E3779B97F4A7C15
 DONORS = np.random.default_rng(1).permuted(np.tile(np.arange(BINS), (64, 1)), axis=1)
 BATCH_CHARS = 1 << 18  # texts are compared in batches of about this many characters
 # in a bucket, a text is compared with the first 4 and with the 2 before it; 32 in all buckets
-FIRST, BEFORE, MOST = 4, 2, 32
+COMPARE_FIRST, COMPARE_PREVIOUS, MAX_CANDIDATES = 4, 2, 32
 EQUAL, NEAR = "equal to an earlier one", "near-duplicate of an earlier one"
 
 
@@ -1361,9 +1374,9 @@ def minhash(texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
     """Signatures (N, 128) uint32, whose share of equal values estimates the Jaccard similarity, and
     shingle counts (N,).
 
-    A shingle's hash names a bin and a value; a bin keeps its least value (one permutation). An
-    empty bin copies a full one, in its own order of preference: at each step it looks at the bin
-    that a random permutation names (Shrivastava 2017, arXiv:1703.04664).
+    Each shingle hash gives a bin and a value, and a bin keeps its minimum (one permutation). Each
+    empty bin then copies from the bin that the next random permutation assigns to it, until all are
+    full (Shrivastava 2017, arXiv:1703.04664).
 
         with permutations 1 0 3 2 and 2 3 0 1:    5 . . 7 -> 5 5 7 7
                                                   . . . 7 -> . . 7 7 -> 7 7 7 7
@@ -1371,9 +1384,9 @@ def minhash(texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
     hashes, counts = shingles(texts)
     place = np.repeat(np.arange(len(texts)) * BINS, counts)
     place += (hashes >> np.uint64(57)).view(np.int64)
-    signatures = np.full(len(texts) * BINS, EMPTY_BIN)
-    np.minimum.at(signatures, place, (hashes & np.uint64(0x7FFFFFFF)).astype(np.uint32))
-    signatures = signatures.reshape(-1, BINS)
+    flat = np.full(len(texts) * BINS, EMPTY_BIN)
+    np.minimum.at(flat, place, (hashes & np.uint64(0x7FFFFFFF)).astype(np.uint32))
+    signatures = flat.reshape(-1, BINS)
     for donor in DONORS[:6]:
         np.copyto(signatures, signatures[:, donor], where=signatures == EMPTY_BIN)
     for donor in DONORS[6:]:  # few texts still have empty bins
@@ -1421,8 +1434,8 @@ def bucket_pairs(keys: np.ndarray, rows: np.ndarray) -> np.ndarray:
     begins = np.flatnonzero(np.append(True, key[1:] != key[:-1]))
     place = np.arange(len(members)) - np.repeat(begins, np.diff(np.append(begins, len(members))))
     members &= np.uint64(0xFFFFFFFF)
-    distances = chain((np.full(len(place), i) for i in range(1, BEFORE + 1)),
-                      (place - i for i in range(FIRST)))
+    distances = chain((np.full(len(place), i) for i in range(1, COMPARE_PREVIOUS + 1)),
+                      (place - i for i in range(COMPARE_FIRST)))
     found = []
     for distance in distances:
         later = np.flatnonzero((distance > 0) & (distance <= place))
@@ -1440,7 +1453,8 @@ def find_candidates(exact: np.ndarray,
     for keys in bands:
         pairs = np.unique(np.concatenate([pairs, bucket_pairs(keys[first], rows)]))
         later = pairs >> np.uint64(32)
-        pairs = pairs[np.append(np.ones(MOST, bool), later[MOST:] != later[:-MOST])[:len(pairs)]]
+        n = MAX_CANDIDATES
+        pairs = pairs[np.append(np.ones(n, bool), later[n:] != later[:-n])[:len(pairs)]]
     return first, (pairs >> np.uint64(32)).astype(np.int64), (
         pairs & np.uint64(0xFFFFFFFF)).astype(np.int64)
 
@@ -1472,8 +1486,8 @@ def find_duplicates(items: Iterable, text_of: Callable, threshold: float = 0.85,
     An item is dropped if its text equals an earlier one, or has at least the Jaccard similarity
     `threshold` to an earlier one that stays. MinHash finds candidates, and their exact similarity
     decides. The texts of `against` come before all items. items and against are iterated over
-    twice: for the sketches (8 bytes per text and 4 per band), then to compare; only texts that
-    still have a candidate to come are kept in memory.
+    twice: for the sketches (8 bytes per text and 4 per band), then to compare. Only texts that are
+    still needed for a comparison stay in memory.
     """
     bands, rows = banding(threshold)
     texts = chain(against, map(text_of, items))
@@ -1552,9 +1566,14 @@ def row_text(row: dict, columns: tuple[str, ...]) -> str:
 
 
 def dedup(inputs: list[str], out: str, threshold: float, against: str | None, workers: int) -> None:
+    """Write the rows of inputs without near-duplicates to the Parquet file `out`. threshold: the
+    Jaccard similarity, above 0, up to 1. against: a file whose near-duplicates are dropped too."""
     rows, others, counts = pair_rows(inputs, [Path(out)]), [], Problems()
     if against:
         other_rows = pair_rows([against], [Path(out)])
+        if other_rows.columns != rows.columns:
+            raise ValueError(f"--against {against} has {', '.join(other_rows.columns)}, and the "
+                             f"input has {', '.join(rows.columns)}: they cannot be compared")
         others = [row_text(row, other_rows.columns) for row in other_rows]
         refuse_empty(len(others), [against], other_rows.problems)
         other_rows.problems.warn()
@@ -1574,7 +1593,8 @@ def dedup(inputs: list[str], out: str, threshold: float, against: str | None, wo
 
 def split(inputs: list[str], out: str, valid: float, test: float) -> None:
     """Split by a hash of the prompt: equal prompts are on the same side, and a row stays on its
-    side when data is added."""
+    side when data is added. valid, test: shares from 0 to 1. Raises ValueError if nothing is left
+    to train on."""
     if valid + test >= 1:
         raise ValueError(f"--valid {valid} and --test {test} leave nothing to train on")
     paths = {side: Path(out) / f"{side}.parquet" for side in ("train", "valid", "test")}
@@ -1585,7 +1605,11 @@ def split(inputs: list[str], out: str, valid: float, test: float) -> None:
         for row in Progress("rows", rows):
             digest = xxhash.xxh3_64_intdigest(row["prompt"].encode("utf-8", "surrogatepass"))
             place = digest / 2 ** 64
-            side = "test" if place < test else "valid" if place < test + valid else "train"
+            side = "train"
+            if place < test:
+                side = "test"
+            elif place < test + valid:
+                side = "valid"
             writers[side].write(row)
         for writer in writers.values():
             writer.finish()  # all of them, before the first one is renamed
@@ -1603,8 +1627,10 @@ def split(inputs: list[str], out: str, valid: float, test: float) -> None:
 
 def stats(inputs: list[str], tokenizer=None) -> None:
     """Print rows, characters, a histogram of lengths and, with a Tokenizer, tokens."""
-    rows, total, lengths, tokens = Rows(inputs, skip=True), 0, {}, Counter()
-    for batch in grouped(Progress("rows", rows), ROW_GROUP):
+    rows, total = Rows(inputs, skip=True), 0
+    lengths: dict[str, Counter[int]] = {}
+    tokens: Counter[str] = Counter()
+    for batch in batches(Progress("rows", rows), ROW_GROUP, lambda row: 1):
         total += len(batch)
         known = (*PREFERENCE, "response", "text")
         for column in dict.fromkeys(c for row in batch for c in row if c in known):
@@ -1624,7 +1650,7 @@ def stats(inputs: list[str], tokenizer=None) -> None:
             line += f"; {tokens[column]:,} tokens, {tokens[column] / count:.1f} per row"
         print(line)
         edges = [0, 1, 8, 16, 32, 64, 128, 256, 512, 1024, max(counter) + 1]
-        bars = [sum(c for n, c in counter.items() if a <= n < b) for a, b in zip(edges, edges[1:])]
+        bars = [sum(c for n, c in counter.items() if a <= n < b) for a, b in pairwise(edges)]
         for a, bar in zip(edges, bars):
             if bar:
                 print(f"{a:>7}+ {bar:>11,} {'█' * max(1, round(50 * bar / max(bars)))}")
@@ -1693,7 +1719,7 @@ class WindowJob(NamedTuple):
     """What read_window needs; it can be sent to another process."""
     slices: list[Slice]
     columns: tuple[str, ...]
-    tokenizer: object
+    tokenizer: Any
     max_len: int
     micro_batch_tokens: int
     round_to: int
@@ -1706,18 +1732,19 @@ class Window:
     columns: list[tuple[np.ndarray, np.ndarray]]  # ids of all rows, and offsets (rows + 1,)
     numbers: np.ndarray  # (rows,) their numbers in all files
     batches: list[np.ndarray]  # rows of each batch
-    unusable: str  # where the first row without text is; "" if there is none
+    first_unusable: str  # where the first row without text is; "" if there is none
 
 
-# row groups that this process has read in part: (path, group) -> rows read, the rest
-readers: dict[tuple[str, int], tuple[int, Iterator]] = {}
+# the open reader of a row group: (path, group, columns) -> rows read so far, remaining batches
+readers: dict[tuple[str, int, tuple[str, ...]], tuple[int, Iterator]] = {}
 
 
 def read_slice(piece: Slice, columns: tuple[str, ...]):
     """A pyarrow Table of the rows of a slice, without holding the whole row group. The rest stays
     open for the next slice."""
     pa = arrow()
-    at, batches = readers.pop((piece.path, piece.group), (0, None))
+    key = piece.path, piece.group, columns
+    at, batches = readers.pop(key, (0, None))
     if batches is None or at > piece.begin:
         file = pa.parquet.ParquetFile(piece.path, pre_buffer=False, buffer_size=1 << 20)
         at, batches = 0, file.iter_batches(SLICE_ROWS, row_groups=[piece.group],
@@ -1727,7 +1754,7 @@ def read_slice(piece: Slice, columns: tuple[str, ...]):
         taken += [batch] if at >= piece.begin else []
         at += len(batch)
     readers.clear()  # one is enough: slices of a row group are read in order
-    readers[piece.path, piece.group] = at, batches
+    readers[key] = at, batches
     table = pa.Table.from_batches(taken).slice(0, piece.rows)
     return pa.table({column: text_column(table[column]) for column in columns})
 
@@ -1736,7 +1763,7 @@ def read_window(job: WindowJob) -> Window:
     """Read and tokenize the rows of a window, without those that have no text in a column."""
     pa = arrow()
     pc = pa.compute
-    tables, numbers, unusable = [], [], ""
+    tables, usable_rows, unusable = [], [], ""
     for piece in job.slices:
         try:
             table = read_slice(piece, job.columns)
@@ -1752,8 +1779,8 @@ def read_window(job: WindowJob) -> Window:
             row = piece.begin + int(usable.argmin()) + 1
             unusable = f"{piece.path}, row group {piece.group}, row {row:,}"
         tables.append(table.filter(pa.array(usable)))
-        numbers.append(piece.before + np.flatnonzero(usable))
-    table, numbers = pa.concat_tables(tables), np.concatenate(numbers)
+        usable_rows.append(piece.before + np.flatnonzero(usable))
+    table, numbers = pa.concat_tables(tables), np.concatenate(usable_rows)
     columns = [tokenize_column(table[column], job) for column in job.columns]
     lengths = np.stack([np.diff(offsets) for _, offsets in columns], axis=1)
     rounded = -(-lengths // job.round_to) * job.round_to
@@ -1802,7 +1829,7 @@ def plan_batches(lengths: np.ndarray, budget: int, rng: np.random.Generator) -> 
 
 def cut_rows(rows: np.ndarray, lengths: np.ndarray, budget: int) -> tuple[np.ndarray, np.ndarray]:
     """The cheapest cut of plan_batches. rows: (N,), with lengths (N, columns)."""
-    best, cut, below = np.inf, None, np.arange(1, len(rows))
+    best, cut, below = np.inf, (rows, rows), np.arange(1, len(rows))
     for column in range(lengths.shape[1]):
         order = np.argsort(lengths[:, column], kind="stable")
         width = lengths[order]
@@ -1846,9 +1873,11 @@ class PairStream:
                  seed: int = 0, rank: int = 0, world_size: int = 1, state: dict | None = None,
                  group: int | None = None, columns: tuple[str, ...] = PAIR, workers: int = 0,
                  round_to: int = 1):
-        """group: batches per step (default: one per rank). workers: background processes that read
-        and tokenize ahead."""
+        """max_len: tokens per side with [EOS]; longer ones are cut. group: batches per step
+        (default: one per rank). workers: background processes that read and tokenize ahead."""
         files = [str(f) for f in ([files] if isinstance(files, (str, Path)) else files)]
+        if max_len < 1:
+            raise ValueError(f"max_len is {max_len}, and must be at least 1")
         if micro_batch_tokens < len(columns) * -(-max_len // round_to) * round_to:
             raise ValueError(f"micro_batch_tokens {micro_batch_tokens} cannot hold one row of "
                              f"{len(columns)} x max_len {max_len} tokens")
@@ -1897,7 +1926,8 @@ class PairStream:
     def windows(self, epoch: int) -> list[list[Slice]]:
         """The windows of an epoch: shuffled row groups, as many as fit."""
         if epoch != self._plan[0]:
-            windows, filled = [[]], 0.0
+            windows: list[list[Slice]] = [[]]
+            filled = 0.0
             order = np.random.default_rng([self.seed, epoch]).permutation(len(self.row_groups))
             for piece in chain.from_iterable(self.row_groups[i] for i in order):
                 if filled + piece.share > 1 and windows[-1]:
@@ -1938,7 +1968,7 @@ class PairStream:
         if place not in self._loaded:
             self._loaded[place] = next(self._ahead)
             self._next = self._after(*place)
-            self._report(self._loaded[place].unusable)
+            self._report(self._loaded[place].first_unusable)
         return self._loaded[place]
 
     def _report(self, unusable: str) -> None:
@@ -1948,7 +1978,8 @@ class PairStream:
                   f"{unusable})", file=sys.stderr)
 
     def locate(self, epoch: int, window: int, batch: int) -> tuple[int, int, int]:
-        """The same place with batch inside the window; it may be given beyond its end."""
+        """Normalize a place: a batch number past the end of its window moves on to the next ones.
+        """
         empty = 0
         while batch >= (n := len(self.window(epoch, window).batches)):
             batch, (epoch, window) = batch - n, self._after(epoch, window)
@@ -1960,7 +1991,7 @@ class PairStream:
 
     @property
     def epoch(self) -> float:
-        """Epochs before the state, with the fraction of the current one, by rows."""
+        """Position in epochs, such as 1.25, counted in rows. May read a window."""
         epoch, window, batch = self.locate(**self.state)
         sizes = [sum(piece.rows for piece in slices) for slices in self.windows(epoch)]
         part = batch / len(self.window(epoch, window).batches)
@@ -1976,7 +2007,7 @@ class PairStream:
             width = -(-lengths.max() // self.round_to) * self.round_to
             grid = np.full((len(rows), width), IGNORED if i else PAD, dtype=np.int64)
             inside = np.arange(width) < lengths[:, None]
-            grid[inside] = ids[np.repeat(offsets[rows], lengths) + inside.nonzero()[1]]
+            grid[inside] = ids[joined_ranges(offsets[rows], lengths)]
             padded.append(torch.from_numpy(grid))
             if i == 0:
                 mask = torch.from_numpy(inside.astype(np.int64))
@@ -2035,7 +2066,8 @@ class ParallelMap:
     """
 
     def __init__(self, function: Callable, jobs: Iterable, workers: int, threads: bool = False):
-        self.function, self.jobs, self.running = function, iter(jobs), deque()
+        self.function, self.jobs = function, iter(jobs)
+        self.running: deque = deque()
         self.pool: Executor = ThreadPoolExecutor(workers)
         if not threads:
             spawn = multiprocessing.get_context("spawn")
@@ -2080,7 +2112,8 @@ def start_worker() -> None:
     parent = multiprocessing.parent_process()
 
     def watch() -> None:
-        parent.join()
+        if parent:
+            parent.join()
         os._exit(0)
     threading.Thread(target=watch, daemon=True).start()
 
@@ -2097,7 +2130,7 @@ def main_module_hidden(function: Callable) -> Iterator[None]:
         yield
         return
     with main_module_lock:
-        hidden = {name: main[name] for name in ("__file__", "__spec__") if name in main}
+        hidden: dict[str, Any] = {k: main[k] for k in ("__file__", "__spec__") if k in main}
         try:
             main.update(dict.fromkeys(hidden))
             yield
@@ -2115,13 +2148,6 @@ def batches(items: Iterable, chars: int, length: Callable = len) -> Iterator[lis
             yield batch
             batch, size = [], 0
     if batch:
-        yield batch
-
-
-def grouped(rows: Iterable, size: int) -> Iterator[list]:
-    """Lists of `size` rows; the last one may be shorter."""
-    rows = iter(rows)
-    while batch := list(islice(rows, size)):
         yield batch
 
 
@@ -2166,8 +2192,8 @@ def number(kind: type, low: float, high: float = float("inf"), above: bool = Fal
         try:
             value = kind(text)
         except ValueError:
-            what = "a whole number" if kind is int else "a number"
-            raise argparse.ArgumentTypeError(f"{text!r} is not {what}") from None
+            expected = "a whole number" if kind is int else "a number"
+            raise argparse.ArgumentTypeError(f"{text!r} is not {expected}") from None
         too_low = value <= low if above else value < low
         if too_low or not value <= high or not math.isfinite(value):
             limit = f"more than {low:g}" if above else f"{low:g} or more"
@@ -2191,9 +2217,9 @@ def memory_hint(flag: str) -> Iterator[None]:
     except (MemoryError, RuntimeError) as e:
         text = str(e)
         pattern = "out of memory|ALLOC_FAILED|allocate memory|not enough memory"
-        if not isinstance(e, MemoryError) and not re.search(pattern, text, re.I):
+        if not isinstance(e, MemoryError) and not re.search(pattern, text, re.IGNORECASE):
             raise
-        kind = "GPU memory" if re.search("cuda|cublas|gpu", text, re.I) else "memory"
+        kind = "GPU memory" if re.search("cuda|cublas|gpu", text, re.IGNORECASE) else "memory"
         raise MemoryError(f"out of {kind}: lower {flag}") from None
 
 

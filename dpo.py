@@ -24,7 +24,9 @@ less. A high beta therefore keeps the model close to the reference.
 The loop is train.py's, with another objective. The reference's log-probabilities do not change, so
 they are computed once, before the first step, and stored: no second model is ever in memory.
 
-The log shows the margin (the mean of beta * h) and the accuracy (the share of pairs with h > 0).
+The log shows the margin (the mean of beta * h), the accuracy (the share of pairs with h > 0) and
+log_ratio (the mean of log pi(y|x) / ref(y|x) over both answers: far below 0, the model has moved
+away from both).
 Try next: plot chosen_logp and rejected_logp. Only their difference is trained, so both may fall;
 --sft_alpha 1 keeps the chosen answers likely.
 
@@ -50,8 +52,21 @@ import data
 import sample
 import train
 from chatlm import IGNORED, ChatLM, LinearLogProbs, find_targets, load_adapter, merge_lora
-from data import (ArgumentParser, PairStream, Progress, Rows, atomic_write, check_folder,
-                  hash_files, memory_hint, note_once, number, run, write_errors)
+from data import (
+    AgreedError,
+    ArgumentParser,
+    PairStream,
+    Progress,
+    Rows,
+    atomic_write,
+    check_folder,
+    hash_files,
+    memory_hint,
+    note_once,
+    number,
+    run,
+    write_errors,
+)
 from tokenizer import Tokenizer
 
 COLUMNS = data.PREFERENCE  # prompt, chosen, rejected
@@ -131,8 +146,8 @@ class Preference(train.Objective):
     """The DPO loss, against stored log-probabilities of the reference."""
     extra, shown = METRICS, ("loss", "margin", "accuracy")
 
-    def __init__(self, settings: Settings, ranks: train.Ranks, model: ChatLM, tokenizer: Tokenizer,
-                 init_hash: str):
+    def __init__(self, settings: train.Settings, ranks: train.Ranks, model: ChatLM,
+                 tokenizer: Tokenizer, init_hash: str | None):
         super().__init__(settings, ranks, model, tokenizer)
         self.references = {"data": self.reference(settings.data_files, "data", init_hash)}
         self.batches: list[dict] = []
@@ -140,6 +155,9 @@ class Preference(train.Objective):
             valid = self.reference(settings.valid_files, "valid", init_hash)
             self.references["valid"] = valid
             self.batches = list(self.stream(settings.valid_files).one_epoch())
+            pairs = torch.tensor([len(batch["rows"]) for batch in self.batches]).sum()
+            if not ranks.all_reduce(pairs.to(ranks.device)):
+                raise AgreedError(f"{settings.valid} has no usable row")
 
     def stream(self, files: tuple[str, ...]) -> PairStream:
         s = self.settings
@@ -147,11 +165,11 @@ class Preference(train.Objective):
                           self.ranks.rank, self.ranks.world_size, columns=COLUMNS,
                           round_to=s.round_to)
 
-    def reference(self, files: tuple[str, ...], name: str, init_hash: str) -> Tensor:
+    def reference(self, files: tuple[str, ...], name: str, init_hash: str | None) -> Tensor:
         s, stream = self.settings, self.stream(files)
         path = Path(s.out_dir) / "checkpoint" / f"reference_{name}.safetensors"
         tokenizer_hash = xxhash.xxh3_64_hexdigest(self.tokenizer.to_json().encode())
-        identity = {"data": hash_files(files), "weights": init_hash, "max_len": str(s.max_len),
+        identity = {"data": hash_files(files), "weights": str(init_hash), "max_len": str(s.max_len),
                     "dtype": s.dtype, "tokenizer": tokenizer_hash}
         return reference_logps(self.ranks, self.model, stream, path, identity)
 
@@ -222,8 +240,8 @@ def reference_logps(ranks: train.Ranks, model: ChatLM, stream: PairStream, path:
 
 
 def read_reference(path: Path, identity: dict[str, str]) -> Tensor | None:
-    """The stored log-probabilities, or None: there are none, or they are damaged or of another
-    identity, which is reported."""
+    """The stored log-probabilities. None if there is no file, or, with a note, if it is damaged or
+    has another identity."""
     if not path.is_file():
         return None
     try:

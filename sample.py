@@ -26,7 +26,7 @@ contrastive   of the likely tokens, the one least like what was said before.
 Without a trick, step n would compute all n tokens again. But in attention, a token needs only the
 keys and values of those before it, and these do not change. So they are kept in a KV cache, and a
 step computes one token. It still reads every weight of the decoder, 105 million numbers in 0.2b, so
-with one answer at a time the speed is that of the memory; several answers share the reading.
+one answer at a time is limited by memory bandwidth; answers in a batch share each read.
 
     token       x = embedding[id]
     10 layers   x += o(attend(q, k and v of all tokens so far))      one product makes q, k, v
@@ -35,11 +35,13 @@ with one answer at a time the speed is that of the memory; several answers share
     logits      x @ embedding.T                                      a fifth of all that is read
 
 generate() has transformers' argument names with their meaning, and returns its tokens for greedy
-and beam search. A row that has finished leaves the batch, so it costs nothing more.
+and beam search. Finished rows leave the batch: at once on a CPU, when half of it has finished on a
+GPU.
 
 Try next: ask the same question with --num_beams 5, with --do_sample --temperature 1.5, and with
 --penalty_alpha 0.6 --top_k 4.
 """
+import argparse
 import itertools
 import json
 import math
@@ -53,18 +55,29 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-import argparse
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from chatlm import (IGNORED, ChatLM, ChatLMConfig, FeedForward, RMSNorm, pad_to_8, read_json)
-from data import (PAIR, ArgumentParser, Progress, Rows, hash_files, input_files, locked,
-                  memory_hint, note_once, number, run, write_errors, write_file)
+from chatlm import IGNORED, ChatLM, ChatLMConfig, FeedForward, RMSNorm, pad_to_8, read_json
+from data import (
+    PAIR,
+    ArgumentParser,
+    Progress,
+    Rows,
+    hash_files,
+    input_files,
+    locked,
+    memory_hint,
+    note_once,
+    number,
+    run,
+    write_errors,
+    write_file,
+)
 from tokenizer import Tokenizer
-
 
 # --- the decoder, one token at a time -------------------------------------------------------------
 
@@ -103,10 +116,11 @@ def sliced_product(weight: Tensor) -> Product:
 def packed_product(weight: Tensor, dtype: torch.dtype) -> Product:
     """x -> x @ weight.T on a CPU, with the weight packed for FBGEMM.
 
-    float16: the weight is rounded, and the arithmetic is float32. bfloat16: the same for few rows,
-    which is faster than torch's own product; for more rows that, if the CPU has instructions for
-    it. int8: each row of the weight is scaled to -127 .. 127, x is quantized to 8 bits at every
-    call, and integers are summed.
+    float16: the weight is rounded, and the arithmetic is float32. bfloat16: the weight is rounded;
+    below 8 rows FBGEMM's float16 kernel is faster (weights under 6e-5 lose some digits there), and
+    from 8 rows on torch's bfloat16 product, if the CPU has instructions for it. int8: each row of
+    the weight is scaled to -127 .. 127, x is quantized to 8 bits at every call, and integers are
+    summed.
     """
     ops = torch.ops.quantized
     if dtype == torch.bfloat16:
@@ -118,6 +132,8 @@ def packed_product(weight: Tensor, dtype: torch.dtype) -> Product:
     if dtype == torch.float16:
         packed = ops.linear_prepack_fp16(weight, None)
         return lambda x: ops.linear_dynamic_fp16(x, packed)
+    if dtype != torch.int8:
+        raise ValueError(f"weights cannot be packed as {dtype}")
     with warnings.catch_warnings():  # quantized tensors are deprecated; 2.11 to 2.13 have them
         warnings.simplefilter("ignore")
         scale = weight.abs().amax(1).clamp(min=1e-30) / 127
@@ -159,7 +175,7 @@ def gpu_norm(norm: RMSNorm, scale: float = 1.0) -> Product:
     return normalize
 
 
-def gpu_feed_forward(module: FeedForward) -> Product:
+def gpu_feed_forward(module: Any) -> Product:
     """wo(relu(wi x)) for a GPU: relu is part of the first product's kernel."""
     up, down = module.wi.weight.t(), module.wo.weight
     zeros = up.new_zeros(up.size(1))
@@ -192,7 +208,7 @@ class Products:
         self.is_gpu = weight.is_cuda
         self.head = self.of(model.head_weight())
         self.layers = [self.layer(*block.layer) for block in model.decoder.block]
-        self.to_head = model.to_head
+        self.to_head: Product = model.to_head
         if self.is_gpu:
             c = model.config
             scale = c.d_model ** -0.5 if c.scale_decoder_outputs else 1.0
@@ -203,7 +219,7 @@ class Products:
             return packed_product(weight.detach(), self.dtype)
         return sliced_product(weight.detach()) if self.quick else lambda x: F.linear(x, weight)
 
-    def side_by_side(self, *linears: nn.Module) -> Product:
+    def side_by_side(self, *linears: Any) -> Product:
         """The outputs of several linear layers, concatenated."""
         if not all(type(module) is nn.Linear for module in linears):  # LoRALinear
             return lambda x: torch.cat([module(x) for module in linears], -1)
@@ -227,7 +243,7 @@ class Products:
         down = self.side_by_side(module.wo)
         return lambda x: down(module.activation(up(x)))
 
-    def layer(self, own: nn.Module, cross: nn.Module, feed: nn.Module) -> LayerProducts:
+    def layer(self, own: Any, cross: Any, feed: Any) -> LayerProducts:
         a, c = own.SelfAttention, cross.EncDecAttention
         feed_norm, scale = self.norm(feed.layer_norm), 1.0
         feed_forward = self.feed_forward(feed.DenseReluDense)
@@ -257,7 +273,7 @@ def pack(model: ChatLM, dtype: torch.dtype | None = None) -> None:
         packed_models[model] = Products(model, dtype)
     except (RuntimeError, AttributeError) as e:
         raise ValueError(f"this processor, or this torch, has no products with {dtype} weights: "
-                         f"{str(e).splitlines()[0]}") from None
+                         f"{str(e).partition(chr(10))[0]}") from None
 
 
 class StepGraph(NamedTuple):
@@ -281,12 +297,14 @@ class Decoder:
                                                 same memory, so a CUDA graph can replay it; then the
                                                 newest keys and values move to their place
     """
-    graph_owner: Callable = staticmethod(lambda: None)  # one decoder has a graph: they share memory
+    # weakref to the one Decoder that may capture graphs: the memory of several would add up
+    graph_owner: Callable = staticmethod(lambda: None)
 
     @torch.inference_mode()
     def __init__(self, model: ChatLM, input_ids: Tensor, attention_mask: Tensor | None = None,
                  rows_per_source: int = 1, static: bool | None = None):
-        """input_ids, attention_mask: (B, S). static: the GPU's layout; None: on a GPU."""
+        """input_ids, attention_mask: (B, S); None: no padding. rows_per_source: N answers per
+        prompt, such as beams. static: the GPU's layout; None: on a GPU."""
         c = model.config
         self.model, self.heads = model, (c.num_heads, c.d_kv)
         self.rows, self.length = len(input_ids) * rows_per_source, 0
@@ -378,7 +396,8 @@ class Decoder:
             x = x + layer.out(y.view(rows, -1))
             q = layer.cross_q(layer.cross_norm(x)).view(len(self.mask), -1, *self.heads)
             q = q.transpose(1, 2)  # (B, H, N, K): the N rows of a source are its queries
-            y = attend(q, *self.sources[i], attn_mask=mask, scale=1.0)
+            keys, values = self.sources[i]
+            y = attend(q, keys, values, attn_mask=mask, scale=1.0)
             x = x + layer.cross_out(y.transpose(1, 2).reshape(rows, -1))
             x = torch.add(x, layer.feed_forward(layer.feed_norm(x)), alpha=layer.feed_scale)
         hidden = self.products.to_head(x)
@@ -412,6 +431,7 @@ class Decoder:
 
 # --- strategies -----------------------------------------------------------------------------------
 
+NO_TOKEN = "no token is left to choose: lower --no_repeat_ngram_size or --min_new_tokens"
 FINISHED = -1e9  # added to the score of a beam that may not go on: finite, as in transformers
 RANGES = {
     "max_new_tokens": (1, 1 << 20), "min_new_tokens": (0, 1 << 20), "num_beams": (1, 1000),
@@ -419,11 +439,11 @@ RANGES = {
     "top_p": (1e-9, 1), "repetition_penalty": (1e-3, 1e3), "no_repeat_ngram_size": (0, 1 << 20),
     "length_penalty": (-100, 100), "penalty_alpha": (0, 1)}
 # options of transformers that change answers and that we do not have; None, 0, 1 and [] are off
-UNSUPPORTED = set("""
+UNSUPPORTED = """
     max_length min_length min_p typical_p epsilon_cutoff eta_cutoff suppress_tokens bad_words_ids
     begin_suppress_tokens force_words_ids forced_bos_token_id forced_eos_token_id num_beam_groups
     diversity_penalty encoder_repetition_penalty encoder_no_repeat_ngram_size sequence_bias
-    guidance_scale exponential_decay_length_penalty stop_strings max_time dola_layers""".split())
+    guidance_scale exponential_decay_length_penalty stop_strings max_time dola_layers"""
 
 
 @dataclass
@@ -479,7 +499,7 @@ class GenerationConfig:
 
     def unused(self) -> dict[str, str]:
         """Options that have no effect here, and what they need."""
-        unused = {}
+        unused: dict[str, str] = {}
         if not self.do_sample:
             unused |= dict.fromkeys(("temperature", "top_p", "seed"), "do_sample")
             if not self.penalty_alpha:
@@ -505,6 +525,8 @@ class GenerationConfig:
             rows, at = (grams[:, :, :-1] == last).all(-1).nonzero(as_tuple=True)
             forbidden = scores.new_tensor(-math.inf)
             scores = scores.index_put((rows, grams[rows, at, -1]), forbidden)
+            if bool(scores.amax(-1).isneginf().any()):  # nonzero has waited for the device anyway
+                raise ValueError(NO_TOKEN)
         if ids.size(1) - 1 < self.min_new_tokens:
             scores[:, eos] = -math.inf
         return self.filter(scores / self.temperature) if self.do_sample else scores
@@ -552,9 +574,8 @@ def draw(scores: Tensor, count: int) -> Tensor:
     """
     try:
         return torch.multinomial(scores.softmax(-1), count)
-    except RuntimeError:
-        raise ValueError("no token is left to choose: lower --no_repeat_ngram_size or "
-                         "--min_new_tokens") from None
+    except RuntimeError:  # on a CPU; a GPU would fail later, so process checks before it
+        raise ValueError(NO_TOKEN) from None
 
 
 @torch.inference_mode()
@@ -822,14 +843,14 @@ def losses(model: ChatLM, tokenizer: Tokenizer, rows: list[dict], max_len: int,
 
 def score(model: ChatLM, tokenizer: Tokenizer, rows: list[dict], max_len: int = 512,
           batch_size: int = 32, **options) -> tuple[dict, list[str]]:
-    """Scores of a model on rows of prompt and response, and its answers. Responses that are all
-    lists of triples also get precision, recall and F1."""
+    """Scores of a model on rows (at least one) of prompt and response, and its answers. Responses
+    that are all lists of triples also get precision, recall and F1."""
     ordered = sorted(rows, key=lambda row: len(row["response"]))
     nats, tokens, chars = losses(model, tokenizer, ordered, max_len)
     prompts, references = ([row[column] for row in rows] for column in PAIR)
     answers = answer(model, tokenizer, prompts, batch_size, max_len, **options)
     exact = sum(a.strip() == r.strip() for a, r in zip(answers, references))
-    result = {"rows": len(rows), "loss": nats / tokens, "ppl": math.exp(min(700.0, nats / tokens)),
+    result = {"rows": len(rows), "loss": nats / tokens, "ppl": math.exp(min(nats / tokens, 700.0)),
               "nats_per_char": nats / max(1, chars), "bleu4": bleu4(answers, references),
               "exact_match": exact / len(rows)}
     if all(r.startswith("[(") and r.endswith(")]") for r in references):
@@ -863,7 +884,7 @@ def pick_device(name: str | None) -> torch.device:
                                "use")
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as e:
-        raise ValueError(f"--device {name or 'cuda'}: {str(e).splitlines()[0]}") from None
+        raise ValueError(f"--device {name or 'cuda'}: {str(e).partition(chr(10))[0]}") from None
     if device.type == "cuda":
         torch.cuda.set_device(device)
         # cuDNN's attention has given NaN gradients with a mask, and plans anew for every shape
@@ -880,14 +901,15 @@ def load(folder: str, dtype: str | None, device: torch.device) -> ChatLM:
         # cuBLAS's workspace: 8 MB per stream instead of 32
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:2:16:8")
     wanted = getattr(torch, dtype) if dtype else None
-    is_packed = device.type == "cpu" and wanted in (torch.float16, torch.int8)
-    model = ChatLM.from_pretrained(folder, torch.float32 if is_packed else wanted, device)
-    model.requires_grad_(False)
     if device.type == "cuda":
-        pack(model)
-        return model
-    wanted = wanted or model.shared.weight.dtype
-    pack(model.float(), None if wanted == torch.float32 else wanted)
+        model = ChatLM.from_pretrained(folder, wanted, device)
+    else:
+        model = ChatLM.from_pretrained(folder, None, device)
+        wanted = wanted or model.shared.weight.dtype
+        model.float()
+    model.requires_grad_(False)
+    is_packed = device.type == "cpu" and wanted in (torch.float16, torch.bfloat16, torch.int8)
+    pack(model, wanted if is_packed else None)
     return model
 
 
@@ -908,7 +930,7 @@ def read_prompts(rows: Rows) -> Iterator[str]:
     skipped. Raises ValueError for a row without."""
     for i, row in enumerate(rows, 1):
         prompt = row.get("prompt", row.get("text"))
-        if not isinstance(prompt, str):
+        if type(prompt) is not str:
             raise ValueError(f"{rows.files[0]}, row {i:,} has no text in prompt; its columns are "
                              f"{', '.join(map(str, row))}")
         if prompt.strip() or row.keys() != {"text"}:
@@ -964,8 +986,8 @@ def answer_file(model: ChatLM, tokenizer: Tokenizer, source: str, target: str, b
     out.parent.mkdir(parents=True, exist_ok=True)
     out.touch()  # something to lock
     busy = f"another process is writing {target}: wait for its end, or choose another file"
-    try:
-        with locked(out, busy):
+    with locked(out, busy):
+        try:
             done = count_answers(read_prompts(rows), out, record, made_by)
             total = sum(1 for _ in read_prompts(rows))
             write_file(record, json.dumps(made_by) + "\n")
@@ -976,10 +998,10 @@ def answer_file(model: ChatLM, tokenizer: Tokenizer, source: str, target: str, b
             write_answers(model, tokenizer, prompts, total - done, out, batch_size, max_len,
                           options)
             return total - done
-    finally:
-        if is_new and not out.stat().st_size:
-            out.unlink()
-            record.unlink(missing_ok=True)
+        finally:
+            if is_new and not out.stat().st_size:
+                out.unlink()
+                record.unlink(missing_ok=True)
 
 
 def write_answers(model: ChatLM, tokenizer: Tokenizer, prompts: Iterator[str], total: int,
@@ -1110,8 +1132,8 @@ def decoding_options(args: argparse.Namespace, model: ChatLM) -> dict:
     options = {name: stored[name] for name in names if stored.get(name) is not None}
     if args.reference_settings:
         options |= REFERENCE_SETTINGS
-    off = (None, False, 0, 1, [], {})
-    if ignored := sorted(name for name in UNSUPPORTED if stored.get(name) not in off):
+    off: tuple = (None, False, 0, 1, [], {})
+    if ignored := sorted(name for name in UNSUPPORTED.split() if stored.get(name) not in off):
         note_once(f"note: {', '.join(ignored)} of the model's generation_config.json "
                   f"{'is' if len(ignored) == 1 else 'are'} not supported and ignored")
     given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
@@ -1146,7 +1168,7 @@ def parse_args() -> argparse.Namespace:
     add = parser.add_argument_group("model").add_argument
     add("--model", default="out", metavar="DIR", help="model folder")
     add("--dtype", choices=["float32", "bfloat16", "float16", "int8"],
-        help="of the weights; float16 and int8 are fast on a CPU (default: as stored)")
+        help="of the weights; the smaller, the faster on a CPU (default: as stored)")
     add("--device", help="cpu, cuda or cuda:N (default: a GPU if there is one)")
     add("--batch_size", type=number(int, 1), help="prompts decoded together, of a file; lower it "
         "if memory runs out (default: 32)")

@@ -22,21 +22,22 @@ Learning, with the three pieces 天气好, 天气 and 好天 as an example:
     merge the most frequent 天气 is a new token:   天气 好 | 天气 | 好 天
     repeat                  (天气, 好): 1   (好, 天): 1, until the vocabulary is full
 
-Ties go to the smaller (left id, right id). The alphabet is the most frequent characters; all others
-are written as their UTF-8 bytes, € as <0xE2> <0x82> <0xAC>, so every text has ids, and decoding
-gives it back. The exception is the name of a special token: "[EOS]" in a text becomes the token,
-which decode leaves out.
+Ties go to the smaller (left id, right id). The alphabet is the most frequent characters. All others
+are written as their UTF-8 bytes, € as <0xE2> <0x82> <0xAC>. So every text has ids, and decode
+returns the text, with two exceptions: the name of a special token ("[EOS]") becomes that token,
+which decode leaves out; and with --nfkc, decode returns the normalized text.
 
     ids   0-6 special tokens | 7-262 bytes | characters, by frequency | merged tokens, as learned
 
-Written plainly, learning is quadratic: every merge would count the corpus again. Here learning
-and encoding work on whole arrays of text with numpy. MergeLearner counts only what a merge
+The plain algorithm is quadratic: it recounts the corpus after every merge. Here learning and
+encoding work on whole arrays of text with numpy. MergeLearner counts only what a merge
 changes, and Merger encodes thousands of pieces at once; tests compare both with the plain version.
 tokenizer.json is in Hugging Face's format, and AutoTokenizer gives the same ids.
 
 Try next: print the longest tokens of a vocabulary and guess what the corpus was; train with
 --vocab_size 1000 and 30000 and compare the characters per token that `stats` shows.
 """
+import argparse
 import heapq
 import json
 import os
@@ -46,15 +47,29 @@ import time
 import unicodedata
 from collections import deque
 from collections.abc import Iterable, Iterator
+from itertools import pairwise
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-import argparse
 import numpy as np
 import xxhash
 
-from data import (EOS, READABLE, ArgumentParser, Progress, Texts, batches, check_folder,
-                  joined_ranges, number, ordered_map, run, to_codepoints, write_file)
+from data import (
+    EOS,
+    READABLE,
+    ArgumentParser,
+    Progress,
+    Texts,
+    batches,
+    check_folder,
+    joined_ranges,
+    note_once,
+    number,
+    ordered_map,
+    run,
+    to_codepoints,
+    write_file,
+)
 
 SPECIAL_TOKENS = ["[PAD]", "[EOS]", "[SEP]", "[BOS]", "[CLS]", "[MASK]", "[UNK]"]  # ids 0 to 6
 UNK = 6
@@ -66,13 +81,14 @@ CHUNK_CHARS = 1 << 18  # texts are encoded in batches of about this many charact
 
 # --- pieces ---------------------------------------------------------------------------------------
 
-BEGINS, ENDS = 1, 2  # classes of characters: a piece begins here; a piece ends here
+BEGINS, ENDS = 1, 2  # classes of characters: a piece begins at it; a piece ends with it
 
 
 def piece_starts(codes: np.ndarray, text_begins: np.ndarray,
                  classes: np.ndarray | None = None) -> np.ndarray:
     """True (N,) where a piece begins: at the beginning of a text, at and after a punctuation mark
-    or digit, and at a space. codes: (N,) codepoints; classes: see character_classes."""
+    or digit, and at a space. codes: (N,) codepoints; text_begins: (M,) indices into codes; classes:
+    see character_classes."""
     kinds = (CLASSES if classes is None else classes)[codes]
     starts = (kinds & BEGINS).astype(bool)
     starts[1:] |= (kinds[:-1] & ENDS).astype(bool)
@@ -103,10 +119,12 @@ class Merger:
         self.ranks = {pair: rank for rank, pair in enumerate(merges)}
         self.merged, self.merged_ids = np.array(merged, dtype=np.int32), merged
         pairs = sorted((left << 32 | right, rank) for (left, right), rank in self.ranks.items())
-        pairs.append((2 ** 63 - 1, NO_MERGE))
+        pairs.append((2 ** 63 - 1, int(NO_MERGE)))
         self.pairs = np.array([pair for pair, _ in pairs], np.int64)
         self.pair_ranks = np.array([rank for _, rank in pairs], np.int32)
-        first, last, joins = {}, {}, set()  # the first and last symbol of a token
+        first: dict[int, int] = {}  # the first symbol of a token
+        last: dict[int, int] = {}
+        joins = set()
         by_length = sorted(zip(merged, merges), key=lambda item: len(vocab[item[0]]))
         for new, (a, b) in by_length:  # parts come before the tokens they form
             joins.add((last.get(a, a), first.get(b, b)))
@@ -126,8 +144,8 @@ class Merger:
         return np.where(self.pairs[places] == pairs, self.pair_ranks[places], NO_MERGE)
 
     def merge(self, symbols: np.ndarray, starts: np.ndarray) -> None:
-        """In place: symbols (N,) int32; starts (N,) bool, True where a piece begins. The tokens of
-        a run take its first places, and the rest become -1."""
+        """Merge in place. symbols: (N,) int32; starts: (N,) bool, True where a piece begins. The
+        tokens of each run are written at its beginning; the cells left over become -1."""
         codes = symbols.view(np.uint32)
         cut = starts.copy()
         cut[1:] |= ~self.joins[self.hashes(codes[:-1], codes[1:])]
@@ -185,7 +203,7 @@ class Merger:
         neighbors."""
         ids, ranks, merged = symbols.tolist(), self.ranks, self.merged_ids
         after, before = list(range(1, len(ids) + 1)), list(range(-1, len(ids) - 1))
-        heap = [(ranks[pair], i) for i, pair in enumerate(zip(ids, ids[1:])) if pair in ranks]
+        heap = [(ranks[pair], i) for i, pair in enumerate(pairwise(ids)) if pair in ranks]
         heapq.heapify(heap)
         ids.append(-1)  # behind the last one; it is in no pair
         while heap:
@@ -198,9 +216,9 @@ class Merger:
             if after[i] < len(ids) - 1:
                 before[after[i]] = i
             for left in (before[i], i):
-                rank = ranks.get((ids[left], ids[after[left]])) if left >= 0 else None
-                if rank is not None:
-                    heapq.heappush(heap, (rank, left))
+                pair = (ids[left], ids[after[left]]) if left >= 0 else None
+                if pair in ranks:
+                    heapq.heappush(heap, (ranks[pair], left))
         tokens = [i for i in ids if i >= 0]
         symbols[:] = -1
         symbols[:len(tokens)] = tokens
@@ -265,6 +283,7 @@ class Tokenizer:
         return self.encode_arrays([text])[0].tolist()
 
     def encode_batch(self, texts: Iterable[str]) -> list[list[int]]:
+        """The ids of each text."""
         ids, lengths = self.encode_arrays(texts)
         flat, ends = ids.tolist(), np.cumsum(lengths).tolist()
         return [flat[a:b] for a, b in zip([0] + ends, ends)]
@@ -272,6 +291,8 @@ class Tokenizer:
     def encode_arrays(self, texts: Iterable[str]) -> tuple[np.ndarray, np.ndarray]:
         """The ids of all texts, one text after the other (int32), and the length of each (int64).
         """
+        if isinstance(texts, str):
+            raise TypeError("texts is a list of strings; use encode for one string")
         parts = [self._encode_chunk(chunk) for chunk in batches(texts, CHUNK_CHARS)]
         parts.append((np.empty(0, np.int32), np.empty(0, np.int64)))
         ids, lengths = (np.concatenate(arrays) for arrays in zip(*parts))
@@ -377,9 +398,11 @@ class Tokenizer:
         Raises ValueError for a corpus without text, or a vocabulary that is too small for special
         tokens, bytes and alphabet.
         """
-        if vocab_size > MAX_TOKENS or min_frequency < 1:
-            raise ValueError(f"vocab_size must be at most {MAX_TOKENS:,}, and min_frequency at "
-                             "least 1")
+        if isinstance(texts, str):
+            raise TypeError("texts is an iterable of strings, not one string")
+        if vocab_size > MAX_TOKENS or min_frequency < 1 or not 0 < character_coverage <= 1:
+            raise ValueError(f"vocab_size must be at most {MAX_TOKENS:,}, min_frequency at least "
+                             "1, and character_coverage above 0, at most 1")
         pieces = count_pieces(texts, vocab_size, nfkc, workers, memory_bytes, progress)
         counts = pieces.characters
         if not counts.any():
@@ -453,6 +476,224 @@ def decode_bytes(spelled: bytearray) -> str:
         return spelled.decode()
     except UnicodeDecodeError:
         return "\ufffd" * len(spelled)
+
+
+# --- learning: merges -----------------------------------------------------------------------------
+
+SCAN_CELLS = 1 << 20  # pairs are counted in stretches of this many cells
+
+
+class MergeLearner:
+    """Learns the merges of textbook BPE, which is:
+
+        while len(vocab) < vocab_size:
+            counts = Counter()
+            for piece, frequency in pieces:
+                for pair in zip(piece, piece[1:]):
+                    counts[pair] += frequency
+            best = min(counts, key=lambda pair: (-counts[pair], pair))
+            if counts[best] < min_frequency:
+                break
+            replace `best` by a new token in all pieces, from the left
+
+    All pieces are in one array, with -1 around each. A token is at the place of its first
+    character, and ~token at that of its last one, so the next token is found by adding a token's
+    length, and the one before by reading the previous cell. A merge changes only its own cells:
+
+        -1 天 气 预 报 -1    merge (天, 气):   -1 [天气] ~[天气] 预 报 -1
+
+    Counting all pairs for every merge would be slow, so there is a heap of (-count, left, right)
+    with the most frequent pairs, and the places where each one occurs. Its counts can be too high,
+    because merges remove occurrences, but never too low. So:
+
+    1. count_pairs counts the whole corpus and fills the heap with all pairs that come before a
+       `bound`, one such triple. It is called when the heap is empty, with a farther bound.
+    2. pop_best takes the first pair and counts it again. If the count is still right, no other pair
+       comes before it; otherwise it goes back with its true count.
+    3. merge replaces the pair. The pairs that this creates are new; they enter the heap if they
+       come before the bound.
+
+    A merge may make a token that exists already in another way (ab + c, when a + bc is known).
+    Then known pairs can become more frequent, and all pairs are counted again (`stale`). Hugging
+    Face's trainer differs here: its queue holds such a pair twice, each with a part of its places.
+    """
+
+    def __init__(self, corpus: np.ndarray, weight: np.ndarray, vocab: list[str], vocab_size: int,
+                 min_frequency: int):
+        """corpus, weight: see Pieces.lay_out. vocab grows in place. Raises ValueError for a corpus
+        that is too long."""
+        self.corpus, self.weight, self.vocab = corpus, weight, vocab
+        self.vocab_size, self.min_frequency = vocab_size, min_frequency
+        # an occurrence of a pair is one uint64, left | right | place: sorting groups them by pair
+        self.id_bits = (vocab_size - 1).bit_length()
+        self.place_bits = np.uint64(64 - 2 * self.id_bits)
+        self.place_mask = np.uint64((1 << int(self.place_bits)) - 1)
+        if len(corpus) > max_cells(vocab_size):
+            raise ValueError(f"{len(corpus):,} characters of distinct pieces are too many for "
+                             f"{vocab_size:,} tokens: give memory_bytes, to learn from a sample, "
+                             "or a smaller vocab_size")
+        self.length = np.ones(vocab_size, dtype=np.int32)  # of each token, in characters
+        self.ids = {token: i for i, token in enumerate(vocab)}
+        self.heap: list[tuple[int, int, int]] = []
+        self.target_heap_size = 0
+        self.places: dict[tuple[int, int], np.ndarray] = {}
+        # the largest id: a bound that ends with it includes every pair of its count
+        self.last_id = (1 << self.id_bits) - 1
+        self.bound = (-sys.maxsize, 0, 0)
+        self.stale = False
+        self.slot_bits = min(22, len(corpus).bit_length())
+
+    def learn(self, progress: bool = False) -> list[tuple[int, int]]:
+        """The merges, in order."""
+        merges, shown = [], Progress()
+        while len(self.vocab) < self.vocab_size:
+            if self.stale or not self.heap:
+                if not self.count_pairs():
+                    break
+                continue
+            pair, places = self.pop_best()
+            if len(places):
+                merges.append(pair)
+                self.merge(pair, places)
+            if progress:
+                shown.show(f"vocabulary {len(self.vocab):,} of {self.vocab_size:,}")
+        shown.clear()
+        if progress:
+            print(f"vocabulary {len(self.vocab):,}, {len(merges):,} merges", file=sys.stderr)
+        return merges
+
+    def count_pairs(self) -> bool:
+        """Fill the heap with about twice as many pairs as there are tokens to come. Returns False
+        if no pair is left.
+
+        Pairs are first counted in 2^22 slots by a hash, several pairs per slot, so a slot's count
+        is at least that of each of its pairs. Only pairs in frequent slots are sorted.
+        """
+        slots = np.zeros(1 << self.slot_bits)
+        for found, slot in self.occurrences():
+            slots += np.bincount(slot, self.times(found & self.place_mask), len(slots))
+        ranked = np.sort(slots[slots >= self.min_frequency])
+        everything = (-self.min_frequency, self.last_id, self.last_id)
+        if not len(ranked) or not self.stale and self.bound == everything:
+            return False
+        self.target_heap_size = 2 * (self.vocab_size - len(self.vocab)) + 1000
+        floor = int(ranked[-min(len(ranked), self.target_heap_size)])
+        if not self.stale:  # all pairs before the old bound are done
+            whole_count = self.bound[1] == self.last_id
+            floor = min(floor, -self.bound[0] // 2 if whole_count else -self.bound[0])
+        floor = max(floor, self.min_frequency)
+        self.bound = (-floor, self.last_id, self.last_id)
+        self.heap, self.places, self.stale = [], {}, False
+        # some of the slots at a time, to sort less at once
+        rounds = min(8, 1 + int(slots[slots >= floor].sum()) // max(1 << 23, len(self.corpus) // 8))
+        for i in range(rounds):
+            chosen = slots >= floor
+            chosen[np.arange(len(slots)) % rounds != i] = False
+            parts = [found[chosen[slot]] for found, slot in self.occurrences()]
+            self.push(np.concatenate(parts))
+        return True
+
+    def occurrences(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """For every stretch of the corpus: its occurrences of pairs, and the slot of each."""
+        for begin in range(0, len(self.corpus), SCAN_CELLS):
+            at = np.flatnonzero(self.corpus[begin:begin + SCAN_CELLS] >= 0) + begin
+            left = self.corpus[at]
+            right = self.corpus[at + self.length[left]]
+            inside = right >= 0
+            found = self.pack(left[inside], right[inside], at[inside])
+            mixed = (found >> self.place_bits) * np.uint64(HASH_FACTOR)
+            yield found, (mixed >> np.uint64(64 - self.slot_bits)).view(np.int64)
+
+    def pack(self, left: np.ndarray, right: np.ndarray, at: np.ndarray) -> np.ndarray:
+        pair = left.astype(np.uint64) << np.uint64(self.id_bits) | right.astype(np.uint64)
+        return pair << self.place_bits | at.astype(np.uint64)
+
+    def times(self, at: np.ndarray) -> np.ndarray:
+        """How often the cells `at` occur."""
+        return self.weight[np.minimum(at, len(self.weight) - 1)]
+
+    def push(self, found: np.ndarray) -> None:
+        """Sort occurrences into pairs, and push those up to the bound. If the heap is too large
+        then, keep the best pairs and tighten the bound."""
+        found.sort()
+        while len(found):
+            last = found[min(SCAN_CELLS, len(found)) - 1] | self.place_mask  # end after a pair
+            part, found = np.split(found, [np.searchsorted(found, last, "right")])
+            self.push_sorted(part >> self.place_bits, (part & self.place_mask).astype(np.int32))
+            if len(self.heap) > 2 * self.target_heap_size:
+                self.heap = heapq.nsmallest(self.target_heap_size, self.heap)
+                self.bound = self.heap[-1]
+                kept = {(left, right) for _, left, right in self.heap}
+                for pair in self.places.keys() - kept:
+                    del self.places[pair]
+
+    def push_sorted(self, pairs: np.ndarray, at: np.ndarray) -> None:
+        """pairs: (N,) sorted, left << id_bits | right; at: the place of each occurrence."""
+        begins = np.concatenate([[0], np.flatnonzero(pairs[1:] != pairs[:-1]) + 1])
+        counts, pairs = np.add.reduceat(self.times(at), begins, dtype=np.int64), pairs[begins]
+        most, last = -self.bound[0], np.uint64(self.bound[1] << self.id_bits | self.bound[2])
+        near = np.flatnonzero((counts > most) | (counts == most) & (pairs <= last))
+        ends = np.append(begins, len(at))[near + 1]
+        columns = (counts[near], pairs[near], begins[near], ends)
+        for count, pair, begin, end in zip(*(column.tolist() for column in columns)):
+            left, right = divmod(pair, 1 << self.id_bits)
+            found = at[begin:end].copy()
+            if left == right:  # x x x has two pairs, of which one can be merged
+                mergeable = found[every_other(found, int(self.length[left]))]
+                count = int(self.times(mergeable).sum(dtype=np.int64))
+                if (-count, left, right) > self.bound:
+                    continue
+            self.places[left, right] = found
+            heapq.heappush(self.heap, (-count, left, right))
+
+    def pop_best(self) -> tuple[tuple[int, int], np.ndarray]:
+        """The first pair in the heap, and the places to merge; none if its count was too high."""
+        count, a, b = heapq.heappop(self.heap)
+        at = self.places.pop((a, b))
+        at = at[self.corpus[at] == a]
+        at = at[self.corpus[at + self.length[a]] == b]
+        mergeable = at
+        if a == b and len(at) > 1:
+            mergeable = at[every_other(at, int(self.length[a]))]
+        true_count = int(self.times(mergeable).sum(dtype=np.int64))
+        if true_count == -count:
+            return (a, b), mergeable
+        if (-true_count, a, b) <= self.bound:
+            self.places[a, b] = at
+            heapq.heappush(self.heap, (-true_count, a, b))
+        return (a, b), at[:0]
+
+    def merge(self, pair: tuple[int, int], at: np.ndarray) -> None:
+        """Replace a pair at these places by one token, and push the pairs that this creates."""
+        (a, b), corpus, separator = pair, self.corpus, -1
+        token = self.vocab[a] + self.vocab[b]
+        new = self.ids.setdefault(token, len(self.vocab))
+        self.stale = new < len(self.vocab)
+        if not self.stale:
+            self.vocab.append(token)
+            self.length[new] = self.length[a] + self.length[b]
+        end = at + (self.length[new] - 1)
+        corpus[at] = new
+        corpus[at + self.length[a]] = np.iinfo(corpus.dtype).min  # inside a token
+        corpus[end] = ~new
+        if self.stale:
+            return
+        before, after = corpus[at - 1], corpus[end + 1]
+        before = np.where(before < separator, ~before, before)
+        left = (before != separator) & (before != new)  # (new, new) is counted from its left one
+        right = after != separator
+        before, after = before[left], after[right]
+        self.push(np.concatenate([
+            self.pack(before, np.full(len(before), new), at[left] - self.length[before]),
+            self.pack(np.full(len(after), new), after, at[right])]))
+
+
+def every_other(positions: np.ndarray, step: int) -> np.ndarray:
+    """Which of the sorted positions of a pair (x, x) can be merged, from the left: every other one
+    in a run of neighbors `step` apart. [3, 4, 5, 9], step 1 -> [True, False, True, True]"""
+    index = np.arange(len(positions))
+    new_run = np.concatenate([[True], np.diff(positions) != step])
+    return (index - np.maximum.accumulate(np.where(new_run, index, 0))) % 2 == 0
 
 
 # --- learning: pieces and their frequencies -------------------------------------------------------
@@ -569,8 +810,8 @@ class Pieces:
         return sum(len(block.sizes) + len(block.units) for part in self.parts for block in part)
 
     def peak_bytes(self, vocab_size: int) -> int:
-        """Memory for counting or for learning, whichever is more. The factors are measured, with
-        corpora of long and of short pieces without repetition; a test checks the promise."""
+        """Peak bytes: max(counting, learning). The factors are measured, and a test checks the
+        bound."""
         blocks = [block for part in self.parts for block in part]
         held = sum(array.nbytes for block in blocks for array in block)
         repeated = sum(int((b.sizes[b.frequencies > 1] + 1).sum()) for b in blocks)
@@ -664,8 +905,8 @@ def count_pieces(texts: Iterable[str], vocab_size: int, nfkc: bool, workers: int
             share = 0.95 * counted / sample.chars_read
         else:
             share *= 0.8
-        print(f"the corpus does not fit into the memory allowed: learning from a sample of "
-              f"{100 * share:.1f} % of its texts", file=sys.stderr)
+        note_once("note: the corpus does not fit into the memory allowed: learning from a sample "
+                  f"of {100 * share:.1f} % of its texts")
 
 
 class Sample:
@@ -716,223 +957,6 @@ def count_sample(sample: Sample, budget: Budget, vocab_size: int, nfkc: bool,
     if progress:
         print(f"{sample.chars_counted:,} characters read", file=sys.stderr)
     return pieces
-
-
-# --- learning: merges -----------------------------------------------------------------------------
-
-SCAN_CELLS = 1 << 20  # pairs are counted in stretches of this many cells
-
-
-class MergeLearner:
-    """Learns the merges of textbook BPE, which is:
-
-        while len(vocab) < vocab_size:
-            counts = Counter()
-            for piece, frequency in pieces:
-                for pair in zip(piece, piece[1:]):
-                    counts[pair] += frequency
-            best = min(counts, key=lambda pair: (-counts[pair], pair))
-            if counts[best] < min_frequency:
-                break
-            replace `best` by a new token in all pieces, from the left
-
-    All pieces are in one array, with -1 around each. A token is at the place of its first
-    character, and ~token at that of its last one, so the next token is found by adding a token's
-    length, and the one before by reading the previous cell. A merge changes only its own cells:
-
-        -1 天 气 预 报 -1    merge (天, 气):   -1 [天气] ~[天气] 预 报 -1
-
-    Counting all pairs for every merge would be slow, so there is a heap of (-count, left, right)
-    with the most frequent pairs, and the places where each one occurs. Its counts can be too high,
-    because merges remove occurrences, but never too low. So:
-
-    1. count_pairs counts the whole corpus and fills the heap with all pairs that come before a
-       `bound`, one such triple. It is called when the heap is empty, with a farther bound.
-    2. pop_best takes the first pair and counts it again. If the count is still right, no other pair
-       comes before it; otherwise it goes back with its true count.
-    3. merge replaces the pair. The pairs that this creates are new; they enter the heap if they
-       come before the bound.
-
-    A merge may make a token that exists already in another way (ab + c, when a + bc is known).
-    Then known pairs can become more frequent, and all pairs are counted again (`stale`). Hugging
-    Face's trainer differs here: its queue holds such a pair twice, each with a part of its places.
-    """
-
-    def __init__(self, corpus: np.ndarray, weight: np.ndarray, vocab: list[str], vocab_size: int,
-                 min_frequency: int):
-        """corpus, weight: see Pieces.lay_out. vocab grows in place. Raises ValueError for a corpus
-        that is too long."""
-        self.corpus, self.weight, self.vocab = corpus, weight, vocab
-        self.vocab_size, self.min_frequency = vocab_size, min_frequency
-        # an occurrence of a pair is one uint64, left | right | place: sorting groups them by pair
-        self.id_bits = (vocab_size - 1).bit_length()
-        self.place_bits = np.uint64(64 - 2 * self.id_bits)
-        self.place_mask = np.uint64((1 << int(self.place_bits)) - 1)
-        if len(corpus) > max_cells(vocab_size):
-            raise ValueError(f"{len(corpus):,} characters of distinct pieces are too many for "
-                             f"{vocab_size:,} tokens: give memory_bytes, to learn from a sample, "
-                             "or a smaller vocab_size")
-        self.length = np.ones(vocab_size, dtype=np.int32)  # of each token, in characters
-        self.ids = {token: i for i, token in enumerate(vocab)}
-        self.heap: list[tuple[int, int, int]] = []
-        self.heap_size = 0  # aimed at
-        self.places: dict[tuple[int, int], np.ndarray] = {}
-        self.last_pair = (1 << self.id_bits) - 1  # a bound with this pair includes all of its count
-        self.bound = (-sys.maxsize, 0, 0)
-        self.stale = False
-        self.slot_bits = min(22, len(corpus).bit_length())
-
-    def learn(self, progress: bool = False) -> list[tuple[int, int]]:
-        """The merges, in order."""
-        merges, shown = [], Progress()
-        while len(self.vocab) < self.vocab_size:
-            if self.stale or not self.heap:
-                if not self.count_pairs():
-                    break
-                continue
-            pair, places = self.pop_best()
-            if len(places):
-                merges.append(pair)
-                self.merge(pair, places)
-            if progress:
-                shown.show(f"vocabulary {len(self.vocab):,} of {self.vocab_size:,}")
-        shown.clear()
-        if progress:
-            print(f"vocabulary {len(self.vocab):,}, {len(merges):,} merges", file=sys.stderr)
-        return merges
-
-    def count_pairs(self) -> bool:
-        """Fill the heap with about twice as many pairs as there are tokens to come. Returns False
-        if no pair is left.
-
-        Pairs are first counted in 2^22 slots by a hash, several pairs per slot, so a slot's count
-        is at least that of each of its pairs. Only pairs in frequent slots are sorted.
-        """
-        slots = np.zeros(1 << self.slot_bits)
-        for found, slot in self.occurrences():
-            slots += np.bincount(slot, self.times(found & self.place_mask), len(slots))
-        ranked = np.sort(slots[slots >= self.min_frequency])
-        everything = (-self.min_frequency, self.last_pair, self.last_pair)
-        if not len(ranked) or not self.stale and self.bound == everything:
-            return False
-        self.heap_size = 2 * (self.vocab_size - len(self.vocab)) + 1000
-        floor = int(ranked[-min(len(ranked), self.heap_size)])
-        if not self.stale:  # all pairs before the old bound are done
-            whole_count = self.bound[1] == self.last_pair
-            floor = min(floor, -self.bound[0] // 2 if whole_count else -self.bound[0])
-        floor = max(floor, self.min_frequency)
-        self.bound = (-floor, self.last_pair, self.last_pair)
-        self.heap, self.places, self.stale = [], {}, False
-        # some of the slots at a time, to sort less at once
-        rounds = min(8, 1 + int(slots[slots >= floor].sum()) // max(1 << 23, len(self.corpus) // 8))
-        for i in range(rounds):
-            chosen = slots >= floor
-            chosen[np.arange(len(slots)) % rounds != i] = False
-            parts = [found[chosen[slot]] for found, slot in self.occurrences()]
-            self.push(np.concatenate(parts))
-        return True
-
-    def occurrences(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """For every stretch of the corpus: its occurrences of pairs, and the slot of each."""
-        for begin in range(0, len(self.corpus), SCAN_CELLS):
-            at = np.flatnonzero(self.corpus[begin:begin + SCAN_CELLS] >= 0) + begin
-            left = self.corpus[at]
-            right = self.corpus[at + self.length[left]]
-            inside = right >= 0
-            found = self.pack(left[inside], right[inside], at[inside])
-            mixed = (found >> self.place_bits) * np.uint64(HASH_FACTOR)
-            yield found, (mixed >> np.uint64(64 - self.slot_bits)).view(np.int64)
-
-    def pack(self, left: np.ndarray, right: np.ndarray, at: np.ndarray) -> np.ndarray:
-        pair = left.astype(np.uint64) << np.uint64(self.id_bits) | right.astype(np.uint64)
-        return pair << self.place_bits | at.astype(np.uint64)
-
-    def times(self, at: np.ndarray) -> np.ndarray:
-        """How often the cells `at` occur."""
-        return self.weight[np.minimum(at, len(self.weight) - 1)]
-
-    def push(self, found: np.ndarray) -> None:
-        """Sort occurrences into pairs, and push those up to the bound. If the heap is too large
-        then, keep the best pairs and tighten the bound."""
-        found.sort()
-        while len(found):
-            last = found[min(SCAN_CELLS, len(found)) - 1] | self.place_mask  # end after a pair
-            part, found = np.split(found, [np.searchsorted(found, last, "right")])
-            self.push_sorted(part >> self.place_bits, (part & self.place_mask).astype(np.int32))
-            if len(self.heap) > 2 * self.heap_size:
-                self.heap = heapq.nsmallest(self.heap_size, self.heap)
-                self.bound = self.heap[-1]
-                kept = {(left, right) for _, left, right in self.heap}
-                for pair in self.places.keys() - kept:
-                    del self.places[pair]
-
-    def push_sorted(self, pairs: np.ndarray, at: np.ndarray) -> None:
-        """pairs: (N,) sorted, left << id_bits | right; at: the place of each occurrence."""
-        begins = np.concatenate([[0], np.flatnonzero(pairs[1:] != pairs[:-1]) + 1])
-        counts, pairs = np.add.reduceat(self.times(at), begins, dtype=np.int64), pairs[begins]
-        most, last = -self.bound[0], np.uint64(self.bound[1] << self.id_bits | self.bound[2])
-        near = np.flatnonzero((counts > most) | (counts == most) & (pairs <= last))
-        ends = np.append(begins, len(at))[near + 1]
-        columns = (counts[near], pairs[near], begins[near], ends)
-        for count, pair, begin, end in zip(*(column.tolist() for column in columns)):
-            left, right = divmod(pair, 1 << self.id_bits)
-            found = at[begin:end].copy()
-            if left == right:  # x x x has two pairs, of which one can be merged
-                mergeable = found[every_other(found, int(self.length[left]))]
-                count = int(self.times(mergeable).sum(dtype=np.int64))
-                if (-count, left, right) > self.bound:
-                    continue
-            self.places[left, right] = found
-            heapq.heappush(self.heap, (-count, left, right))
-
-    def pop_best(self) -> tuple[tuple[int, int], np.ndarray]:
-        """The first pair in the heap, and the places to merge; none if its count was too high."""
-        count, a, b = heapq.heappop(self.heap)
-        at = self.places.pop((a, b))
-        at = at[self.corpus[at] == a]
-        at = at[self.corpus[at + self.length[a]] == b]
-        mergeable = at
-        if a == b and len(at) > 1:
-            mergeable = at[every_other(at, int(self.length[a]))]
-        true_count = int(self.times(mergeable).sum(dtype=np.int64))
-        if true_count == -count:
-            return (a, b), mergeable
-        if (-true_count, a, b) <= self.bound:
-            self.places[a, b] = at
-            heapq.heappush(self.heap, (-true_count, a, b))
-        return (a, b), at[:0]
-
-    def merge(self, pair: tuple[int, int], at: np.ndarray) -> None:
-        """Replace a pair at these places by one token, and push the pairs that this creates."""
-        (a, b), corpus, separator = pair, self.corpus, -1
-        token = self.vocab[a] + self.vocab[b]
-        new = self.ids.setdefault(token, len(self.vocab))
-        self.stale = new < len(self.vocab)
-        if not self.stale:
-            self.vocab.append(token)
-            self.length[new] = self.length[a] + self.length[b]
-        end = at + (self.length[new] - 1)
-        corpus[at] = new
-        corpus[at + self.length[a]] = np.iinfo(corpus.dtype).min  # inside a token
-        corpus[end] = ~new
-        if self.stale:
-            return
-        before, after = corpus[at - 1], corpus[end + 1]
-        before = np.where(before < separator, ~before, before)
-        left = (before != separator) & (before != new)  # (new, new) is counted from its left one
-        right = after != separator
-        before, after = before[left], after[right]
-        self.push(np.concatenate([
-            self.pack(before, np.full(len(before), new), at[left] - self.length[before]),
-            self.pack(np.full(len(after), new), after, at[right])]))
-
-
-def every_other(positions: np.ndarray, step: int) -> np.ndarray:
-    """Which of the sorted positions of a pair (x, x) can be merged, from the left: every other one
-    in a run of neighbors `step` apart. [3, 4, 5, 9], step 1 -> [True, False, True, True]"""
-    index = np.arange(len(positions))
-    new_run = np.concatenate([[True], np.diff(positions) != step])
-    return (index - np.maximum.accumulate(np.where(new_run, index, 0))) % 2 == 0
 
 
 # --- tokenizer.json -------------------------------------------------------------------------------
@@ -998,7 +1022,7 @@ def parse_tokenizer(form: dict) -> dict:
     changed = [t["content"] for t in added if normalize(t["content"]) != t["content"]]
     if found["normalizer"] and changed:
         raise Unsupported(f"the added token {changed[0]!r}, which NFKC changes, is not supported")
-    arguments = {"vocab": vocab, "merges": [(ids[a], ids[b]) for a, b in pairs],
+    arguments: dict[str, Any] = {"vocab": vocab, "merges": [(ids[a], ids[b]) for a, b in pairs],
                  "nfkc": found["normalizer"] is not None,
                  "append_eos": found["post_processor"] is not None,
                  "spaced": found["model"]["unk_token"] is not None,
@@ -1144,9 +1168,9 @@ def print_stats(tokenizer: Tokenizer, corpus: Texts) -> None:
         chars += sum(map(len, texts))
         tokens += len(ids) - len(texts) * tokenizer.append_eos
         is_unknown = ids == UNK if tokenizer.spaced else (ids >= FIRST_BYTE) & (ids < FIRST_CHAR)
-        unknown += np.count_nonzero(is_unknown)
+        unknown += int(np.count_nonzero(is_unknown))
     if not tokens:
-        raise ValueError("no text in " + " ".join(map(str, corpus.files)))
+        raise ValueError("no text in " + " ".join(map(str, corpus.rows.files)))
     name = "[UNK]" if tokenizer.spaced else "bytes"
     print(f"{chars:,} characters, {tokens:,} tokens: {chars / tokens:.3f} characters per token, "
           f"{100 * unknown / tokens:.4f} % of the tokens are {name}, "
@@ -1196,7 +1220,7 @@ def main() -> None:
         tokenizer.save_pretrained(args.out)
         print(f"{args.out}: {len(tokenizer):,} tokens, {len(tokenizer.merges):,} merges")
     finally:
-        corpus.problems.warn()
+        corpus.rows.problems.warn()
 
 
 if __name__ == "__main__":

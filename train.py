@@ -57,7 +57,7 @@ import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import pyarrow as pa
@@ -70,11 +70,35 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import data
 import sample
-from chatlm import (IGNORED, PRESETS, ChatLM, ChatLMConfig, add_lora, find_targets, init_bigrams,
-                    save_adapter)
-from data import (PAIR, AgreedError, ArgumentParser, PairStream, Rows, Texts, atomic_write,
-                  check_folder, hash_file, hash_files, locked, memory_hint, note_once, number, run,
-                  write_errors, write_file)
+from chatlm import (
+    IGNORED,
+    PRESETS,
+    ChatLM,
+    ChatLMConfig,
+    add_lora,
+    find_targets,
+    init_bigrams,
+    save_adapter,
+)
+from data import (
+    PAIR,
+    AgreedError,
+    ArgumentParser,
+    PairStream,
+    Rows,
+    Texts,
+    atomic_write,
+    check_folder,
+    hash_file,
+    hash_files,
+    locked,
+    memory_hint,
+    note_once,
+    number,
+    run,
+    write_errors,
+    write_file,
+)
 from tokenizer import Tokenizer
 
 # ranks wait this long while the first one trains a tokenizer; a rank that dies ends all at once
@@ -95,7 +119,8 @@ class Objective:
     extra: tuple[str, ...] = ()  # names of the extra sums; their means are logged
     shown: tuple[str, ...] = ("loss",)  # the values in the progress line
 
-    def __init__(self, settings: "Settings", ranks: "Ranks", model: ChatLM, tokenizer: Tokenizer):
+    def __init__(self, settings: Any, ranks: "Ranks", model: ChatLM, tokenizer: Tokenizer):
+        """settings: Settings, or a subclass."""
         self.settings, self.ranks, self.model, self.tokenizer = settings, ranks, model, tokenizer
 
     def loss(self, batch: dict) -> tuple[Tensor, ...]:
@@ -223,8 +248,8 @@ class Trainer:
             sys.exit(128 + (stop.signal or signal.SIGTERM))
         return self.state
 
-    def due(self, every: int | None) -> bool:
-        return bool(every) and self.state.step % every == 0
+    def due(self, every: int) -> bool:
+        return every > 0 and self.state.step % every == 0
 
     def progress(self) -> float:
         """The share of the training that is done, 0 to 1 or a little more."""
@@ -273,9 +298,10 @@ class Trainer:
         return values, total["stops"] > 0
 
     def accumulate(self, scale: float, stop: bool) -> dict[str, float]:
-        """Sum loss * scale's gradient over the group, of all ranks, into self.gradient, and divide
-        and clip it. Returns sums over the ranks (loss, normalizer, extras, tokens, seconds, ranks
-        asked to stop) and the norm. Only at its end does the CPU wait for the device."""
+        """Run this rank's share of the next group, and all-reduce. Leaves in self.gradient the mean
+        gradient over all ranks, clipped. Returns sums over the ranks (loss, normalizer, extras,
+        source and target tokens, seconds, ranks asked to stop) and the gradient's norm. The one
+        device sync is at the end. scale: of the loss, to stay within float16."""
         self.model.train()
         self.gradient.zero_()
         names = ["loss", "normalizer", *self.objective.extra]
@@ -297,8 +323,9 @@ class Trainer:
         self.reducer.finish()
         now_s = time.perf_counter()
         seconds, self.tick_s = now_s - self.tick_s, now_s
-        counts = [source, target, seconds if ranks.is_main else 0.0, float(stop)]
-        counts = torch.tensor(counts, dtype=torch.float64).to(self.device, non_blocking=True)
+        counts = torch.tensor([source, target, seconds if ranks.is_main else 0, stop],
+                              dtype=torch.float64)
+        counts = counts.to(self.device, non_blocking=True)
         sums = ranks.all_reduce(torch.cat([sums, counts]))
         divisor = sums[1].clamp(min=1) * scale
         norm = clip_gradient(self.gradient, divisor, self.settings.grad_clip)
@@ -364,8 +391,8 @@ class Trainer:
 
 def to_device(batch: dict, device: torch.device) -> dict:
     """A batch (see PairStream) on a device, with the flat positions of target tokens: "targets" for
-    "labels", "chosen_targets" for "chosen_labels", ... They are found on the CPU, so the device is
-    never waited for, and copied from pinned memory while it computes."""
+    "labels", "chosen_targets" for "chosen_labels", ... nonzero runs here on the CPU, so there is no
+    device sync. Copies from pinned memory overlap with computing."""
     targets = {name.replace("labels", "targets"): find_targets(x)
                for name, x in batch.items() if name.endswith("labels")}
     tensors = {**batch, **targets}
@@ -375,7 +402,7 @@ def to_device(batch: dict, device: torch.device) -> dict:
 
 
 def with_last(items: Iterable) -> Iterator[tuple[dict, bool]]:
-    """(item, whether it is the last one). The next item is made while the current one is used."""
+    """(item, whether it is the last one). Reads one item ahead."""
     items = iter(items)
     item = next(items, None)
     while item is not None:
@@ -504,7 +531,9 @@ class GradientReducer:
 
     def __init__(self, parameters: list[nn.Parameter], gradient: Tensor, ranks: Ranks):
         """gradient: (P,), with the gradient of each parameter in turn as a view."""
-        self.ranks, self.slices, self.waiting = ranks, [], []
+        self.ranks = ranks
+        self.slices: list[Tensor] = []
+        self.waiting: list[int] = []  # per slice: gradients still to come in this pass
         self.slice_of: dict[nn.Parameter, int] = {}
         self.works: list = []
         self.counting = False
@@ -520,14 +549,14 @@ class GradientReducer:
                 p.register_post_accumulate_grad_hook(self.count)
 
     def start(self) -> None:
-        """The next backward pass is the last one of this step."""
+        """Call before the last backward pass of a step: from then on, complete slices are sent."""
         self.waiting = [0] * len(self.slices)
         for i in self.slice_of.values():
             self.waiting[i] += 1
         self.counting = True
 
     def count(self, p: nn.Parameter) -> None:
-        """The gradient of p is complete."""
+        """Hook: the gradient of p is complete. Send the complete slices, in order."""
         if self.counting:
             self.waiting[self.slice_of[p]] -= 1
             while len(self.works) < len(self.slices) and self.waiting[len(self.works)] == 0:
@@ -604,23 +633,30 @@ def make_optimizers(model: nn.Module, name: str, lr: float,
                     weight_decay: float) -> list[torch.optim.Optimizer]:
     """adafactor, adamw, or muon for the hidden matrices with AdamW for the rest. Only the matrices
     of linear layers have weight decay: no norms, embeddings or position biases."""
-    matrices, rest = [], []
+    matrices: list[Tensor] = []
+    rest: list[Tensor] = []
     for n, p in model.named_parameters():
         is_table = any(part in n for part in ("shared", "relative_attention_bias", "lm_head"))
         if p.requires_grad:
             (matrices if p.dim() == 2 and not is_table else rest).append(p)
     groups = [{"params": matrices, "weight_decay": weight_decay},
               {"params": rest, "weight_decay": 0.0}]
-    adamw = {"lr": lr, "betas": (0.9, 0.98), "fused": True}
     if name == "muon":
+        if not matrices:
+            raise ValueError("--optimizer muon needs hidden matrices to train, and --freeze leaves "
+                             "none")
         muon = torch.optim.Muon(matrices, lr=lr, weight_decay=weight_decay,
                                 adjust_lr_fn="match_rms_adamw")
-        return [muon, torch.optim.AdamW(groups[1:], **adamw)] if rest else [muon]
+        return [muon, make_adamw(groups[1:], lr)] if rest else [muon]
     groups = [group for group in groups if group["params"]]
     if name == "adafactor":  # torch's is faster on a CPU, and on a GPU it waits for every tensor
         is_gpu = any(p.is_cuda for p in matrices + rest)
         return [(StackedAdafactor if is_gpu else torch.optim.Adafactor)(groups, lr=lr)]
-    return [torch.optim.AdamW(groups, **adamw)]
+    return [make_adamw(groups, lr)]
+
+
+def make_adamw(groups: list[dict], lr: float) -> torch.optim.AdamW:
+    return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.98), fused=True)
 
 
 class StackedAdafactor(torch.optim.Adafactor):
@@ -637,7 +673,7 @@ class StackedAdafactor(torch.optim.Adafactor):
     STACK_BYTES = 1 << 28  # of one stack; a step needs twice that
 
     @torch.no_grad()
-    def step(self, closure=None) -> None:
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
         for group in self.param_groups:
             shapes: dict[torch.Size, list[Tensor]] = {}
             for p in group["params"]:
@@ -652,7 +688,8 @@ class StackedAdafactor(torch.optim.Adafactor):
         """One step of N parameters of one shape."""
         eps1, eps2 = group["eps"]
         eps1 = torch.finfo(torch.float32).eps if eps1 is None else eps1
-        grad = torch.stack([p.grad for p in params])  # (N, O, I) or (N, I)
+        grads = [p.grad for p in params if p.grad is not None]
+        grad = torch.stack(grads)  # (N, O, I) or (N, I)
         states = [self.state[p] for p in params]
         for state, g in zip(states, grad):
             if not state:
@@ -665,7 +702,7 @@ class StackedAdafactor(torch.optim.Adafactor):
             state["step"] += 1
         step = float(states[0]["step"])
         fresh, rate = step ** group["beta2_decay"], min(group["lr"], step ** -0.5)
-        size = torch.stack(torch._foreach_norm(params)) / params[0].numel() ** 0.5
+        size = torch.stack(list(torch._foreach_norm(params))) / params[0].numel() ** 0.5
         rate = size.clamp(min=eps2) * rate  # (N,)
         if grad.dim() > 2:
             rows, columns = grad.norm(dim=2, keepdim=True), grad.norm(dim=1, keepdim=True)
@@ -799,7 +836,7 @@ def claimed(folder: Path, ranks: Ranks) -> Iterator[None]:
         return
     check_folder(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    message = (f"another run is at work in {folder}: wait for its end, or choose another --out_dir")
+    message = f"another run uses {folder}: wait until it ends, or choose another --out_dir"
     with locked(folder, message, patience_s=5.0):  # a run that was killed takes a moment to end
         yield
 
@@ -897,16 +934,17 @@ class Report:
         out_dir.mkdir(parents=True, exist_ok=True)
         self.path = out_dir / "log.jsonl"
         write_file(self.path, "".join(read_log(self.path, step)))
-        self.file = open(self.path, "a", encoding="utf-8")
+        self.file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115 (see close)
         try:
             from torch.utils.tensorboard import SummaryWriter
-            self.board = SummaryWriter(str(out_dir / "tensorboard"), purge_step=step + 1)
+            self.board: Any = SummaryWriter(str(out_dir / "tensorboard"), purge_step=step + 1)
         except ImportError:
             self.board = None
 
     def log(self, values: dict) -> None:
         if not self.is_main:
             return
+        values = {k: v if v is None or math.isfinite(v) else None for k, v in values.items()}
         with write_errors(self.path):
             self.file.write(json.dumps(values) + "\n")
             self.file.flush()
@@ -988,8 +1026,8 @@ class ResponseLoss(Objective):
                             round_to=settings.round_to)
         self.batches = list(stream.one_epoch())
         rows = (row for batch in self.batches for row in batch["labels"].numpy())
-        chars = sum(len(tokenizer.decode(row[row >= 0])) for row in rows)
-        chars = torch.tensor([chars], dtype=torch.float64, device=ranks.device)
+        own = [sum(len(tokenizer.decode(row[row >= 0])) for row in rows)]
+        chars = torch.tensor(own, dtype=torch.float64, device=ranks.device)
         self.chars = float(ranks.all_reduce(chars))
         if not self.chars:
             raise AgreedError(f"{settings.valid} has no row with a prompt and a response")
@@ -1004,7 +1042,7 @@ class ResponseLoss(Objective):
             loss = self.loss(to_device(batch, self.ranks.device))
             sums += torch.stack([x.double() for x in loss])
         nats, tokens = self.ranks.all_reduce(sums).tolist()
-        return {"val_loss": nats / tokens, "val_ppl": math.exp(min(700.0, nats / tokens)),
+        return {"val_loss": nats / tokens, "val_ppl": math.exp(min(nats / tokens, 700.0)),
                 "val_nats_per_char": nats / self.chars}
 
     def score(self) -> dict:
@@ -1070,8 +1108,9 @@ def answer_tokens(settings: "Settings") -> int:
 GPU_BATCH_TOKENS = 65536  # of a step, by default
 LIMITS = ("max_steps", "epochs", "time_limit")
 PATHS = ("data", "valid", "tokenizer", "init_from")  # may differ between machines
-DEMO = {"preset": "demo", "max_steps": 1000, "batch_tokens": 1024, "micro_batch_tokens": 512,
-        "max_len": 64, "vocab_size": 2048, "lr": 2e-2}
+DEMO = {"preset": "demo", "max_steps": 1000, "micro_batch_tokens": 512, "max_len": 64,
+        "vocab_size": 2048}
+DEMO_BATCH_TOKENS = 1024
 MEMORY_HINT = ("--micro_batch_tokens in a new run, or resume this one with "
                "--checkpoint_activations")
 
@@ -1079,34 +1118,34 @@ MEMORY_HINT = ("--micro_batch_tokens in a new run, or resume this one with "
 @dataclass(frozen=True, kw_only=True)
 class Settings:
     """The settings of a run. They are resolved once, when it starts, and kept in its checkpoints.
-    The names are those of the flags. None: chosen by `resolve`, or off."""
+    The names are those of the flags. 0, "" or None: chosen later (see choose_defaults), or off."""
     out_dir: str
     resume: str = "auto"
     given: frozenset[str] = frozenset()  # names of the flags in this call
-    data: list[str] | None = None
-    valid: str | None = None
-    tokenizer: str | None = None
-    init_from: str | None = None
+    data: list[str] = field(default_factory=list)
+    valid: str = ""
+    tokenizer: str = ""
+    init_from: str = ""
     demo: bool = False
     data_files: tuple[str, ...] = ()
     valid_files: tuple[str, ...] = ()
     valid_hash: str = ""
-    preset: str | None = None
+    preset: str = ""
     vocab_size: int = 29298
     freeze: str = ""
     dropout: float = 0.0
-    lora_rank: int | None = None
+    lora_rank: int = 0
     lora_alpha: float = 16.0
     lora_dropout: float = 0.0
     lora_targets: str = "q,v"
-    max_steps: int | None = None
-    epochs: float | None = None
-    time_limit: float | None = None
-    batch_tokens: int | None = None
-    micro_batch_tokens: int | None = None
-    round_to: int | None = None  # lengths of a batch are multiples of this, for compiled kernels
+    max_steps: int = 0
+    epochs: float = 0.0
+    time_limit: float = 0.0
+    batch_tokens: int = 0
+    micro_batch_tokens: int = 0
+    round_to: int = 0  # lengths of a batch are multiples of this, for compiled kernels
     max_len: int = 320
-    lr: float | None = None
+    lr: float = 0.0
     min_lr: float | None = None
     schedule: str = "cosine"
     warmup_steps: int = 100
@@ -1117,7 +1156,7 @@ class Settings:
     compile: bool = False
     checkpoint_activations: bool = False
     eval_every: int = 500
-    bleu_every: int | None = None
+    bleu_every: int = 0
     save_every: int = 500
     keep: int = 2
     seed: int = 0
@@ -1126,8 +1165,8 @@ class Settings:
     columns: ClassVar[tuple[str, ...]] = PAIR
     # what may not change when a run is resumed, besides data, tokenizer and model
     fixed: ClassVar[tuple[str, ...]] = (
-        "micro_batch_tokens", "round_to", "max_len", "seed", "optimizer", "freeze", "lora_rank", "lora_alpha",
-        "lora_targets", "lora_dropout")
+        "micro_batch_tokens", "round_to", "max_len", "seed", "optimizer", "freeze", "lora_rank",
+        "lora_alpha", "lora_targets", "lora_dropout")
     help_lr: ClassVar[str] = ("0.02, for 0.2b 0.005, with --init_from 0.002; other optimizers "
                               "0.002, with --init_from 1e-4")
 
@@ -1171,8 +1210,8 @@ def resolve(kind: type[Settings], args: argparse.Namespace, ranks: Ranks,
         report_unused(s)
         found = overlap(s.data_files, s.valid_files) if s.valid else 0
         if found:
-            note_once(f"warning: {found:,} prompts of --valid are in --data too, and measure "
-                      "memory (data.py split keeps them apart)")
+            note_once(f"warning: {found:,} prompts of --valid are in --data too, so they "
+                      "measure memorization (data.py split keeps them apart)")
     return s
 
 
@@ -1181,12 +1220,11 @@ def combine_layers(kind: type[Settings], args: argparse.Namespace, stored: dict)
     names = {f.name for f in fields(kind)}
     given = {k: v for k, v in vars(args).items() if k in names and v is not None}
     flags = frozenset(given) - {"resume", "out_dir"}
-    values = {k: v for k, v in stored.items() if k in names and v is not None}
-    if flags & set(LIMITS):
-        values = {k: v for k, v in values.items() if k not in LIMITS}
+    dropped = set(LIMITS) if flags & set(LIMITS) else {k for k in LIMITS if not stored.get(k)}
+    values = {k: v for k, v in stored.items() if k in names - dropped}
     values |= given
-    demo = "data" not in values or stored.get("demo", False) and "data" not in flags
-    defaults = {k: v for k, v in DEMO.items() if k != "batch_tokens"} if demo else {}
+    demo = not values.get("data") or stored.get("demo", False) and "data" not in flags
+    defaults = dict(DEMO) if demo else {}
     if demo and values.keys() & set(LIMITS):
         del defaults["max_steps"]
     return kind(**{**defaults, **values, "demo": demo, "given": flags})
@@ -1217,7 +1255,7 @@ def check_flags(s: Settings, resumes: bool) -> None:
 
 
 def choose_defaults(s: Settings, ranks: Ranks) -> Settings:
-    """Replace None by defaults that depend on other settings and on the machine."""
+    """Replace 0, "" and "auto" by defaults that depend on other settings and on the machine."""
     if not s.preset and not s.init_from:
         s = replace(s, preset="small")
     if not (s.max_steps or s.epochs or s.time_limit):
@@ -1227,14 +1265,14 @@ def choose_defaults(s: Settings, ranks: Ranks) -> Settings:
     if s.optimizer == "muon" and best == "float32" and ranks.is_main:
         note_once("note: torch's Muon computes in bfloat16, for which this CPU has no "
                   "instructions: it will be slow")
-    if s.round_to is None:  # a resumed run keeps its own
+    if not s.round_to:  # a resumed run keeps its own
         s = replace(s, round_to=8 if s.compile else 1)
-    if s.micro_batch_tokens is None:
+    if not s.micro_batch_tokens:
         fits = default_micro_batch(s, ranks.device, len(s.columns), ranks.world_size)
         s = replace(s, micro_batch_tokens=min(ranks.all_gather(fits)))
-    if s.batch_tokens is None:
+    if not s.batch_tokens:
         wanted = GPU_BATCH_TOKENS if ranks.device.type == "cuda" else 2560
-        wanted = DEMO["batch_tokens"] if s.demo else wanted
+        wanted = DEMO_BATCH_TOKENS if s.demo else wanted
         group = max(1, round(wanted / s.micro_batch_tokens))
         group = -(-group // ranks.world_size) * ranks.world_size  # equal shares
         s = replace(s, batch_tokens=group * s.micro_batch_tokens)
@@ -1269,7 +1307,8 @@ def default_micro_batch(s: Settings, device: torch.device, columns: int, ranks: 
     """Padded tokens B * (S + T) for one forward pass: a power of two that fits the GPU's free
     memory, at most 65,536 over all ranks; 1,280 on a CPU; at least one row of max_len tokens in
     every column. Raises ValueError if the model leaves no room for that."""
-    one_row = columns * -(-s.max_len // (s.round_to or 1)) * (s.round_to or 1)
+    step = max(1, s.round_to)
+    one_row = columns * -(-s.max_len // step) * step
     if device.type != "cuda":
         return max(one_row, 1280)
     if s.init_from:
@@ -1437,8 +1476,8 @@ def make_model(s: Settings, ranks: Ranks, tokenizer: Tokenizer) -> tuple[ChatLM,
     if not any(p.requires_grad for p in model.parameters()):
         raise ValueError(f"--freeze {s.freeze} leaves nothing to train")
     if s.compile:
-        model.encode = torch.compile(model.encode, dynamic=True)
-        model.decode = torch.compile(model.decode, dynamic=True)
+        for name in ("encode", "decode"):
+            setattr(model, name, torch.compile(getattr(model, name), dynamic=True))
     if ranks.is_main:
         print(f"{model.num_parameters() / 1e6:.1f} million parameters, {len(tokenizer):,} tokens, "
               f"{ranks.world_size} x {ranks.device.type}, {s.dtype}", flush=True)
@@ -1526,7 +1565,7 @@ def parser_for(kind: type[Settings], description: str, examples: str) -> Argumen
     """The flags that train.py and dpo.py share. Without a flag its value is None: see resolve."""
     parser = ArgumentParser(description=description, epilog=f"examples:\n{examples}")
     defaults = {f.name: f.default for f in fields(kind)}
-    group = parser
+    group: Any = parser
 
     def add(flag: str, help: str, **options) -> None:
         default = defaults.get(flag[2:])

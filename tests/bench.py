@@ -87,7 +87,7 @@ def child(task: str, *args: str) -> list[str]:
 
 def machine() -> dict:
     models = re.findall(r"model name\s*:\s*(.*)", Path("/proc/cpuinfo").read_text()) if Path("/proc/cpuinfo").exists() else []
-    packages = ("torch", "numpy", "pyarrow", "tokenizers", "sentencepiece", "transformers", "ctranslate2", "datasets", "rensa", "datasketch")
+    packages = ("torch", "numpy", "pyarrow", "tokenizers", "sentencepiece", "transformers", "ctranslate2", "datasets", "rensa", "datasketch", "gigabpe", "fastsketchlsh")
     versions = {}
     for package in packages:
         try:
@@ -158,6 +158,13 @@ def child_tokenizers(corpus: str, out: str, vocab_size: str) -> None:
     tokenizer.save(out)
 
 
+def child_gigabpe(corpus: str, out: str, vocab_size: str) -> None:
+    """In Rust, with the merges of tokenizers; pieces are runs of letters and digits, or of marks."""
+    import gigabpe
+    gigabpe.train_tokenizer([corpus], int(vocab_size), out, min_frequency=2, special_tokens=SPECIAL_TOKENS + BYTE_TOKENS,
+                            pretokenizer="whitespace")
+
+
 def child_sentencepiece(corpus: str, out: str, vocab_size: str, coverage: str = "") -> None:
     """By its own rules or, with a coverage, on pieces with a mark between them."""
     import sentencepiece
@@ -174,7 +181,7 @@ def chars_per_token(kind: str, model: str, texts: list[str]) -> float:
     if kind == "ours":
         tokenizer = Tokenizer.from_pretrained(model)
         tokens = len(tokenizer.encode_arrays(texts)[0]) - len(texts)  # without the [EOS] of each
-    elif kind == "tokenizers":
+    elif kind in ("tokenizers", "gigabpe"):
         import tokenizers
         tokens = sum(len(e.ids) for e in tokenizers.Tokenizer.from_file(model).encode_batch(texts))
     else:
@@ -186,17 +193,18 @@ def chars_per_token(kind: str, model: str, texts: list[str]) -> float:
 
 
 def tokenizer_train(args: argparse.Namespace) -> None:
-    """Time, memory and compression of learning a tokenizer: this project, tokenizers, sentencepiece."""
+    """Time, memory and compression of learning a tokenizer: this project, tokenizers, gigabpe, sentencepiece."""
     texts = load_texts(args.data)
     held_out, texts = texts[::50], [text for i, text in enumerate(texts) if i % 50]
     for megabytes in args.megabytes:
         with tempfile.TemporaryDirectory() as scratch:
             corpus, marked, size = Path(scratch) / "corpus.txt", Path(scratch) / "marked.txt", str(args.vocab_size)
             chars = write_corpus(texts, corpus, megabytes)
-            models = {name: f"{scratch}/{name}" for name in ("ours", "tokenizers", "sentencepiece", "sentencepiece, our pieces")}
+            models = {name: f"{scratch}/{name}" for name in ("ours", "tokenizers", "gigabpe", "sentencepiece", "sentencepiece, our pieces")}
             commands = {
                 "ours": [sys.executable, "tokenizer.py", "train", str(corpus), "--out", models["ours"], "--vocab_size", size],
                 "tokenizers": child("tokenizers", str(corpus), models["tokenizers"], size),
+                "gigabpe": child("gigabpe", str(corpus), models["gigabpe"], size),
                 "sentencepiece": child("sentencepiece", str(corpus), models["sentencepiece"], size)}
             if args.same_pieces:
                 marks = 0
@@ -327,6 +335,17 @@ def child_dedup(kind: str, runs: str, times: str, *data: str) -> None:
                 sketch.update(grams(text))
                 return sketch
             return one_by_one(rensa.RMinHashLSH(0.85, 128, 16), sketch_of)
+        if kind.startswith("fastsketchlsh"):
+            from FastSketchLSH import LSH, FastSimilaritySketch
+            sketcher = FastSimilaritySketch(size=128, seed=42)
+            if kind.endswith("our hashes"):
+                from data import shingles
+                hashes, counts = shingles(texts)
+                ends = np.concatenate([[0], np.cumsum(counts)]).astype(np.uint64)
+                sketches = sketcher.batch_csr(hashes, ends, prehashed=True)
+            else:
+                sketches = sketcher.batch([grams(text) for text in texts])
+            return int(np.sum(LSH(128, 16).insert_and_query_duplicates(np.asarray(sketches))))
         if kind == "rensa, in bulk":
             matrix = rensa.RMinHash.digest_matrix_from_token_sets([grams(text) for text in texts], 128, 42)
         else:  # on this project's hashes of 5-grams
@@ -365,7 +384,7 @@ def dedup(args: argparse.Namespace) -> None:
     from data import dedup_indices
     contenders = ["ours", "ours, one thread"]
     if not args.only_ours:
-        contenders += ["rensa, one by one", "rensa, in bulk", "rensa, in bulk, on our hashes", "datasketch"]
+        contenders += ["fastsketchlsh", "fastsketchlsh, on our hashes", "rensa, one by one", "rensa, in bulk", "rensa, in bulk, on our hashes", "datasketch"]
     speeds, peaks, results = {name: [] for name in contenders}, dict.fromkeys(contenders, 0), {}
     for _ in range(args.runs):
         for name in contenders:
