@@ -333,7 +333,7 @@ def tune(argv: list[str]) -> None:
         ranks.leave()
     if ranks.is_main:
         print(f"finished: {settings.out_dir} ({state.step:,} steps, "
-              f"{train.duration(state.elapsed_s)})")
+              f"{train.duration(state.elapsed_s)}); loss.svg in it is the curve")
         if settings.lora_rank:
             folders = (settings.init_from, settings.out_dir, settings.out_dir + "/merged")
             base, adapter, out = map(shlex.quote, folders)

@@ -4,6 +4,7 @@
     python sample.py                                              chat in the terminal
     python sample.py --input prompts.jsonl --output answers.jsonl
     python sample.py --score valid.parquet                        loss, BLEU-4, exact match
+    python sample.py --serve 8000                                 a chat page, and OpenAI's API
 
 The model gives a score (a logit) to every token that may come next. softmax turns the scores into
 probabilities, a decoding strategy picks one token, and the model sees it in the next step, until it
@@ -42,18 +43,24 @@ Try next: ask the same question with --num_beams 5, with --do_sample --temperatu
 --penalty_alpha 0.6 --top_k 4.
 """
 import argparse
+import hmac
 import itertools
 import json
 import math
 import os
 import re
+import secrets
+import select
+import socket
 import sys
+import threading
 import time
 import warnings
 import weakref
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, fields
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -863,6 +870,93 @@ def score(model: ChatLM, tokenizer: Tokenizer, rows: list[dict], max_len: int = 
     return result, answers
 
 
+# --- multiple choice ------------------------------------------------------------------------------
+
+CHOICES = "ABCD"
+
+
+def read_choices(path: Path) -> list[dict[str, str]]:
+    """Rows with question, a, b, c, d and answer, in any case, as C-Eval and CMMLU publish them.
+    Raises ValueError for a row without one of them."""
+    found = []
+    for i, row in enumerate(Rows(path), 1):
+        row = {str(name).lower(): str(value).strip() for name, value in row.items()
+               if value is not None}
+        missing = [name for name in ("question", *CHOICES.lower(), "answer") if not row.get(name)]
+        if missing:
+            raise ValueError(f"{path}, row {i:,} has no {missing[0]}")
+        row["answer"] = row["answer"].upper()
+        if row["answer"] not in CHOICES:
+            raise ValueError(f"{path}, row {i:,}: answer {row['answer']!r} is not A, B, C or D")
+        found.append(row)
+    return found
+
+
+def is_choices(row: dict) -> bool:
+    """Whether a row is a question with four choices."""
+    return {"question", *CHOICES.lower(), "answer"} <= {str(name).lower() for name in row}
+
+
+@torch.no_grad()
+def response_logps(model: ChatLM, tokenizer: Tokenizer, prompts: list[str], responses: list[str],
+                   max_len: int) -> list[float]:
+    """Log-probabilities of responses, len(responses) / len(prompts) for each prompt in turn,
+    without their [EOS]."""
+    device = model.shared.weight.device
+    encoded, mask = model.encode(*to_batch(tokenizer, prompts, max_len, device))
+    n = len(responses) // len(prompts)
+    labels, counted = to_batch(tokenizer, responses, max_len, device)  # (B * n, T)
+    hidden = model.decode(model.shift_right(labels), encoded.repeat_interleave(n, 0),
+                          mask.repeat_interleave(n, 0))
+    logits = F.linear(hidden, model.head_weight()).float()
+    logps = logits.log_softmax(-1).gather(2, labels[:, :, None])[:, :, 0]  # (B * n, T)
+    counted = counted * (labels != model.config.eos_token_id)
+    return (logps * counted).sum(1).tolist()
+
+
+def score_choices(model: ChatLM, tokenizer: Tokenizer, rows: list[dict[str, str]],
+                  max_len: int = 512, batch_size: int = 8) -> tuple[int, int]:
+    """The numbers of right answers by two rules: the letter with the highest probability after
+    question and choices, and the choice whose text has the highest log-probability per character
+    after the question alone."""
+    by_letter = by_text = 0
+    for begin in range(0, len(rows), batch_size):
+        part = rows[begin:begin + batch_size]
+        questions = [row["question"] for row in part]
+        listed = ["\n".join([row["question"], *(f"{c}. {row[c.lower()]}" for c in CHOICES), "答案："])
+                  for row in part]
+        texts = [row[c.lower()] for row in part for c in CHOICES]
+        letters = response_logps(model, tokenizer, listed, list(CHOICES) * len(part), max_len)
+        scores = response_logps(model, tokenizer, questions, texts, max_len)
+        scores = [score / len(text) for score, text in zip(scores, texts)]
+        for i, row in enumerate(part):
+            right = CHOICES.index(row["answer"])
+            four = slice(4 * i, 4 * i + 4)
+            by_letter += letters[four].index(max(letters[four])) == right
+            by_text += scores[four].index(max(scores[four])) == right
+    return by_letter, by_text
+
+
+def score_subjects(model: ChatLM, tokenizer: Tokenizer, files: list[Path], max_len: int,
+                   batch_size: int) -> dict:
+    """Print the accuracy on each file, a subject, and their mean. Returns the means."""
+    shares = []
+    print(f"{'questions':>10}  {'letter':>7}  {'text':>7}  subject (chance: 25.0 %)")
+    for path in files:
+        rows = read_choices(path)
+        if rows:
+            right = score_choices(model, tokenizer, rows, max_len, batch_size)
+            shares.append([n / len(rows) for n in right])
+            letter, text = (100 * share for share in shares[-1])
+            print(f"{len(rows):>10,}  {letter:>5.1f} %  {text:>5.1f} %  {path.stem}")
+    if not shares:
+        raise ValueError(f"{files[0]} has no questions")
+    letter, text = (sum(column) / len(shares) for column in zip(*shares))
+    print(f"{'mean':>10}  {100 * letter:>5.1f} %  {100 * text:>5.1f} %")
+    return {"subjects": len(shares), "accuracy_letter": letter, "accuracy_text": text,
+            "chance": 0.25}
+
+
 # --- devices and models ---------------------------------------------------------------------------
 
 
@@ -1113,6 +1207,310 @@ def print_answer(model: ChatLM, tokenizer: Tokenizer, prompt: str, max_len: int,
     print("(the model gave an empty answer)" if is_empty else "")
 
 
+# --- server ---------------------------------------------------------------------------------------
+
+MAX_BODY_BYTES = 1 << 20
+MAX_WAITING = 16  # requests that wait for the model; others are told to come back
+PAGE = """<!doctype html><html lang="zh"><meta charset="utf-8"><title>ChatLM</title>
+<meta name="viewport" content="width=device-width"><style>
+body { font: 16px sans-serif; max-width: 40em; margin: 2em auto; padding: 0 1em }
+:root { color-scheme: light dark } pre { white-space: pre-wrap; font: inherit } input { width: 70% }
+</style><h1>ChatLM</h1><p>每个问题单独回答，模型不记得前文。</p><div id="log"></div>
+<form id="form"><input id="text" autofocus autocomplete="off"> <button id="go">发送</button></form>
+<script>
+let running = null
+const key = new URLSearchParams(location.search).get("key")
+form.onsubmit = async event => {
+  event.preventDefault()
+  if (running) return running.abort()
+  const prompt = text.value.trim()
+  if (!prompt) return
+  const say = content => log.appendChild(document.createElement("pre")).textContent = content
+  say("> " + prompt)
+  const answer = log.appendChild(document.createElement("pre"))
+  running = new AbortController(); go.textContent = "停止"; text.value = ""
+  try {
+    const headers = {"Content-Type": "application/json"}
+    if (key) headers.Authorization = "Bearer " + key
+    const messages = [{role: "user", content: prompt}]
+    const response = await fetch("v1/chat/completions", {method: "POST", headers,
+      signal: running.signal, body: JSON.stringify({stream: true, messages})})
+    if (!response.ok) throw (await response.json()).error.message
+    const reader = response.body.pipeThrough(new TextDecoderStream()).getReader()
+    for (let rest = "", part; !(part = await reader.read()).done;) {
+      const lines = (rest + part.value).split("\\n\\n"); rest = lines.pop()
+      for (const line of lines) if (!line.endsWith("[DONE]"))
+        answer.textContent += JSON.parse(line.slice(6)).choices[0]?.delta.content ?? ""
+    }
+  } catch (error) { say(error.name == "AbortError" ? "（已停止）" : String(error)) }
+  running = null; go.textContent = "发送"
+}
+</script></html>
+"""
+
+
+class BadRequest(ValueError):
+    """A request that the client must change. status: of HTTP."""
+
+    def __init__(self, message: str, status: int = 400):
+        super().__init__(message)
+        self.status = status
+
+
+class ChatServer(ThreadingHTTPServer):
+    """OpenAI's chat interface: each connection has a thread, and one answer is decoded at a time.
+
+        client -> thread -> is there room to wait? (503) -> lock -> steps -> events -> client
+    """
+    daemon_threads = True
+    request_queue_size = 128  # connections that wait to be accepted
+
+    def __init__(self, address: tuple[str, int], model: ChatLM, tokenizer: Tokenizer, name: str,
+                 max_len: int, options: dict, api_key: str | None):
+        super().__init__(address, ChatHandler)
+        self.model, self.tokenizer, self.name = model, tokenizer, name
+        self.max_len, self.options, self.api_key = max_len, options, api_key
+        self.lock, self.room = threading.Lock(), threading.BoundedSemaphore(1 + MAX_WAITING)
+
+    def handle_error(self, request, client_address) -> None:
+        """A client that has gone is no error; others are printed in one line."""
+        error = sys.exc_info()[1]
+        if not isinstance(error, (ConnectionError, TimeoutError)):
+            print(f"sample.py: error: {error}", file=sys.stderr)
+
+
+class ChatRequest:
+    """The body of a request, checked. Raises BadRequest, naming the field."""
+
+    def __init__(self, body: Any, defaults: dict):
+        if type(body) is not dict:
+            raise BadRequest("the body is not a JSON object")
+        messages = body.get("messages")
+        if type(messages) is not list or not messages or type(messages[-1]) is not dict:
+            raise BadRequest("messages must be a list of objects with role and content")
+        content = messages[-1].get("content")
+        if type(content) is list:  # parts, of which text is understood
+            content = "".join(str(part.get("text", "")) for part in content if type(part) is dict)
+        if type(content) is not str or not content.strip():
+            raise BadRequest("the last message has no text in content")
+        self.prompt, self.stream = content, body.get("stream") is True
+        stop = body.get("stop") or []
+        self.stop = [stop] if type(stop) is str else stop
+        if type(self.stop) is not list or not all(type(s) is str and s for s in self.stop):
+            raise BadRequest("stop must be a text or a list of texts")
+        self.answers = 1 if body.get("n") is None else body["n"]
+        if type(self.answers) is not int or not 1 <= self.answers <= 16:
+            raise BadRequest("n must be a whole number from 1 to 16")
+        options = defaults | {"num_beams": 1, "num_return_sequences": 1, "penalty_alpha": 0.0}
+        limit = body.get("max_completion_tokens", body.get("max_tokens"))
+        for name, value in (("max_new_tokens", limit), ("temperature", body.get("temperature")),
+                            ("top_p", body.get("top_p"))):
+            if value is not None:
+                options[name] = value
+                options["do_sample"] = options["do_sample"] or name != "max_new_tokens"
+        if options["temperature"] == 0:
+            options["do_sample"] = False
+        options["min_new_tokens"] = min(options["min_new_tokens"], options["max_new_tokens"])
+        try:
+            self.config = GenerationConfig(**options)
+        except (ValueError, TypeError) as e:
+            raise BadRequest(str(e).replace("max_new_tokens", "max_tokens")) from None
+        usage = body.get("stream_options")
+        self.with_usage = type(usage) is dict and usage.get("include_usage") is True
+
+
+def until_stop(parts: Iterable[str], stops: list[str]) -> Iterator[str]:
+    """The text before the first of `stops`. What may be the beginning of one is held back."""
+    held, longest = "", max(map(len, stops), default=1) - 1
+    for part in parts:
+        held += part
+        found = [at for stop in stops if (at := held.find(stop)) >= 0]
+        if found:
+            yield held[:min(found)]
+            return
+        ready = max(0, len(held) - longest)
+        yield held[:ready]
+        held = held[ready:]
+    yield held
+
+
+class ChatHandler(BaseHTTPRequestHandler):
+    """One connection."""
+    server: ChatServer
+    protocol_version = "HTTP/1.1"
+    timeout = 60  # seconds without a byte from the client
+
+    def log_message(self, format: str, *args) -> None:
+        """Requests are not logged: prompts are private."""
+
+    def do_GET(self) -> None:
+        if self.path.partition("?")[0] == "/":
+            self.reply(200, PAGE.encode(), "text/html; charset=utf-8")
+        elif self.path == "/health":
+            self.reply(200, {"status": "ok"})
+        elif self.path == "/v1/models" and self.is_allowed():
+            model = {"id": self.server.name, "object": "model", "created": 0, "owned_by": "ChatLM"}
+            self.reply(200, {"object": "list", "data": [model]})
+        elif self.path != "/v1/models":
+            self.refuse(404, f"there is no {self.path}")
+
+    def do_POST(self) -> None:
+        if self.path != "/v1/chat/completions":
+            self.close_connection = True  # its body is not read
+            self.refuse(404, f"there is no {self.path}")
+            return
+        if not self.is_allowed():
+            return
+        try:
+            request = ChatRequest(self.read_body(), self.server.options)
+        except BadRequest as e:
+            self.refuse(e.status, str(e))
+            return
+        if not self.server.room.acquire(blocking=False):
+            self.refuse(503, "too many requests wait for the model", {"Retry-After": "5"})
+            return
+        try:
+            with self.server.lock:
+                if not self.has_left():
+                    self.answer(request)
+        except (ValueError, RuntimeError, MemoryError) as e:
+            self.refuse(500, str(e).splitlines()[0] if str(e) else "out of memory")
+        finally:
+            self.server.room.release()
+
+    def is_allowed(self) -> bool:
+        key = self.server.api_key
+        given = self.headers.get("Authorization", "").encode("utf-8", "replace")
+        if key is None or hmac.compare_digest(given, f"Bearer {key}".encode()):
+            return True
+        self.close_connection = True
+        self.refuse(401, "the API key is missing or wrong")
+        return False
+
+    def read_body(self) -> Any:
+        """The JSON of the body. Raises BadRequest."""
+        try:
+            length = int(self.headers.get("Content-Length", ""))
+        except ValueError:
+            length = -1
+        if not 0 <= length <= MAX_BODY_BYTES:
+            self.close_connection = True
+            if length < 0:
+                raise BadRequest("Content-Length is missing", 411)
+            raise BadRequest(f"the body has more than {MAX_BODY_BYTES:,} bytes", 413)
+        body = self.rfile.read(length)
+        if len(body) < length:
+            raise ConnectionResetError
+        try:
+            return json.loads(body)
+        except (ValueError, RecursionError) as e:
+            raise BadRequest(f"the body is not JSON: {e}") from None
+
+    def has_left(self) -> bool:
+        """Whether the client has closed the connection."""
+        readable, _, _ = select.select([self.connection], [], [], 0)
+        return bool(readable) and self.connection.recv(1, socket.MSG_PEEK) == b""
+
+    def answer(self, request: ChatRequest) -> None:
+        """Decode, and send the answers as events or as one object."""
+        server = self.server
+        kind = "chat.completion.chunk" if request.stream else "chat.completion"
+        head = {"id": f"chatcmpl-{secrets.token_hex(12)}", "object": kind,
+                "created": int(time.time()), "model": server.name}
+        prompt_tokens = min(len(server.tokenizer.encode(request.prompt)), server.max_len)
+        if request.stream:
+            self.reply(200, None, "text/event-stream; charset=utf-8")
+        choices, completion_tokens = [], 0
+        for index in range(request.answers):
+            text, ids = "", list[int]()
+            if request.stream:
+                self.send_event(head, index, {"role": "assistant", "content": ""})
+            parts = server.tokenizer.stream(self.decode(request, ids))
+            for part in until_stop(parts, request.stop):
+                text += part
+                if request.stream and part:
+                    self.send_event(head, index, {"content": part})
+            completion_tokens += len(ids)
+            is_cut = len(ids) == request.config.max_new_tokens
+            reason = "length" if is_cut and ids[-1] != server.model.config.eos_token_id else "stop"
+            if request.stream:
+                self.send_event(head, index, {}, reason)
+            message = {"role": "assistant", "content": text}
+            choices.append({"index": index, "message": message, "finish_reason": reason})
+        usage = {"prompt_tokens": prompt_tokens, "completion_tokens": completion_tokens,
+                 "total_tokens": prompt_tokens + completion_tokens}
+        if not request.stream:
+            self.reply(200, {**head, "choices": choices, "usage": usage})
+            return
+        if request.with_usage:
+            self.send_data(json.dumps({**head, "choices": [], "usage": usage}))
+        self.send_data("[DONE]")
+
+    def decode(self, request: ChatRequest, ids: list[int]) -> Iterator[int]:
+        """The ids of an answer, as they come; they are also appended to ids. Raises
+        ConnectionResetError when the client has left."""
+        server = self.server
+        batch = to_batch(server.tokenizer, [request.prompt], server.max_len,
+                         server.model.shared.weight.device)
+        for row in steps(server.model, *batch, request.config):
+            if self.has_left():
+                raise ConnectionResetError
+            ids.append(int(row[0, -1]))
+            yield ids[-1]
+
+    def send_event(self, head: dict, index: int, delta: dict, reason: str | None = None) -> None:
+        choice = {"index": index, "delta": delta, "finish_reason": reason}
+        self.send_data(json.dumps({**head, "choices": [choice]}, ensure_ascii=False))
+
+    def send_data(self, text: str) -> None:
+        self.wfile.write(f"data: {text}\n\n".encode("utf-8", "replace"))
+        self.wfile.flush()
+
+    def refuse(self, status: int, message: str, headers: dict[str, str] | None = None) -> None:
+        """An error in OpenAI's format."""
+        kind = "invalid_request_error" if status < 500 else "server_error"
+        error = {"message": message, "type": kind, "param": None, "code": None}
+        self.reply(status, {"error": error}, headers=headers)
+
+    def reply(self, status: int, body: dict | bytes | None, kind: str = "application/json",
+              headers: dict[str, str] | None = None) -> None:
+        """Send a whole response; body None: only its head, and what follows ends with the
+        connection."""
+        content = body if isinstance(body, bytes) else json.dumps(body, ensure_ascii=False).encode()
+        self.send_response(status)
+        self.send_header("Content-Type", kind)
+        for name, value in (headers or {}).items():
+            self.send_header(name, value)
+        if body is None:
+            self.send_header("Cache-Control", "no-cache")
+            self.close_connection = True
+        else:
+            self.send_header("Content-Length", str(len(content)))
+        if self.close_connection:
+            self.send_header("Connection", "close")
+        self.end_headers()
+        if body is not None:
+            self.wfile.write(content)
+
+
+def serve(model: ChatLM, tokenizer: Tokenizer, args: argparse.Namespace, options: dict) -> None:
+    """Answer requests until Ctrl-C. Raises ValueError for a port that is in use."""
+    name = Path(args.model).resolve().name
+    address = (args.host, args.serve)
+    try:
+        server = ChatServer(address, model, tokenizer, name, args.max_len, options, args.api_key)
+    except OSError as e:
+        raise ValueError(f"--serve {args.serve}: {e.strerror or e}") from None
+    print(f"http://{args.host}:{server.server_port}/ is a chat page; programs use "
+          f"http://{args.host}:{server.server_port}/v1. Ctrl-C stops.", flush=True)
+    try:
+        server.serve_forever()
+    except KeyboardInterrupt:
+        print("stopped")
+    finally:
+        server.server_close()
+
+
 # --- the command ----------------------------------------------------------------------------------
 
 REFERENCE_SETTINGS = {"num_beams": 5, "do_sample": True, "top_k": 50, "top_p": 0.95,
@@ -1160,8 +1558,13 @@ def parse_args() -> argparse.Namespace:
     group.add_argument("--input", metavar="F", help="answer the prompts of a .parquet or .jsonl "
                        "(column prompt) or .txt file (lines)")
     group.add_argument("--score", metavar="F",
-                       help="loss, perplexity, BLEU-4 and exact match on a file of pairs")
+                       help="loss, perplexity, BLEU-4 and exact match on a file of pairs; accuracy "
+                       "on multiple choice (question, A, B, C, D, answer), a file per subject")
+    group.add_argument("--serve", metavar="PORT", type=number(int, 0, 65535),
+                       help="a chat page and an OpenAI-compatible HTTP server on this port")
     add = parser.add_argument
+    add("--host", default="127.0.0.1", help="address for --serve; others need --api_key")
+    add("--api_key", metavar="KEY", help="that clients of --serve must send (default: none)")
     add("--output", metavar="G.jsonl",
         help="where the answers to --input go; an existing file is continued")
 
@@ -1208,6 +1611,14 @@ def parse_args() -> argparse.Namespace:
         parser.error("--input and --output need each other")
     if args.prompt is not None and not args.prompt.strip():
         parser.error("--prompt is empty")
+    if args.serve is None and (args.host != "127.0.0.1" or args.api_key):
+        parser.error("--host and --api_key are for --serve")
+    if args.host not in ("127.0.0.1", "localhost", "::1") and not args.api_key:
+        parser.error(f"--host {args.host} can be reached by others: set --api_key")
+    if args.serve is not None and (args.num_return_sequences or args.penalty_alpha):
+        parser.error("--num_return_sequences and --penalty_alpha have no effect with --serve")
+    if args.serve is not None and (args.num_beams or 1) > 1:
+        parser.error("--num_beams has no effect with --serve, which streams")
     if args.score and (args.num_return_sequences or 1) > 1:
         parser.error("--num_return_sequences has no effect with --score")
     if args.batch_size and not is_file:
@@ -1250,17 +1661,30 @@ def run_command(args: argparse.Namespace) -> None:
         n = answer_file(model, tokenizer, args.input, args.output, args.batch_size, args.max_len,
                         options, made_by)
         print(f"{args.output}: {n:,} answers written")
+    elif args.serve is not None:
+        serve(model, tokenizer, args, options)
     elif args.score:
-        rows = list(Rows(args.score, PAIR))
-        if not rows:
-            raise ValueError(f"{args.score} has no rows")
-        result, _ = score(model, tokenizer, rows, args.max_len, args.batch_size, **options)
-        for name, value in result.items():
-            print(f"{name:>14}  {value:,.4f}" if isinstance(value, float) else
-                  f"{name:>14}  {value:,}")
-        print(json.dumps(result))
+        score_file(args, model, tokenizer, options)
     else:
         chat(model, tokenizer, args.max_len, options)
+
+
+def score_file(args: argparse.Namespace, model: ChatLM, tokenizer: Tokenizer,
+               options: dict) -> None:
+    """Print scores on a file of pairs, or on files of multiple choice."""
+    rows = Rows(args.score)
+    if is_choices(next(iter(rows), {})):
+        result = score_subjects(model, tokenizer, rows.files, args.max_len, args.batch_size)
+    else:
+        rows.columns = PAIR
+        pairs = list(rows)
+        if not pairs:
+            raise ValueError(f"{args.score} has no rows")
+        result, _ = score(model, tokenizer, pairs, args.max_len, args.batch_size, **options)
+        for name, value in result.items():
+            shown = f"{value:,.4f}" if isinstance(value, float) else f"{value:,}"
+            print(f"{name:>14}  {shown}")
+    print(json.dumps(result))
 
 
 if __name__ == "__main__":

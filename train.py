@@ -42,6 +42,7 @@ import ctypes
 import dataclasses
 import datetime
 import gc
+import html
 import importlib
 import itertools
 import json
@@ -922,8 +923,8 @@ def find_checkpoint(out_dir: str, resume: str, ranks: Ranks) -> dict | None:
 
 
 class Report:
-    """log.jsonl, TensorBoard's events if it is installed, and a line on the terminal. Only the
-    first rank reports."""
+    """log.jsonl, its curve as loss.svg, TensorBoard's events if it is installed, and a line on the
+    terminal. Only the first rank reports."""
 
     def __init__(self, out_dir: Path, is_main: bool, step: int):
         """step: drop log entries newer than this checkpoint; those steps are rerun."""
@@ -953,8 +954,12 @@ class Report:
                 self.board.add_scalar(name, value, values["step"])
 
     def close(self) -> None:
+        """Close the files, and draw loss.svg."""
         if self.is_main:
             self.file.close()
+            log = [json.loads(line) for line in read_log(self.path, sys.maxsize)]
+            name = self.path.resolve().parent.name
+            write_file(self.path.with_name("loss.svg"), draw_curves({name: log}))
             if self.board:
                 self.board.close()
 
@@ -997,6 +1002,47 @@ def read_log(path: Path, last_step: int) -> list[str]:
         except (ValueError, KeyError, TypeError):
             continue
     return lines
+
+
+def draw_curves(logs: dict[str, list[dict]]) -> str:
+    """An SVG of the loss of runs over their tokens, nats per token: lines are means over a fiftieth
+    of the training steps, dots are validations. logs: the lines of log.jsonl by name."""
+    width, height, left = 720, 320, 50
+    colors = ("#1f77b4", "#d62728", "#2ca02c", "#9467bd")
+    steps = {name: [row for row in log if row.get("loss")] for name, log in logs.items()}
+    trained = [row for rows in steps.values() for row in rows]
+    top = max([1.0] + [row["loss"] for row in trained])
+    last = max([1] + [row["tokens"] for row in trained])
+
+    def place(tokens: float, loss: float) -> tuple[str, str]:
+        x = left + (width - left - 10) * tokens / last
+        return f"{x:.1f}", f"{10 + (height - 40) * (1 - min(loss, top) / top):.1f}"
+
+    style = ("<style>svg { background: #fff; color: #222 } text { fill: currentColor } @media "
+             "(prefers-color-scheme: dark) { svg { background: #111; color: #ddd } }</style>")
+    shapes = [style]
+    for tick in range(0, int(top) + 1, max(1, int(top) // 6)):
+        _, y = place(0, tick)
+        shapes.append(f'<path d="M{left},{y}H{width - 10}" stroke="#8884"/>'
+                      f'<text x="{left - 6}" y="{y}" text-anchor="end" dy="4">{tick}</text>')
+    for i, ((name, log), color) in enumerate(zip(logs.items(), colors)):
+        rows, tokens_at = steps[name], {row["step"]: row["tokens"] for row in steps[name]}
+        size = max(1, len(rows) // 50)
+        parts = [rows[j:j + size] for j in range(0, len(rows), size)]
+        means = [(part[len(part) // 2]["tokens"], sum(r["loss"] for r in part) / len(part))
+                 for part in parts]
+        points = " ".join(",".join(place(*mean)) for mean in means)
+        shapes.append(f'<polyline fill="none" stroke="{color}" points="{points}"/>')
+        for row in log:
+            if row.get("val_loss") and row["step"] in tokens_at:
+                x, y = place(tokens_at[row["step"]], row["val_loss"])
+                shapes.append(f'<circle cx="{x}" cy="{y}" r="4" fill="{color}"/>')
+        shapes.append(f'<text x="{width - 16}" y="{28 + 18 * i}" text-anchor="end" '
+                      f'style="fill: {color}">{html.escape(name)}</text>')
+    shapes.append(f'<text x="{width // 2}" y="{height - 8}" text-anchor="middle">tokens, 0 to '
+                  f'{last:,}; nats per token; dots: validation</text>')
+    return (f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" '
+            'font-family="sans-serif" font-size="12">\n' + "\n".join(shapes) + "\n</svg>\n")
 
 
 def duration(seconds: float) -> str:
@@ -1554,7 +1600,8 @@ def report_results(s: Settings, model: ChatLM, tokenizer: Tokenizer, state: Stat
     model_flag = "" if s.out_dir == "out" else f" --model {shlex.quote(s.out_dir)}"
     command = f"python sample.py{model_flag}"
     print(f"\nfinished: {s.out_dir} is a model folder ({state.step:,} steps, {state.tokens:,} "
-          f"tokens, {duration(state.elapsed_s)}). Talk to it:\n"
+          f"tokens, {duration(state.elapsed_s)}); {s.out_dir}/loss.svg is its curve. Talk to it:"
+          "\n"
           f"  {command} --prompt \"{asked}\"\n  {command}")
 
 

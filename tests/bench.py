@@ -35,8 +35,8 @@ from pathlib import Path
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from data import Texts, make_demo, to_codepoints, write_demo  # noqa: E402
-from tokenizer import BYTE_TOKENS, SPECIAL_TOKENS, Tokenizer, piece_starts  # noqa: E402
+from data import Texts, make_demo, to_codepoints, write_demo
+from tokenizer import BYTE_TOKENS, SPECIAL_TOKENS, Tokenizer, piece_starts
 
 ROOT = Path(__file__).parent.parent
 PIECE_MARK = "\x01"  # between the pieces that sentencepiece is given
@@ -222,7 +222,7 @@ def tokenizer_train(args: argparse.Namespace) -> None:
             for _ in range(args.runs):
                 for name, command in commands.items():
                     wall_s, peak, said = measure(command)
-                    if share := re.search(r"a sample of ([\d.]+ %)(?!.*a sample of)", said, re.S):
+                    if share := re.search(r"a sample of ([\d.]+ %)(?!.*a sample of)", said, re.DOTALL):
                         print(f"{name} learnt from {share[1]} of the texts")
                     times[name].append(wall_s)
                     peaks[name] = max(peaks[name], peak)
@@ -415,8 +415,9 @@ def child_loader(kind: str, workers: str, folder: str, seconds: str, *data: str)
     """Prints rows and useful tokens a second, the padding, and how much memory grew."""
     import torch  # noqa: F401  what both need in any case
     files, budget = list(data), 8192
-    from data import PairStream
     from transformers import AutoTokenizer
+
+    from data import PairStream
     if kind != "ours":
         import datasets
         from torch.utils.data import DataLoader
@@ -495,6 +496,7 @@ def child_train(kind: str, folder: str, preset: str, dtype: str, seconds: str, d
     """A peer's training for so many seconds after warming up; prints useful tokens a second, and on `valid` nats per character."""
     import torch
     from transformers import T5Config, T5ForConditionalGeneration
+
     from chatlm import ChatLMConfig
     from train import learning_rate
     choice, tokenizer = PEERS[kind], Tokenizer.from_pretrained(folder)
@@ -638,7 +640,8 @@ def child_generate(kind: str, folder: str, dtype: str, batch: str, beams: str, n
     prompts = [[rng.randrange(300, vocabulary) for _ in range(31)] + [1] for _ in range(size)]
     ids, options = torch.tensor(prompts, device=device), {"max_new_tokens": length, "min_new_tokens": length, "num_beams": int(beams)}
     if kind == "ours":
-        from sample import generate as ours, load, pick_device
+        from sample import generate as ours
+        from sample import load, pick_device
         model = load(folder, dtype, pick_device(device))
 
         def run() -> int:
@@ -671,6 +674,7 @@ def child_generate(kind: str, folder: str, dtype: str, batch: str, beams: str, n
 def generate(args: argparse.Namespace) -> None:
     """Answer tokens a second: this project, transformers, and CTranslate2 where it is installed; greedy, the same weights."""
     import torch
+
     from chatlm import ChatLM, ChatLMConfig
     from train import pick_dtype
     on_gpu = torch.cuda.is_available()
@@ -887,35 +891,10 @@ def faults(args: argparse.Namespace) -> None:
 
 # --- curves, and all -----------------------------------------------------------------------------------------------------------------
 
-def draw_curves(logs: dict[str, list[dict]]) -> str:
-    """An SVG of the training loss (thin, its mean over a fiftieth of the run) and the validation loss (dots) of runs, over their steps."""
-    width, height, left, colours, shapes = 720, 320, 50, ("#1f77b4", "#d62728", "#2ca02c", "#9467bd"), []
-    rows = [row for log in logs.values() for row in log if row.get("loss") or row.get("val_loss")]
-    last, top = max(row["step"] for row in rows), max(1.0, max(row.get("loss") or row["val_loss"] for row in rows))
-
-    def at(step: float, loss: float) -> str:
-        return f"{left + (width - left - 10) * step / last:.1f},{10 + (height - 40) * (1 - loss / top):.1f}"
-
-    for tick in range(0, int(top) + 1, max(1, int(top) // 6)):
-        x, y = at(0, tick).split(",")
-        shapes.append(f'<path d="M{x},{y}H{width - 10}" stroke="#ddd"/><text x="{left - 6}" y="{y}" text-anchor="end" dy="4">{tick}</text>')
-    for i, ((name, log), colour) in enumerate(zip(logs.items(), colours)):
-        steps = [row for row in log if row.get("loss")]
-        size = max(1, len(steps) // 50)
-        means = [(part[len(part) // 2]["step"], statistics.mean(r["loss"] for r in part)) for part in (steps[j:j + size] for j in range(0, len(steps), size))]
-        shapes.append(f'<polyline fill="none" stroke="{colour}" points="{" ".join(at(*m) for m in means)}"/>')
-        for row in log:
-            if row.get("val_loss"):
-                x, y = at(row["step"], row["val_loss"]).split(",")
-                shapes.append(f'<circle cx="{x}" cy="{y}" r="4" fill="{colour}"/>')
-        shapes.append(f'<text x="{width - 16}" y="{28 + 18 * i}" text-anchor="end" fill="{colour}">{name}</text>')
-    return (f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" font-family="sans-serif" font-size="12">\n'
-            + "\n".join(shapes) + f'\n<text x="{width // 2}" y="{height - 8}">steps, 0 to {last:,}; nats a token</text>\n</svg>\n')
-
-
 def curves(args: argparse.Namespace) -> None:
     """Draw the loss curves of log.jsonl files, each named by its folder, as an SVG."""
     logs = {Path(path).parent.name: [json.loads(line) for line in Path(path).read_text("utf-8").splitlines()] for path in args.logs}
+    from train import draw_curves
     Path(args.out).write_text(draw_curves(logs), "utf-8")
 
 

@@ -840,7 +840,7 @@ def test_bad_rows_are_noted_and_passed_over(tmp_path):
     (tmp_path / "a.jsonl").write_bytes(f"{good}\n[1]\n{{\n\n{good}\n".encode() + b'{"text": "\xe4\xbd"}\n')
     rows = Rows(tmp_path, skip=True)
     assert [row["text"] for row in rows] == ["你好", "你好", "\ufffd"]
-    assert dict(rows.problems) == {"line is not JSON": 2, "character that is not utf-8, read as U+FFFD": 1}
+    assert dict(rows.problems) == {"line is not JSON": 2, "character U+FFFD: bytes that are not utf-8, or lost before": 1}
     assert rows.problems.first["line is not JSON"].endswith("a.jsonl, line 2")
     with pytest.raises(ValueError, match="line 2: not an object"):
         list(Rows(tmp_path))
@@ -906,4 +906,35 @@ def test_the_wrong_source_names_what_it_needs(tmp_path):
 def test_bytes_that_cannot_be_decoded_are_reported_where_nothing_collects_problems(tmp_path, capsys):
     (tmp_path / "x.jsonl").write_bytes(b'{"prompt": "\xe4\xbda"}\n')
     assert [row["prompt"] for row in Rows(tmp_path / "x.jsonl")] == ["\ufffda"]
-    assert f"1 x character that is not utf-8, read as U+FFFD (first in {tmp_path / 'x.jsonl'})" in capsys.readouterr().err
+    assert f"1 x character U+FFFD: bytes that are not utf-8, or lost before (first in {tmp_path / 'x.jsonl'})" in capsys.readouterr().err
+
+
+def test_utf_8_with_replacement_characters_is_not_taken_for_gb18030(tmp_path):
+    text = "Hello world\nodd \ufffd\ufffd chars café\n今天\n"
+    (tmp_path / "x.txt").write_text(text, "utf-8")
+    assert [row["text"] for row in Rows(tmp_path / "x.txt", skip=True)] == text.splitlines()
+    (tmp_path / "y.txt").write_text("今天天气很好\n", "gb18030")
+    assert [row["text"] for row in Rows(tmp_path / "y.txt", skip=True)] == ["今天天气很好"]
+
+
+def test_pairs_and_preferences_are_not_compared(tmp_path):
+    write_pairs(tmp_path / "a.parquet", [{"prompt": "问", "response": "答"}])
+    write_pairs(tmp_path / "b.parquet", [{"prompt": "问", "chosen": "答", "rejected": "不"}], data.PREFERENCE)
+    done = call("dedup", str(tmp_path / "a.parquet"), "--against", str(tmp_path / "b.parquet"), "--out", str(tmp_path / "c.parquet"))
+    assert done.returncode == 2 and "cannot be compared" in done.stderr and len(done.stderr.splitlines()) == 1
+
+
+@pytest.mark.quick
+def test_wiki_entities_and_titles_with_spaces():
+    question, answer = data.from_wiki({"title": "AT&amp;T ", "text": "AT&amp;T\n\nAT&amp;T是公司，&lt;电信&gt;。"})
+    assert "AT&T" in question and " " not in question and answer == "AT&T是公司，<电信>。"
+
+
+def test_two_streams_of_other_columns_share_a_process(demo, tmp_path, monkeypatch):
+    _, tokenizer = demo
+    monkeypatch.setattr(data, "WINDOW_ROWS", 1024)
+    table = pa.table({c: [f"{c}第{i}问" for i in range(4000)] for c in ("prompt", "response", "chosen", "rejected")})
+    pq.write_table(table, tmp_path / "x.parquet")
+    PairStream(tmp_path / "x.parquet", tokenizer, 500, 20).window(0, 0)
+    window = PairStream(tmp_path / "x.parquet", tokenizer, 500, 20, columns=data.PREFERENCE).window(0, 1)
+    assert len(window.columns) == 3 and len(window.numbers) == 1024

@@ -32,6 +32,7 @@ PROCESSES = "torchrun --standalone --nproc_per_node=2 train.py"
 ELSEWHERE = (  # what other tests try, or what has no place in one
     "pip install", "python -m pytest",  # .ci/run, and test_no_data_is_the_demo
     "python sample.py --prompt",  # test_prompt_and_chat
+    "python sample.py --serve",  # test_server.py
     "torchrun --standalone --nproc_per_node=2 --max-restarts=3 train.py",  # test_a_killed_rank_is_started_again
     "torchrun --nnodes=2")  # test_two_machines_take_the_same_steps
 
@@ -119,12 +120,12 @@ def road(tmp_path_factory) -> Path:
     return folder
 
 
-def launch(start: list[str], more: str, folder: Path, threads: int = 2) -> tuple[list[str], dict]:
+def launch(start: list[str], more: str, folder: Path, threads: int = 1) -> tuple[list[str], dict]:
     argv = {"python": [sys.executable], "torchrun": [sys.executable, "-m", "torch.distributed.run"]}[start[0]] + start[1:] + more.split()
     return argv, {"cwd": folder, "text": True, "env": {**os.environ, "OMP_NUM_THREADS": "1" if start[0] == "torchrun" else str(threads)}}
 
 
-def go(folder: Path, start: str | list[str], more: str = "", threads: int = 2) -> str:
+def go(folder: Path, start: str | list[str], more: str = "", threads: int = 1) -> str:
     """Run the README's command that starts so, with more flags; what it printed."""
     argv, options = launch(words(start) if isinstance(start, str) else start, more, folder, threads)
     done = subprocess.run(argv, capture_output=True, timeout=100, **options)

@@ -136,7 +136,7 @@ def test_a_sample_is_the_same_for_any_number_of_workers(capsys):
     one = Tokenizer.train(texts, 8600, memory_bytes=600_000_000)
     assert Tokenizer.train(texts, 8600, memory_bytes=600_000_000, workers=2) == one
     said = capsys.readouterr().err.splitlines()
-    assert len(said) == 2 and said[0] == said[1] and "learning from a sample of" in said[0]
+    assert len(said) == 1 and "learning from a sample of" in said[0]  # the same line is printed once
     with pytest.raises(ValueError, match="more than once"):
         Tokenizer.train(iter(texts), 8600, memory_bytes=600_000_000)
 
@@ -402,7 +402,7 @@ def test_command_line(tmp_path):
     assert "characters per token" in done.stdout
     corpus.write_bytes(corpus.read_bytes() + b"\xff\xfe")
     done = call("train", str(corpus), "--out", str(tmp_path / "three"), "--vocab_size=800")
-    assert done.returncode == 0 and done.stderr.count("\n") == 1 and "2 x character that is not utf-8" in done.stderr
+    assert done.returncode == 0 and done.stderr.count("\n") == 1 and "2 x character U+FFFD" in done.stderr
 
 
 def test_wrong_commands_end_with_one_line_and_change_nothing(tmp_path):

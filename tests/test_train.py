@@ -113,7 +113,7 @@ def straight(base, tmp_path_factory) -> Path:
 def test_out_dir_holds_what_is_promised(straight):
     names = {p.name for p in straight.iterdir()}
     model = {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"}
-    assert model | {"best", "checkpoint", "log.jsonl", "tensorboard"} == names  # the last because TensorBoard is installed
+    assert model | {"best", "checkpoint", "log.jsonl", "loss.svg", "tensorboard"} == names  # the last because TensorBoard is installed
     assert {p.name for p in (straight / "best").iterdir()} == model
     assert len(list_checkpoints(straight / "checkpoint")) == 2
     rows = log(straight)
@@ -206,7 +206,7 @@ def test_two_runs_do_not_share_a_folder(base, call_here, tmp_path):
         first.kill()
         first.wait()
     assert second.returncode == 2 and second.stderr.splitlines()[-1].endswith(
-        f"error: another run is at work in {out}: wait for its end, or choose another --out_dir"), second.stderr
+        f"error: another run uses {out}: wait until it ends, or choose another --out_dir"), second.stderr
     third = call_here(*args[:-1], "3", "--resume", "never")
     assert third.returncode == 0, third.stderr
 

@@ -1,0 +1,269 @@
+"""sample.py --serve speaks OpenAI's protocol, and bad or slow clients harm nobody."""
+import functools
+import json
+import os
+import resource
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import openai
+import pytest
+import torch
+
+import sample
+from chatlm import ChatLM, ChatLMConfig
+from sample import ChatServer, GenerationConfig
+from tokenizer import FIRST_CHAR, Tokenizer
+
+ROOT = Path(__file__).parents[1]
+QUESTION = [{"role": "user", "content": "今天天气很好"}]
+
+
+@functools.cache
+def make_model() -> tuple[ChatLM, Tokenizer]:
+    """A model with random weights whose answer has several characters and no bytes."""
+    tokenizer = Tokenizer.train(["今天天气很好，明天也很好。"] * 20, 300)
+    config = ChatLMConfig.preset("demo", vocab_size=len(tokenizer), tie_word_embeddings=False)
+    for seed in range(100):
+        torch.manual_seed(seed)
+        model = ChatLM(config).eval()
+        with torch.no_grad():
+            model.lm_head.weight[:FIRST_CHAR] = 0  # the other logits are random, some above 0
+            model.lm_head.weight[FIRST_CHAR:] *= 3
+        text = sample.answer(model, tokenizer, [QUESTION[0]["content"]], max_new_tokens=12)[0]
+        if len(set(text)) > 3 and text.count(text[3:5]) == 1:
+            return model, tokenizer
+    raise AssertionError("no seed gives such an answer")
+
+
+@pytest.fixture
+def server() -> Iterator[ChatServer]:
+    model, tokenizer = make_model()
+    options = vars(GenerationConfig(max_new_tokens=12, min_new_tokens=12))
+    server = ChatServer(("127.0.0.1", 0), model, tokenizer, "tiny", 64, options, None)
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+def url(server: ChatServer, path: str = "") -> str:
+    return f"http://127.0.0.1:{server.server_port}{path}"
+
+
+def client(server: ChatServer, key: str = "any") -> openai.OpenAI:
+    return openai.OpenAI(base_url=url(server, "/v1"), api_key=key, max_retries=0, timeout=60)
+
+
+def expected(server: ChatServer) -> str:
+    return sample.answer(server.model, server.tokenizer, [QUESTION[0]["content"]], 1, 64,
+                         **server.options)[0]
+
+
+def post(server: ChatServer, body: bytes, **headers: str) -> tuple[int, dict]:
+    request = urllib.request.Request(url(server, "/v1/chat/completions"), body, headers)
+    try:
+        with urllib.request.urlopen(request, timeout=60) as response:
+            return response.status, json.loads(response.read())
+    except urllib.error.HTTPError as e:
+        return e.code, json.loads(e.read())
+
+
+def test_the_openai_client_gets_whole_answers_and_streams(server):
+    chat, text = client(server).chat.completions, expected(server)
+    assert [m.id for m in client(server).models.list()] == ["tiny"]
+    whole = chat.create(model="tiny", messages=QUESTION)
+    assert whole.choices[0].message.content == text and whole.choices[0].finish_reason == "length"
+    prompt_tokens = len(server.tokenizer.encode(QUESTION[0]["content"]))
+    assert (whole.usage.prompt_tokens, whole.usage.completion_tokens) == (prompt_tokens, 12)
+    events = list(chat.create(model="tiny", messages=QUESTION, stream=True,
+                              stream_options={"include_usage": True}))
+    parts = [e.choices[0].delta.content for e in events if e.choices]
+    assert "".join(p or "" for p in parts) == text and len([p for p in parts if p]) > 1
+    assert events[-2].choices[0].finish_reason == "length"
+    assert events[-1].usage.total_tokens == prompt_tokens + 12
+
+
+def test_options_of_a_request(server):
+    chat, text = client(server).chat.completions, expected(server)
+    several = chat.create(model="tiny", messages=QUESTION, n=3, temperature=1.5, max_tokens=8)
+    assert [c.index for c in several.choices] == [0, 1, 2]
+    assert len({c.message.content for c in several.choices}) > 1
+    stop = text[3:5]
+    for stream in (False, True):
+        found = chat.create(model="tiny", messages=QUESTION, stop=[stop, "没有"], stream=stream)
+        if stream:
+            said = "".join(e.choices[0].delta.content or "" for e in found)
+        else:
+            said = found.choices[0].message.content
+            assert found.choices[0].finish_reason == "stop"
+        assert said == text[:text.index(stop)]
+    parts = [{"role": "user", "content": [{"type": "text", "text": QUESTION[0]["content"]}]}]
+    assert chat.create(model="tiny", messages=parts).choices[0].message.content == text
+
+
+@pytest.mark.parametrize(("body", "message"), [
+    (b"{", "not JSON"), (b"[]", "not a JSON object"), (b"{}", "messages"), (b"[" * 9999, "not JSON"),
+    (b'{"messages": [{"role": "user"}]}', "no text"), (b'{"messages": [1]}', "messages"),
+    (b'{"messages": [{"content": "a"}], "n": 0}', "n must be"),
+    (b'{"messages": [{"content": "a"}], "n": true}', "n must be"),
+    (b'{"messages": [{"content": "a"}], "stop": [1]}', "stop"),
+    (b'{"messages": [{"content": "a"}], "temperature": "hot"}', "temperature"),
+    (b'{"messages": [{"content": "a"}], "top_p": 2}', "top_p"),
+    (b'{"messages": [{"content": "a"}], "max_tokens": -1}', "max_tokens")])
+def test_a_bad_request_is_answered_with_what_is_wrong(server, body, message):
+    status, answer = post(server, body)
+    assert status == 400 and message in answer["error"]["message"]
+    assert answer["error"]["type"] == "invalid_request_error"
+    assert post(server, json.dumps({"messages": QUESTION}).encode())[0] == 200
+
+
+def test_other_paths_large_bodies_and_keys(server):
+    for path, status in (("/health", 200), ("/", 200), ("/v1/models", 200), ("/nothing", 404)):
+        try:
+            found = urllib.request.urlopen(url(server, path), timeout=60).status
+        except urllib.error.HTTPError as e:
+            found = e.code
+        assert found == status, path
+    with socket.create_connection(("127.0.0.1", server.server_port), timeout=60) as s:
+        s.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 9999999\r\n\r\n")
+        assert b" 413 " in s.recv(1000)
+    server.api_key = "secret"
+    with pytest.raises(openai.AuthenticationError):
+        client(server, "wrong").chat.completions.create(model="tiny", messages=QUESTION)
+    assert client(server, "secret").chat.completions.create(model="tiny", messages=QUESTION)
+
+
+def test_a_client_that_leaves_stops_its_answer(server, monkeypatch):
+    decoded = []
+    steps = sample.steps
+
+    def counted(*args):
+        for ids in steps(*args):
+            decoded.append(1)
+            time.sleep(0.02)
+            yield ids
+
+    monkeypatch.setattr(sample, "steps", counted)
+    server.options |= {"max_new_tokens": 400, "min_new_tokens": 400}
+    for stream in (True, False):
+        decoded.clear()
+        body = json.dumps({"messages": QUESTION, "stream": stream}).encode()
+        with socket.create_connection(("127.0.0.1", server.server_port), timeout=60) as s:
+            s.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\n"
+                      + f"Content-Length: {len(body)}\r\n\r\n".encode() + body)
+            while len(decoded) < 3:
+                time.sleep(0.01)
+        for _ in range(500):
+            if not server.lock.locked():
+                break
+            time.sleep(0.01)
+        assert not server.lock.locked() and len(decoded) < 300
+
+
+def test_too_many_requests_are_told_to_come_back(server, monkeypatch):
+    monkeypatch.setattr(server, "room", threading.BoundedSemaphore(1))
+    server.room.acquire()
+    request = urllib.request.Request(url(server, "/v1/chat/completions"),
+                                     json.dumps({"messages": QUESTION}).encode())
+    with pytest.raises(urllib.error.HTTPError) as e:
+        urllib.request.urlopen(request, timeout=60)
+    assert e.value.code == 503 and e.value.headers["Retry-After"] == "5"
+
+
+def test_many_clients_and_half_open_connections(server):
+    text = expected(server)
+    idle = [socket.create_connection(("127.0.0.1", server.server_port)) for _ in range(20)]
+    for s in idle[:10]:
+        s.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nContent-Length: 50\r\n\r\n{")
+    body = json.dumps({"messages": QUESTION}).encode()
+
+    def ask(_) -> str:
+        for _ in range(500):
+            status, found = post(server, body)
+            if status == 200:
+                return found["choices"][0]["message"]["content"]
+            assert status == 503  # come back later
+            time.sleep(0.1)
+        return ""
+
+    peaks_kb = []
+    with ThreadPoolExecutor(50) as pool:
+        for _ in range(3):
+            assert list(pool.map(ask, range(50))) == [text] * 50
+            peaks_kb.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+    for s in idle:
+        s.close()
+    assert peaks_kb[2] - peaks_kb[0] < 20_000, peaks_kb  # memory does not grow with requests
+    assert client(server).chat.completions.create(model="tiny", messages=QUESTION)
+
+
+def test_the_command_serves_and_ends_with_ctrl_c(tmp_path):
+    model, tokenizer = make_model()
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    command = [sys.executable, str(ROOT / "sample.py"), "--model", str(tmp_path), "--serve"]
+    with subprocess.Popen([*command, "0"], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                          text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}) as process:
+        address = process.stdout.readline().split("/ ")[0]
+        assert json.loads(urllib.request.urlopen(address + "/health", timeout=60).read())
+        process.send_signal(signal.SIGINT)
+        assert process.wait(60) == 0 and process.stderr.read() == ""
+    done = subprocess.run([*command, "0", "--host", "0.0.0.0"], capture_output=True, text=True,
+                          timeout=100)
+    assert done.returncode == 2 and "set --api_key" in done.stderr
+
+
+@pytest.mark.quick
+def test_text_before_a_stop():
+    for parts in (["今天天", "气很好"], list("今天天气很好"), ["今天天气很好"]):
+        assert "".join(sample.until_stop(parts, ["天气", "很"])) == "今天"
+        assert "".join(sample.until_stop(parts, ["没有", "好了"])) == "今天天气很好"
+        assert "".join(sample.until_stop(parts, [])) == "今天天气很好"
+
+
+def test_multiple_choice_by_letter_and_by_text(tmp_path, monkeypatch, capsys):
+    """A model that always prefers B, and short words; as C-Eval and CMMLU publish questions."""
+    model, tokenizer = make_model()
+    (tmp_path / "a_val.csv").write_text(
+        "id,question,A,B,C,D,answer\n0,问,一,二,三,四,B\n1,问,一,二,三,四,A\n", "utf-8")
+    (tmp_path / "b.csv").write_text(",Question,A,B,C,D,Answer\n0,问,1,2,3,4,B\n", "utf-8")
+    files = sample.Rows(tmp_path).files
+
+    def logps(model, tokenizer, prompts, responses, max_len):
+        if responses[:4] == list("ABCD"):
+            assert all("A. " in prompt and prompt.endswith("答案：") for prompt in prompts)
+        return [1.0 if response in ("B", "一", "1") else 0.0 for response in responses]
+
+    monkeypatch.setattr(sample, "response_logps", logps)
+    result = sample.score_subjects(model, tokenizer, files, 64, 8)
+    assert result == {"subjects": 2, "accuracy_letter": 0.75, "accuracy_text": 0.25,
+                      "chance": 0.25}
+    shown = capsys.readouterr().out
+    assert "50.0 %   50.0 %  a_val" in shown and "chance: 25.0 %" in shown
+    (tmp_path / "b.csv").write_text("question,A,B,C,D,answer\n问,1,2,3,4,E\n", "utf-8")
+    with pytest.raises(ValueError, match=r"b\.csv, row 1: answer 'E' is not A, B, C or D"):
+        sample.score_subjects(model, tokenizer, files, 64, 8)
+
+
+def test_log_probabilities_of_responses_are_the_models_losses():
+    model, tokenizer = make_model()
+    prompts, responses = ["今天", "明天也好"], ["天气", "好", "很好", "也"]
+    found = sample.response_logps(model, tokenizer, prompts, responses, 64)
+    for i, response in enumerate(responses):
+        ids, mask = sample.to_batch(tokenizer, [prompts[i // 2]], 64, "cpu")
+        labels, _ = sample.to_batch(tokenizer, [response], 64, "cpu")
+        with torch.no_grad():
+            logits, _ = model(ids, mask, labels=labels)
+        logps = logits.log_softmax(-1)[0].gather(1, labels[0][:, None])[:-1].sum()
+        assert found[i] == pytest.approx(float(logps), rel=1e-4)
