@@ -155,8 +155,8 @@ class Preference(train.Objective):
             valid = self.reference(settings.valid_files, "valid", init_hash)
             self.references["valid"] = valid
             self.batches = list(self.stream(settings.valid_files).one_epoch())
-            pairs = torch.tensor([len(batch["rows"]) for batch in self.batches]).sum()
-            if not ranks.all_reduce(pairs.to(ranks.device)):
+            own = sum(len(batch["rows"]) for batch in self.batches)
+            if not sum(ranks.all_gather(own)):
                 raise AgreedError(f"{settings.valid} has no usable row")
 
     def stream(self, files: tuple[str, ...]) -> PairStream:

@@ -202,7 +202,7 @@ class LayerProducts(NamedTuple):
     cross_out: Product
     feed_norm: Product
     feed_forward: Product
-    feed_scale: float  # by which the result of feed_forward is multiplied
+    feed_scale: float  # multiply the result by this; feed_norm has divided by it
 
 
 class Products:
@@ -239,7 +239,7 @@ class Products:
         return quick_norm(module) if self.quick else module
 
     def feed_forward(self, module: FeedForward) -> Product:
-        """The feed-forward layer without the factor that `layer` takes out of it."""
+        """The feed-forward layer; see feed_scale for the factor that float16 needs on a GPU."""
         plain = type(getattr(module, "wi", None)) is nn.Linear and type(module.wo) is nn.Linear
         if self.is_gpu and plain:
             return gpu_feed_forward(module)
@@ -257,7 +257,7 @@ class Products:
         is_half = feed.layer_norm.weight.dtype == torch.float16
         if self.is_gpu and is_half and feed_forward is not feed.DenseReluDense:
             scale = FLOAT16_SCALE
-            feed_norm = gpu_norm(feed.layer_norm, 1 / scale)  # relu and products are linear in it
+            feed_norm = gpu_norm(feed.layer_norm, 1 / scale)  # wo(relu(wi x)) scales with x
         return LayerProducts(
             self.norm(own.layer_norm), self.side_by_side(a.q, a.k, a.v), self.side_by_side(a.o),
             self.norm(cross.layer_norm), self.side_by_side(c.q), self.side_by_side(c.o),
@@ -327,7 +327,7 @@ class Decoder:
         self.cache = encoded.new_empty(2 * len(self.sources), self.rows, 0, c.num_heads * c.d_kv)
         self.bias = self.visible = encoded.new_empty(0)  # (1, H, 1, capacity); visible is masked
         # for each number of rows: its steps on this cache and these sources, and its graph
-        self.steps: Counter = Counter()
+        self.step_counts: Counter = Counter()
         self.graphs: dict[int, StepGraph] = {}
 
     def grow_cache(self, rows: int, length: int) -> None:
@@ -348,7 +348,7 @@ class Decoder:
 
     def forget_graphs(self) -> None:
         self.graphs.clear()
-        self.steps.clear()
+        self.step_counts.clear()
 
     @torch.inference_mode()
     def step(self, ids: Tensor) -> tuple[Tensor, Tensor]:
@@ -360,13 +360,13 @@ class Decoder:
         if not self.static:
             return self.forward(ids, place, self.length, self.bias[..., -self.length:])
         self.visible[..., 1:self.length] = self.bias[..., -self.length:-1]
-        replays = ids.is_cuda and self.steps[self.rows] > 8
+        replays = ids.is_cuda and self.step_counts[self.rows] > 8
         if replays and Decoder.graph_owner() in (None, self):
             logits, hidden = self.replay(ids)
         else:
             logits, hidden = self.forward(ids, 0, self.cache.size(2), self.visible)
         self.cache[:, :self.rows, place] = self.cache[:, :self.rows, 0]
-        self.steps[self.rows] += 1
+        self.step_counts[self.rows] += 1
         return logits, hidden
 
     def replay(self, ids: Tensor) -> tuple[Tensor, Tensor]:
@@ -944,7 +944,9 @@ def score_subjects(model: ChatLM, tokenizer: Tokenizer, files: list[Path], max_l
     print(f"{'questions':>10}  {'letter':>7}  {'text':>7}  subject (chance: 25.0 %)")
     for path in files:
         rows = read_choices(path)
-        if rows:
+        if not rows:
+            note_once(f"note: {path} has no questions and is skipped")
+        else:
             right = score_choices(model, tokenizer, rows, max_len, batch_size)
             shares.append([n / len(rows) for n in right])
             letter, text = (100 * share for share in shares[-1])
@@ -1210,6 +1212,7 @@ def print_answer(model: ChatLM, tokenizer: Tokenizer, prompt: str, max_len: int,
 # --- server ---------------------------------------------------------------------------------------
 
 MAX_BODY_BYTES = 1 << 20
+STREAMING = {"num_beams": 1, "num_return_sequences": 1, "penalty_alpha": 0.0}  # one path
 MAX_WAITING = 16  # requests that wait for the model; others are told to come back
 PAGE = """<!doctype html><html lang="zh"><meta charset="utf-8"><title>ChatLM</title>
 <meta name="viewport" content="width=device-width"><style>
@@ -1301,7 +1304,7 @@ class ChatRequest:
         self.answers = 1 if body.get("n") is None else body["n"]
         if type(self.answers) is not int or not 1 <= self.answers <= 16:
             raise BadRequest("n must be a whole number from 1 to 16")
-        options = defaults | {"num_beams": 1, "num_return_sequences": 1, "penalty_alpha": 0.0}
+        options = defaults | STREAMING
         limit = body.get("max_completion_tokens", body.get("max_tokens"))
         for name, value in (("max_new_tokens", limit), ("temperature", body.get("temperature")),
                             ("top_p", body.get("top_p"))):
@@ -1332,6 +1335,12 @@ def until_stop(parts: Iterable[str], stops: list[str]) -> Iterator[str]:
         yield held[:ready]
         held = held[ready:]
     yield held
+
+
+def error_body(status: int, message: str) -> dict:
+    """An error in OpenAI's format."""
+    kind = "invalid_request_error" if status < 500 else "server_error"
+    return {"error": {"message": message, "type": kind, "param": None, "code": None}}
 
 
 class ChatHandler(BaseHTTPRequestHandler):
@@ -1374,7 +1383,11 @@ class ChatHandler(BaseHTTPRequestHandler):
                 if not self.has_left():
                     self.answer(request)
         except (ValueError, RuntimeError, MemoryError) as e:
-            self.refuse(500, str(e).splitlines()[0] if str(e) else "out of memory")
+            message = str(e).partition("\n")[0] or "out of memory"
+            if request.stream:  # its head has been sent
+                self.send_data(json.dumps(error_body(500, message)))
+            else:
+                self.refuse(500, message)
         finally:
             self.server.room.release()
 
@@ -1417,9 +1430,9 @@ class ChatHandler(BaseHTTPRequestHandler):
         kind = "chat.completion.chunk" if request.stream else "chat.completion"
         head = {"id": f"chatcmpl-{secrets.token_hex(12)}", "object": kind,
                 "created": int(time.time()), "model": server.name}
-        prompt_tokens = min(len(server.tokenizer.encode(request.prompt)), server.max_len)
         if request.stream:
             self.reply(200, None, "text/event-stream; charset=utf-8")
+        prompt_tokens = min(len(server.tokenizer.encode(request.prompt)), server.max_len)
         choices, completion_tokens = [], 0
         for index in range(request.answers):
             text, ids = "", list[int]()
@@ -1467,10 +1480,7 @@ class ChatHandler(BaseHTTPRequestHandler):
         self.wfile.flush()
 
     def refuse(self, status: int, message: str, headers: dict[str, str] | None = None) -> None:
-        """An error in OpenAI's format."""
-        kind = "invalid_request_error" if status < 500 else "server_error"
-        error = {"message": message, "type": kind, "param": None, "code": None}
-        self.reply(status, {"error": error}, headers=headers)
+        self.reply(status, error_body(status, message), headers=headers)
 
     def reply(self, status: int, body: dict | bytes | None, kind: str = "application/json",
               headers: dict[str, str] | None = None) -> None:
@@ -1497,12 +1507,16 @@ def serve(model: ChatLM, tokenizer: Tokenizer, args: argparse.Namespace, options
     """Answer requests until Ctrl-C. Raises ValueError for a port that is in use."""
     name = Path(args.model).resolve().name
     address = (args.host, args.serve)
+    for option, value in STREAMING.items():
+        if options[option] != value:
+            note_once(f"note: {option} {options[option]} has no effect with --serve, which streams")
     try:
         server = ChatServer(address, model, tokenizer, name, args.max_len, options, args.api_key)
     except OSError as e:
         raise ValueError(f"--serve {args.serve}: {e.strerror or e}") from None
     print(f"http://{args.host}:{server.server_port}/ is a chat page; programs use "
-          f"http://{args.host}:{server.server_port}/v1. Ctrl-C stops.", flush=True)
+          f"http://{args.host}:{server.server_port}/v1. The model sees only the last message of a "
+          "request. Ctrl-C stops.", flush=True)
     try:
         server.serve_forever()
     except KeyboardInterrupt:
@@ -1564,7 +1578,8 @@ def parse_args() -> argparse.Namespace:
                        help="a chat page and an OpenAI-compatible HTTP server on this port")
     add = parser.add_argument
     add("--host", default="127.0.0.1", help="address for --serve; others need --api_key")
-    add("--api_key", metavar="KEY", help="that clients of --serve must send (default: none)")
+    add("--api_key", metavar="KEY", help="key that clients of --serve must send, the chat page as "
+        "/?key=KEY (default: none)")
     add("--output", metavar="G.jsonl",
         help="where the answers to --input go; an existing file is continued")
 
@@ -1674,6 +1689,9 @@ def score_file(args: argparse.Namespace, model: ChatLM, tokenizer: Tokenizer,
     """Print scores on a file of pairs, or on files of multiple choice."""
     rows = Rows(args.score)
     if is_choices(next(iter(rows), {})):
+        for field in fields(GenerationConfig):
+            if getattr(args, field.name, None) is not None:
+                note_once(f"note: --{field.name} has no effect on multiple choice")
         result = score_subjects(model, tokenizer, rows.files, args.max_len, args.batch_size)
     else:
         rows.columns = PAIR

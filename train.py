@@ -72,7 +72,6 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import data
 import sample
 from chatlm import (
-    IGNORED,
     PRESETS,
     ChatLM,
     ChatLMConfig,
@@ -313,12 +312,14 @@ class Trainer:
         for place, (batch, is_last) in zip(places, share):
             if is_last:
                 self.reducer.start()
-            source, target = source + count_sources(batch), target + count_targets(batch)
+            tensors = to_device(batch, self.device)
+            source += int(batch["attention_mask"].sum())
+            target += sum(len(x) for name, x in tensors.items() if name.endswith("targets"))
             seed = f"{self.settings.seed} {self.state.step} {place}".encode()
             torch.manual_seed(xxhash.xxh3_64_intdigest(seed) >> 1)
             with sdpa_kernel(self.kernels):  # also for backward, which may recompute activations
                 with self.autocast():
-                    loss, *others = self.objective.loss(to_device(batch, self.device))
+                    loss, *others = self.objective.loss(tensors)
                 (loss * scale).backward()
             sums += torch.stack([x.detach().double() for x in (loss, *others)])
         self.reducer.finish()
@@ -410,14 +411,6 @@ def with_last(items: Iterable) -> Iterator[tuple[dict, bool]]:
         following = next(items, None)
         yield item, following is None
         item = following
-
-
-def count_sources(batch: dict) -> int:
-    return int(batch["attention_mask"].sum())
-
-
-def count_targets(batch: dict) -> int:
-    return sum(int((x != IGNORED).sum()) for name, x in batch.items() if name.endswith("labels"))
 
 
 class Stop:

@@ -171,6 +171,20 @@ def test_a_client_that_leaves_stops_its_answer(server, monkeypatch):
         assert not server.lock.locked() and len(decoded) < 300
 
 
+def test_an_error_while_decoding_is_told_in_both_forms(server, monkeypatch):
+    def broken(*args):
+        yield torch.full((1, 2), FIRST_CHAR)
+        raise ValueError("no token is left")
+
+    monkeypatch.setattr(sample, "steps", broken)
+    chat = client(server).chat.completions
+    with pytest.raises(openai.InternalServerError, match="no token is left"):
+        chat.create(model="tiny", messages=QUESTION)
+    with pytest.raises(openai.APIError, match="no token is left"):
+        list(chat.create(model="tiny", messages=QUESTION, stream=True))
+    assert not server.lock.locked()
+
+
 def test_too_many_requests_are_told_to_come_back(server, monkeypatch):
     monkeypatch.setattr(server, "room", threading.BoundedSemaphore(1))
     server.room.acquire()
