@@ -918,7 +918,8 @@ def load_adapter(model: ChatLM, folder: Path) -> None:
     try:
         config, weights = read_json(files[0]), load_file(files[1])
     except (ValueError, SafetensorError) as e:
-        raise ValueError(f"{folder} is not a whole LoRA adapter: {e}") from None
+        raise ValueError(f"{folder} is not a whole LoRA adapter: {why_unreadable(files[1], e)}"
+                         ) from None
     check_adapter(config, files[0])
     try:
         add_lora(model, config["r"], config["lora_alpha"], config["target_modules"])
@@ -1039,8 +1040,14 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
             with safe_open(path, "pt") as f:
                 weights.update((name, f.get_tensor(name)) for name in list(f.keys()))
         except (SafetensorError, OSError) as e:
-            raise ValueError(f"{path} is missing or damaged: {e}") from None
+            raise ValueError(f"{path} is missing or damaged: {why_unreadable(path, e)}") from None
     return weights
+
+
+def why_unreadable(path: Path, error: Exception) -> str:
+    """The error, or that git left a pointer in place of a large file."""
+    is_pointer = path.is_file() and path.open("rb").read(19) == b"version https://git"
+    return "it is a Git LFS pointer: run  git lfs pull" if is_pointer else str(error)
 
 
 def save_model(model: ChatLM, folder: Path) -> None:

@@ -109,11 +109,26 @@ def arrow():
 
 
 class Problems(Counter):
-    """What was wrong in files that were read anyway: reason -> count. first: where it occurred."""
+    """What was wrong in files that were read anyway: reason -> count. first: where it occurred.
+    share(): how much of `files` has been read, 0 to 1."""
 
-    def __init__(self):
+    def __init__(self, files: Iterable[Path] = ()):
         super().__init__()
         self.first: dict[str, str] = {}
+        self.total_bytes = sum(path.stat().st_size for path in files)
+        self.closed_bytes = 0
+        self.tell: Callable[[], float] = lambda: 0  # position in the file that is open, in bytes
+
+    @contextlib.contextmanager
+    def reading(self, path: Path, tell: Callable[[], float]) -> Iterator[None]:
+        """While path is open; tell() is the position in it."""
+        self.tell = tell
+        yield
+        self.tell = lambda: 0
+        self.closed_bytes += path.stat().st_size
+
+    def share(self) -> float:
+        return min(1.0, (self.closed_bytes + self.tell()) / max(1, self.total_bytes))
 
     def note(self, reason: str, where: str, times: int = 1) -> None:
         self.first.setdefault(reason, where)
@@ -151,10 +166,14 @@ class Rows:
         self.files = input_files(paths, outputs)
         self.problems = Problems()
 
+    def share(self) -> float:
+        """How much of the files the current pass has read, 0 to 1."""
+        return self.problems.share()
+
     def __iter__(self) -> Iterator[dict]:
-        self.problems = Problems()
+        self.problems = Problems(self.files)
         for path in self.files:
-            for i, row in enumerate(read_file(path, self.problems if self.skip else None), 1):
+            for i, row in enumerate(read_file(path, self.problems, self.skip), 1):
                 missing = [c for c in self.columns if not isinstance(row.get(c), str)]
                 if not missing:
                     yield row
@@ -164,6 +183,8 @@ class Rows:
                 else:
                     self.problems.note(f"row without text in {missing[0]!r}, skipped",
                                        f"{path}, row {i:,}")
+        if not self.skip:
+            self.problems.warn()
 
 
 class Texts:
@@ -172,6 +193,7 @@ class Texts:
 
     def __init__(self, paths):
         self.rows = Rows(paths, skip=True)
+        self.share = self.rows.share
 
     def __iter__(self) -> Iterator[str]:
         for row in self.rows:
@@ -184,23 +206,23 @@ class Texts:
             yield from (value for value in values if isinstance(value, str) and value)
 
 
-def read_file(path: Path, problems: Problems | None) -> Iterator[dict]:
-    """The rows of one file. Bad lines are noted in problems; without it they raise ValueError."""
+def read_file(path: Path, problems: Problems, skip: bool = True) -> Iterator[dict]:
+    """The rows of one file. Bad lines are noted in problems; without skip they raise ValueError."""
     def bad(reason: str, line: int, detail: str) -> None:
-        if problems is None:
+        if not skip:
             raise ValueError(f"line {line:,}: {detail}")
         problems.note(reason, f"{path}, line {line:,}")
 
     kind = file_kind(path)
     if kind == ".parquet":
-        yield from read_parquet(path)
+        yield from read_parquet(path, problems)
         return
     with open_text(path, problems) as f:
         rows: Iterable[dict]
         if kind == ".csv":
             rows = read_csv(f, bad)
         elif kind == ".txt":
-            rows = read_lines(f, bad if problems is not None else None)
+            rows = read_lines(f, bad if skip else None)
         elif f.peek(1024).lstrip().startswith("["):
             rows = read_json_list(f)
         else:
@@ -290,11 +312,18 @@ def read_csv(f, bad: Callable[[str, int, str], None]) -> Iterator[dict]:
         begin += len(record)
 
 
-def read_parquet(path: Path) -> Iterator[dict]:
+def refuse_pointer(path: Path) -> None:
+    """Raise ValueError for the few lines that git leaves in place of a large file without LFS."""
+    with open(path, "rb") as f:
+        if f.read(19) == b"version https://git":
+            raise ValueError(f"{path} is a Git LFS pointer, not the file itself: run  git lfs pull")
+
+
+def read_parquet(path: Path, problems: Problems) -> Iterator[dict]:
     """The rows of a Parquet file, a few at a time even if a row group is large. Dates and times
     are left out."""
-    pa = arrow()
-    with open(path, "rb") as f:
+    pa, share, size = arrow(), 0.0, path.stat().st_size
+    with open(path, "rb") as f, problems.reading(path, lambda: share * size):
         try:
             file = pa.parquet.ParquetFile(f, pre_buffer=False, buffer_size=1 << 20)
             groups = [file.metadata.row_group(i) for i in range(file.num_row_groups)]
@@ -302,6 +331,7 @@ def read_parquet(path: Path) -> Iterator[dict]:
             rows = int((1 << 23) / max(sizes, default=1))  # 8 MB at a time
             columns = [c.name for c in file.schema_arrow if not pa.types.is_temporal(c.type)]
             for batch in file.iter_batches(max(1, min(1024, rows)), columns=columns):
+                share += len(batch) / file.metadata.num_rows
                 yield from batch.to_pylist()
         except (pa.ArrowException, OSError, OverflowError, ValueError) as e:
             raise ValueError(f"{path} cannot be read: {' '.join(str(e).split())}") from None
@@ -329,15 +359,15 @@ class TextFile(io.TextIOWrapper):
 
 
 @contextlib.contextmanager
-def open_text(path: Path, problems: Problems | None) -> Iterator[TextFile]:
+def open_text(path: Path, problems: Problems) -> Iterator[TextFile]:
     """Open a text file, also .gz. Bytes that cannot be decoded become U+FFFD and are noted in
-    problems, or reported on stderr without it. Raises ValueError, naming the file, if it, or what
-    the caller makes of it, is damaged."""
-    noted = Problems() if problems is None else problems
+    problems. Raises ValueError, naming the file, if it, or what the caller makes of it, is
+    damaged."""
     try:
         with contextlib.ExitStack() as stack:
             open_bytes: Callable = gzip.open if path.suffix.lower() == ".gz" else open
-            raw = stack.enter_context(open_bytes(path, "rb"))
+            raw: Any = stack.enter_context(open_bytes(path, "rb"))
+            stack.enter_context(problems.reading(path, getattr(raw, "fileobj", raw).tell))
             encoding = encoding_of(path, raw.read(1 << 16))
             raw.seek(0)
             f = stack.enter_context(TextFile(raw, encoding, errors="replace", newline=""))
@@ -346,10 +376,8 @@ def open_text(path: Path, problems: Problems | None) -> Iterator[TextFile]:
             finally:
                 if f.undecodable:
                     name = encoding.removesuffix("-sig")
-                    noted.note(f"character U+FFFD: bytes that are not {name}, or lost before",
-                               str(path), f.undecodable)
-                    if problems is None:
-                        noted.warn()
+                    problems.note(f"character U+FFFD: bytes that are not {name}, or lost before",
+                                  str(path), f.undecodable)
     except (EOFError, gzip.BadGzipFile, zlib.error, csv.Error, ValueError, RecursionError) as e:
         raise ValueError(f"{path} cannot be read: {' '.join(str(e).split())}") from None
 
@@ -408,6 +436,8 @@ def input_files(paths: Iterable[str | Path], outputs: Iterable[str | Path] = ())
             raise ValueError(f"{path} is both input and output: write to another file")
         else:
             files.append(path)
+    for path in files:
+        refuse_pointer(path)
     return files
 
 
@@ -651,31 +681,60 @@ def report(counts: Problems, problems: Problems) -> None:
     problems.warn()
 
 
+def duration(seconds: float) -> str:
+    """3725 -> 1h02m, 65 -> 1m05s"""
+    if not math.isfinite(seconds):
+        return "?"
+    m, s = divmod(round(seconds), 60)
+    h, m = divmod(m, 60)
+    return f"{h}h{m:02d}m" if h else f"{m}m{s:02d}s"
+
+
 class Progress:
-    """One line on stderr, updated in a terminal, otherwise printed anew every 10 seconds."""
+    """One line on stderr, updated in a terminal, otherwise printed anew every 10 seconds:
+    "1,200 rows, 40 %, 0m30s left".
 
-    def __init__(self, text: str = "", items: Iterable = ()):
-        """Iterating over Progress(text, items) yields the items and shows their count and text."""
-        self.text, self.items = text, items
+    Iterating over Progress(text, rows) yields the rows and shows their number, text, and the share
+    read. `passes` is how many times the rows will be iterated over. Other work with a known total
+    calls add, and the rest show.
+    """
+
+    def __init__(self, text: str = "", rows: Any = (), passes: int = 1, total: int = 0):
+        self.text, self.rows, self.passes, self.total, self.done = text, rows, passes, total, 0
         self.is_terminal = sys.stderr.isatty()
-        self.shown_s = time.monotonic()
+        self.begin_s = self.shown_s = time.monotonic()
+        self.passes_done = 0
 
-    def show(self, text: str) -> None:
-        if time.monotonic() - self.shown_s < (0.5 if self.is_terminal else 10):
+    def show(self, text: str, share: float = 0.0) -> None:
+        """share: how much of the work is done, up to 1; 0: unknown."""
+        now_s = time.monotonic()
+        if now_s - self.shown_s < (0.5 if self.is_terminal else 10):
             return
-        self.shown_s = time.monotonic()
+        self.shown_s = now_s
+        if share > 0:
+            left_s = (now_s - self.begin_s) * (1 - share) / share
+            text += f", {100 * share:.0f} %, {duration(left_s)} left"
         line = f"\r\x1b[K{text}" if self.is_terminal else text + "\n"
         print(line, end="", file=sys.stderr, flush=True)
+
+    def add(self, n: int) -> None:
+        """n more of the total are done."""
+        self.done = min(self.done + n, self.total)
+        self.show(f"{self.done:,} of {self.total:,} {self.text}", self.done / self.total)
 
     def clear(self) -> None:
         if self.is_terminal:
             print("\r\x1b[K", end="", file=sys.stderr, flush=True)
 
     def __iter__(self) -> Iterator:
-        for i, item in enumerate(self.items, 1):
-            yield item
-            self.show(f"{i:,} {self.text}")
+        for i, row in enumerate(self.rows, 1):
+            yield row
+            if not i % 64:  # asking for the time and the share of every row would cost
+                share = (self.passes_done + self.rows.share()) / self.passes
+                self.show(f"{i:,} {self.text}", share)
+        self.passes_done += 1
         self.clear()
+
 
 # --- demo: a small world of facts, each asked in several ways -------------------------------------
 
@@ -1261,7 +1320,8 @@ def clean(inputs: list[str], source: str, out: str, fields: tuple[str, ...], min
     dropped. Lengths are in characters. Raises ValueError if no row is kept, or a file does not fit
     the source."""
     check_outputs(inputs, [Path(out)])
-    files, counts, problems = input_files(inputs, [out]), Problems(), Problems()
+    files, counts = input_files(inputs, [out]), Problems()
+    problems = Problems(files)
     if to_simplified:
         opencc()  # fails early
 
@@ -1284,7 +1344,7 @@ def clean(inputs: list[str], source: str, out: str, fields: tuple[str, ...], min
             for reason, where in dropped:
                 counts.note(reason, where)
             rows_done += len(kept) + len(dropped)
-            progress.show(f"{rows_done:,} rows cleaned")
+            progress.show(f"{rows_done:,} rows", problems.share())
         progress.clear()
         for reason in [r for r in problems if not r.startswith("character")]:
             counts.note(reason, problems.first[reason], problems.pop(reason))
@@ -1480,7 +1540,7 @@ def jaccard(left: list[np.ndarray], right: list[np.ndarray]) -> np.ndarray:
 
 
 def find_duplicates(items: Iterable, text_of: Callable, threshold: float = 0.85,
-                    against: Iterable[str] = (), workers: int = 1) -> Iterator[tuple[object, str]]:
+                    against: Iterable[str] = (), workers: int = 1) -> Iterator[tuple[Any, str]]:
     """Yield every item with "" if it stays, else the reason: the first of near-duplicates stays.
 
     An item is dropped if its text equals an earlier one, or has at least the Jaccard similarity
@@ -1577,10 +1637,10 @@ def dedup(inputs: list[str], out: str, threshold: float, against: str | None, wo
         others = [row_text(row, other_rows.columns) for row in other_rows]
         refuse_empty(len(others), [against], other_rows.problems)
         other_rows.problems.warn()
-    found = find_duplicates(rows, lambda row: row_text(row, rows.columns), threshold, others,
-                            workers)
+    found = find_duplicates(Progress("rows", rows, passes=2),
+                            lambda row: row_text(row, rows.columns), threshold, others, workers)
     with Writer(out, rows.columns) as writer:
-        for row, reason in Progress("rows compared", found):
+        for row, reason in found:
             counts[reason or "kept"] += 1
             if not reason:
                 writer.write(row)

@@ -219,16 +219,15 @@ def reference_logps(ranks: train.Ranks, model: ChatLM, stream: PairStream, path:
     if ranks.is_main:
         print(f"computing the reference's log-probabilities of {stream.rows:,} triples", flush=True)
     model.eval()
-    progress, rows_done = Progress(), 0
+    progress = Progress("triples", total=stream.rows)
     dtype = getattr(torch, identity["dtype"])
     autocast = torch.autocast(ranks.device.type, dtype, enabled=dtype != torch.float32)
     with torch.no_grad(), autocast:
         for batch in stream.one_epoch():
             batch = train.to_device(batch, ranks.device)
             logps[batch["rows"]] = torch.stack(pair_logps(model, batch), 1)
-            rows_done += len(batch["rows"])
             if ranks.is_main:
-                progress.show(f"{rows_done * ranks.world_size:,} of {stream.rows:,} triples")
+                progress.add(len(batch["rows"]) * ranks.world_size)
     progress.clear()
     ranks.all_reduce(logps)  # each row was computed by one rank, and is 0 on the others
     if ranks.is_main:
@@ -333,7 +332,7 @@ def tune(argv: list[str]) -> None:
         ranks.leave()
     if ranks.is_main:
         print(f"finished: {settings.out_dir} ({state.step:,} steps, "
-              f"{train.duration(state.elapsed_s)}); loss.svg in it is the curve")
+              f"{data.duration(state.elapsed_s)}); loss.svg in it is the curve")
         if settings.lora_rank:
             folders = (settings.init_from, settings.out_dir, settings.out_dir + "/merged")
             base, adapter, out = map(shlex.quote, folders)

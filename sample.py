@@ -771,20 +771,20 @@ def to_batch(tokenizer: Tokenizer, prompts: list[str], max_len: int,
 
 
 def answer(model: ChatLM, tokenizer: Tokenizer, prompts: list[str], batch_size: int = 32,
-           max_len: int = 512, **options) -> list[str]:
+           max_len: int = 512, progress: Progress | None = None, **options) -> list[str]:
     """The model's answers, in the order of the prompts; num_return_sequences for each prompt, one
-    after the other. max_len: tokens per prompt."""
+    after the other. max_len: tokens per prompt. progress: of a task that these are a part of."""
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     per_prompt = options.get("num_return_sequences", 1)
     answers = [""] * (len(prompts) * per_prompt)
-    progress = Progress()
+    progress = progress or Progress("prompts answered", total=len(prompts))
     for begin in range(0, len(order), batch_size):
         rows = order[begin:begin + batch_size]
         texts = [prompts[i] for i in rows]
         batch = to_batch(tokenizer, texts, max_len, model.shared.weight.device)
         for k, ids in enumerate(generate(model, *batch, **options).tolist()):
             answers[rows[k // per_prompt] * per_prompt + k % per_prompt] = tokenizer.decode(ids)
-        progress.show(f"{begin + len(rows):,} of {len(prompts):,} prompts answered")
+        progress.add(len(rows))
     progress.clear()
     return answers
 
@@ -836,7 +836,7 @@ def losses(model: ChatLM, tokenizer: Tokenizer, rows: list[dict], max_len: int,
     """The responses' sum of nats, number of tokens, and characters that these stand for; each
     response cut to max_len tokens."""
     nats, tokens, chars = 0.0, 0, 0
-    device = model.shared.weight.device
+    device, progress = model.shared.weight.device, Progress("losses", total=len(rows))
     for begin in range(0, len(rows), batch_size):
         part = rows[begin:begin + batch_size]
         batch = to_batch(tokenizer, [row["prompt"] for row in part], max_len, device)
@@ -845,6 +845,8 @@ def losses(model: ChatLM, tokenizer: Tokenizer, rows: list[dict], max_len: int,
             nats += float(model.loss_sum(*batch, labels.masked_fill(mask == 0, IGNORED)))
         tokens += int(mask.sum())
         chars += sum(len(tokenizer.decode(row)) for row in labels.tolist())
+        progress.add(len(part))
+    progress.clear()
     return nats, tokens, chars
 
 
@@ -920,6 +922,7 @@ def score_choices(model: ChatLM, tokenizer: Tokenizer, rows: list[dict[str, str]
     question and choices, and the choice whose text has the highest log-probability per character
     after the question alone."""
     by_letter = by_text = 0
+    progress = Progress("questions", total=len(rows))
     for begin in range(0, len(rows), batch_size):
         part = rows[begin:begin + batch_size]
         questions = [row["question"] for row in part]
@@ -934,6 +937,8 @@ def score_choices(model: ChatLM, tokenizer: Tokenizer, rows: list[dict[str, str]
             four = slice(4 * i, 4 * i + 4)
             by_letter += letters[four].index(max(letters[four])) == right
             by_text += scores[four].index(max(scores[four])) == right
+        progress.add(len(part))
+    progress.clear()
     return by_letter, by_text
 
 
@@ -1104,8 +1109,9 @@ def write_answers(model: ChatLM, tokenizer: Tokenizer, prompts: Iterator[str], t
                   out: Path, batch_size: int, max_len: int, options: dict) -> None:
     """Append the answers to `total` prompts, about every minute."""
     written, begin_s, window = 0, time.monotonic(), 4 * batch_size
+    progress = Progress("prompts answered", total=total)
     while part := list(itertools.islice(prompts, min(window, MAX_WINDOW))):
-        answers = answer(model, tokenizer, part, batch_size, max_len, **options)
+        answers = answer(model, tokenizer, part, batch_size, max_len, progress, **options)
         n = len(answers) // len(part)
         lines = []
         for i, prompt in enumerate(part):
@@ -1118,10 +1124,7 @@ def write_answers(model: ChatLM, tokenizer: Tokenizer, prompts: Iterator[str], t
             f.flush()
             os.fsync(f.fileno())
         written += len(part)
-        elapsed_s = time.monotonic() - begin_s
-        left_s = elapsed_s / written * (total - written)
-        print(f"{written:,} of {total:,} answers, {left_s:,.0f} s left", file=sys.stderr)
-        window = max(batch_size, int(60 * written / elapsed_s))
+        window = max(batch_size, int(60 * written / (time.monotonic() - begin_s)))
 
 
 # --- chat -----------------------------------------------------------------------------------------

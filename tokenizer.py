@@ -66,6 +66,7 @@ from data import (
     note_once,
     number,
     ordered_map,
+    refuse_pointer,
     run,
     to_codepoints,
     write_file,
@@ -440,6 +441,7 @@ class Tokenizer:
         path = Path(folder) / "tokenizer.json"
         if not path.is_file():
             raise FileNotFoundError(f"{folder} has no tokenizer.json")
+        refuse_pointer(path)
         try:
             tokenizer = cls(**parse_tokenizer(json.loads(path.read_text("utf-8"))))
         except Unsupported as e:
@@ -556,7 +558,9 @@ class MergeLearner:
                 merges.append(pair)
                 self.merge(pair, places)
             if progress:
-                shown.show(f"vocabulary {len(self.vocab):,} of {self.vocab_size:,}")
+                missing = self.vocab_size - len(self.vocab)
+                shown.show(f"vocabulary {len(self.vocab):,} of {self.vocab_size:,}",
+                           len(merges) / (len(merges) + missing))
         shown.clear()
         if progress:
             print(f"vocabulary {len(self.vocab):,}, {len(merges):,} merges", file=sys.stderr)
@@ -914,7 +918,7 @@ class Sample:
     that of data.py split."""
 
     def __init__(self, texts: Iterable[str], share: float):
-        self.share, self.chars_read, self.chars_counted = share, 0, 0
+        self.texts, self.share, self.chars_read, self.chars_counted = texts, share, 0, 0
         self.parts = (text[i:i + MAX_TEXT_CHARS] for text in texts
                       for i in range(0, len(text), MAX_TEXT_CHARS))
 
@@ -952,7 +956,8 @@ def count_sample(sample: Sample, budget: Budget, vocab_size: int, nfkc: bool,
                 shown.clear()
                 return None
         if progress:
-            shown.show(f"{sample.chars_counted:,} characters read")
+            share = sample.texts.share() if isinstance(sample.texts, Texts) else 0.0
+            shown.show(f"{sample.chars_counted:,} characters read", share)
     shown.clear()
     if progress:
         print(f"{sample.chars_counted:,} characters read", file=sys.stderr)

@@ -89,6 +89,7 @@ from data import (
     Texts,
     atomic_write,
     check_folder,
+    duration,
     hash_file,
     hash_files,
     locked,
@@ -1038,15 +1039,6 @@ def draw_curves(logs: dict[str, list[dict]]) -> str:
             'font-family="sans-serif" font-size="12">\n' + "\n".join(shapes) + "\n</svg>\n")
 
 
-def duration(seconds: float) -> str:
-    """3725 -> 1h02m, 65 -> 1m05s"""
-    if not math.isfinite(seconds):
-        return "?"
-    m, s = divmod(round(seconds), 60)
-    h, m = divmod(m, 60)
-    return f"{h}h{m:02d}m" if h else f"{m}m{s:02d}s"
-
-
 # --- pre-training and SFT -------------------------------------------------------------------------
 
 
@@ -1609,7 +1601,7 @@ def parser_for(kind: type[Settings], description: str, examples: str) -> Argumen
 
     def add(flag: str, help: str, **options) -> None:
         default = defaults.get(flag[2:])
-        if default is not None and default is not False and default != "":
+        if default and "(default:" not in help:
             help += f" (default: {default})"
         group.add_argument(flag, help=help, **options)
 
@@ -1627,19 +1619,20 @@ def parser_for(kind: type[Settings], description: str, examples: str) -> Argumen
     add("--init_from", "model folder to start from", metavar="MODEL_DIR")
     add("--freeze", "parts that are not trained: shared, encoder, decoder",
         metavar="shared,encoder")
-    add("--dropout", "dropout rate, wherever T5 has it", type=number(float, 0, 1))
-    add("--lora_rank", "train low-rank additions to --lora_targets, and nothing else", **positive)
+    add("--dropout", "dropout rate, wherever T5 has it (default: 0)", type=number(float, 0, 1))
+    add("--lora_rank", "train low-rank additions to --lora_targets, and nothing else (default: "
+        "train all weights)", **positive)
     add("--lora_alpha", "the additions are scaled by alpha / rank",
         type=number(float, 0, above=True))
-    add("--lora_dropout", "dropout on LoRA inputs", type=number(float, 0, 1))
+    add("--lora_dropout", "dropout on LoRA inputs (default: 0)", type=number(float, 0, 1))
     add("--lora_targets", "linear layers that get LoRA, or all", metavar="q,k,v,o,wi,wo")
 
     group = parser.add_argument_group("length").add_mutually_exclusive_group()
-    add("--max_steps", "stop after N steps, including earlier runs", **positive)
+    add("--max_steps", "stop after N steps, including earlier runs (default: no limit)", **positive)
     add("--epochs", "stop after N passes over the data (default: 1)",
         type=number(float, 0, above=True))
-    add("--time_limit", "stop after N seconds of training, including earlier runs",
-        type=number(float, 0, above=True), metavar="SECONDS")
+    add("--time_limit", "stop after N seconds of training, including earlier runs (default: no "
+        "limit)", type=number(float, 0, above=True), metavar="SECONDS")
 
     group = parser.add_argument_group("optimizer")
     add("--lr", "peak learning rate; Adafactor caps it at 1/sqrt(step) "
@@ -1676,7 +1669,7 @@ def parser_for(kind: type[Settings], description: str, examples: str) -> Argumen
     add("--eval_every", "validate every N steps", **positive)
     add("--save_every", "save a checkpoint every N steps", **positive)
     add("--keep", "checkpoints to keep", **positive)
-    add("--seed", "seed of the weights, the order of the data and dropout",
+    add("--seed", "seed of the weights, the order of the data and dropout (default: 0)",
         type=number(int, 0, 2 ** 63 - 1))
     add("--device", "cpu, cuda or cuda:N (default: a GPU if there is one)")
     return parser

@@ -8,6 +8,7 @@ import itertools
 import json
 import os
 import random
+import re
 import resource
 import subprocess
 import sys
@@ -938,3 +939,61 @@ def test_two_streams_of_other_columns_share_a_process(demo, tmp_path, monkeypatc
     PairStream(tmp_path / "x.parquet", tokenizer, 500, 20).window(0, 0)
     window = PairStream(tmp_path / "x.parquet", tokenizer, 500, 20, columns=data.PREFERENCE).window(0, 1)
     assert len(window.columns) == 3 and len(window.numbers) == 1024
+
+
+# --- progress ----------------------------------------------------------------------------------------------------------------------
+
+
+def shown(monkeypatch, capsys, work) -> list[str]:
+    """The lines of progress of some work, on a clock on which every look takes a minute."""
+    clock = itertools.count(0, 60)
+    monkeypatch.setattr(data.time, "monotonic", lambda: next(clock))
+    work()
+    monkeypatch.undo()
+    return capsys.readouterr().err.splitlines()
+
+
+@pytest.mark.parametrize("name", ["a.parquet", "a.jsonl", "a.jsonl.gz", "a.csv", "a.txt"])
+def test_share_of_files_that_was_read(tmp_path, name):
+    """It grows from 0 to 1 over two files of different sizes, and starts again with every pass."""
+    paths = [tmp_path / "x" / name, tmp_path / "y" / name]
+    texts = [str(random.Random(i).random()) for i in range(9000)]
+    for path, part in zip(paths, (texts[:3000], texts[3000:])):
+        path.parent.mkdir()
+        rows = [{"prompt": text, "response": text} for text in part]
+        lines = ["".join(json.dumps(row) + "\n" for row in rows), "prompt,response\n" + "".join(f"{t},{t}\n" for t in part), "\n".join(part)]
+        if name.endswith(".parquet"):
+            write_pairs(path, rows)
+        elif name.endswith(".gz"):
+            path.write_bytes(gzip.compress(lines[0].encode()))
+        else:
+            path.write_text(lines[[".jsonl", ".csv", ".txt"].index(path.suffix)])
+    rows = data.Rows(paths, skip=True)
+    for _ in range(2):
+        shares = [rows.share() for _ in rows]
+        assert len(shares) == 9000 and shares == sorted(shares) and rows.share() == 1
+        assert shares[0] < 0.2 and abs(shares[3000] - 1 / 3) < 0.12 and shares[8990] > 0.9  # it reads ahead
+
+
+def test_progress_of_each_command(tmp_path, monkeypatch, capsys):
+    """clean, dedup, split and stats show the share done and the time left."""
+    write_pairs(tmp_path / "a.parquet", [{"prompt": f"第{i}个问题是什么？", "response": f"第{i * 7}个回答是这个。"} for i in range(5000)])
+    a, out = str(tmp_path / "a.parquet"), str(tmp_path / "out.parquet")
+    commands = {"clean": lambda: data.clean([a], "pairs", out, ("prompt", "response"), 1, 500, 1), "dedup": lambda: data.dedup([a], out, 0.85, None, 1),
+                "split": lambda: data.split([a], str(tmp_path / "parts"), 0.1, 0.1), "stats": lambda: data.stats([a])}
+    for name, command in commands.items():
+        lines = [line for line in shown(monkeypatch, capsys, command) if "left" in line]
+        shares = [int(re.fullmatch(r"[\d,]+ rows, (\d+) %, \d+[hm]\d+[ms] left", line)[1]) for line in lines]
+        assert len(shares) > 1 and shares == sorted(shares) and shares[-1] > 90 and (name == "clean" or shares[0] < 60), (name, lines)
+
+
+def test_progress_with_a_total(monkeypatch, capsys):
+    progress = data.Progress("prompts answered", total=40)
+    monkeypatch.setattr(data.time, "monotonic", lambda: progress.begin_s + 30)
+    progress.add(10)
+    assert capsys.readouterr().err == "10 of 40 prompts answered, 25 %, 1m30s left\n"
+    progress.is_terminal = True
+    monkeypatch.setattr(data.time, "monotonic", lambda: progress.begin_s + 60)
+    progress.add(20)
+    progress.clear()
+    assert capsys.readouterr().err == "\r\x1b[K30 of 40 prompts answered, 75 %, 0m20s left\r\x1b[K"

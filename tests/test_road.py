@@ -279,3 +279,15 @@ def test_every_command_of_the_readme_is_tried():
         else:
             chats = ("python sample.py", "python sample.py --model out/chat")
             assert command in (PROCESSES, *chats) or command.startswith(here + ELSEWHERE), command
+
+
+def test_help_states_each_default_once():
+    """Every flag of every command names at most one default, and no Python object."""
+    commands = ("train.py", "dpo.py", "dpo.py reject", "dpo.py merge", "sample.py", "tokenizer.py train", "data.py demo", "data.py clean",
+                "data.py dedup", "data.py split", "data.py stats")
+    for command in commands:
+        script, *rest = command.split()
+        said = subprocess.run([sys.executable, ROOT / script, *rest, "--help"], capture_output=True, text=True, check=True).stdout
+        assert said.startswith(f"usage: {script}") and "object at 0x" not in said
+        for flag in re.split(r"\n  (?=-)", said)[1:]:
+            assert flag.count("(default") <= 1, (command, flag)

@@ -232,7 +232,10 @@ def test_the_command_serves_and_ends_with_ctrl_c(tmp_path):
         address = process.stdout.readline().split("/ ")[0]
         assert json.loads(urllib.request.urlopen(address + "/health", timeout=60).read())
         process.send_signal(signal.SIGINT)
-        assert process.wait(60) == 0 and process.stderr.read() == ""
+        try:
+            assert process.wait(60) == 0 and process.stderr.read() == ""
+        finally:
+            process.kill()
     done = subprocess.run([*command, "0", "--host", "0.0.0.0"], capture_output=True, text=True,
                           timeout=100)
     assert done.returncode == 2 and "set --api_key" in done.stderr
