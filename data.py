@@ -91,6 +91,7 @@ except ImportError:  # Windows
 PAD, EOS = 0, 1  # token ids
 IGNORED = -100  # the label of padding
 PAIR, PREFERENCE = ("prompt", "response"), ("prompt", "chosen", "rejected")
+SEP = "[SEP]"  # a token: between the turns of a conversation
 ROW_GROUP = 8192  # rows of a Parquet row group that we write
 
 
@@ -1023,27 +1024,59 @@ def from_webtext(row: dict):
     return row.get("title"), row.get("content")
 
 
+def read_turns(row: dict) -> list[tuple] | str:
+    """The questions and answers of a conversation as BELLE and ShareGPT publish them; a last
+    question without an answer is left out. Or why it is none."""
+    try:
+        turns = [(turn["from"], turn["value"]) for turn in row["conversations"]]
+    except (TypeError, KeyError):
+        return "conversations is not a list of from and value"
+    asked, replied = turns[::2], turns[1::2]
+    if not replied or not ({who for who, _ in asked} <= {"human", "user"}
+                           and {who for who, _ in replied} <= {"assistant", "gpt", "bot"}):
+        return "conversation in which human and assistant do not take turns"
+    return [(question, answer) for (_, question), (_, answer) in zip(asked, replied)]
+
+
 def from_belle(row: dict):
     """The three published forms; of conversations those with one turn."""
     if "conversations" in row:
-        try:
-            turns = [(turn["from"], turn["value"]) for turn in row["conversations"]]
-        except (TypeError, KeyError):
-            return "conversations is not a list of from and value"
-        if len(turns) != 2 or turns[1][0] in ("human", "user"):
-            return "conversation of several turns"
-        (asker, prompt), (replier, response) = turns
-        if asker not in ("human", "user") or replier not in ("assistant", "gpt", "bot"):
-            return "conversation without a human or an assistant"
+        turns = read_turns(row)
+        if isinstance(turns, str):
+            return turns
+        if len(turns) > 1:
+            return "conversation of several turns (see --turns)"
+        prompt, response = turns[0]
     elif "target" in row and "output" not in row:
         prompt, response = row.get("input"), row["target"]
     else:
         prompt = joined(row.get("instruction") or "", row.get("input"))
         response = row.get("output")
+    return "translation or table" if is_foreign(prompt) else (prompt, response)
+
+
+def is_foreign(prompt) -> bool:
     words = ("翻译", "译成", "译为", "表格")
-    if isinstance(prompt, str) and any(word in prompt for word in words):
-        return "translation or table"
-    return prompt, response
+    return isinstance(prompt, str) and any(word in prompt for word in words)
+
+
+def pairs_of_turns(row: dict, limit: int, max_chars: int) -> list:
+    """A pair for every answer of a conversation, or the reason why it has none. A prompt has up to
+    `limit` questions, the last one new, with the answers between them, joined with [SEP]: as many
+    as fit in max_chars."""
+    turns = read_turns(row)
+    if isinstance(turns, str):
+        return [turns]
+    texts = [text.replace(SEP, " ") if isinstance(text, str) else ""
+             for turn in turns for text in turn]
+    found: list = []
+    for i, (question, answer) in enumerate(turns):
+        first = 2 * max(0, i - limit + 1)
+        while first < 2 * i and len(SEP.join(texts[first:2 * i + 1])) > max_chars:
+            first += 2
+        prompt = SEP.join(texts[first:2 * i + 1]) if first < 2 * i else question
+        found.append("translation or table" if is_foreign(question) else (prompt, answer))
+    return found
 
 
 def unescaped(text):
@@ -1125,6 +1158,7 @@ SOURCES = {
                         ("INSTRUCTION RESPONSE",)),
     "belle": Source(from_belle, ("instruction output", "input output", "input target",
                                  "conversations")),
+    "sharegpt": Source(from_belle, ("conversations",)),
     "wiki": Source(from_wiki, ("title text",)),
     "alpaca": Source(lambda row: (joined(row.get("instruction"), row.get("input")),
                                   row.get("output")), ("instruction output",)),
@@ -1249,6 +1283,7 @@ class CleanJob(NamedTuple):
     min_chars: int
     max_chars: int
     to_simplified: bool
+    turns: int  # questions in a prompt, at most
 
 
 def find_source(name: str, fields: tuple[str, ...]) -> Source:
@@ -1263,11 +1298,15 @@ def clean_rows(job: CleanJob) -> tuple[list[dict], list[tuple[str, str]]]:
     shortest = 1 if source.verbatim else job.min_chars
     kept, dropped = [], []
     for i, row in enumerate(job.rows, job.first):
-        cleaned = clean_row(source.convert(without_nan(row)), source, shortest, job)
-        if isinstance(cleaned, str):
-            dropped.append((cleaned, f"{job.path}, row {i:,}"))
-        else:
-            kept.append(dict(zip(PAIR if len(cleaned) == 2 else PREFERENCE, cleaned)))
+        row = without_nan(row)
+        split = job.turns > 1 and "conversations" in row
+        for texts in (pairs_of_turns(row, job.turns, job.max_chars) if split
+                      else [source.convert(row)]):
+            cleaned = clean_row(texts, source, shortest, job)
+            if isinstance(cleaned, str):
+                dropped.append((cleaned, f"{job.path}, row {i:,}"))
+            else:
+                kept.append(dict(zip(PAIR if len(cleaned) == 2 else PREFERENCE, cleaned)))
     return kept, dropped
 
 
@@ -1315,7 +1354,7 @@ def simplified(text):
 
 
 def clean(inputs: list[str], source: str, out: str, fields: tuple[str, ...], min_chars: int,
-          max_chars: int, workers: int, to_simplified: bool = False) -> None:
+          max_chars: int, workers: int, to_simplified: bool = False, turns: int = 1) -> None:
     """Clean the pairs of a source into the Parquet file `out`, and print how many rows each reason
     dropped. Lengths are in characters. Raises ValueError if no row is kept, or a file does not fit
     the source."""
@@ -1324,6 +1363,8 @@ def clean(inputs: list[str], source: str, out: str, fields: tuple[str, ...], min
     problems = Problems(files)
     if to_simplified:
         opencc()  # fails early
+    if turns > 1 and "conversations" not in find_source(source, fields).fields:
+        raise ValueError("--turns is for sources with conversations: belle and sharegpt")
 
     def jobs() -> Iterator[CleanJob]:
         for path in files:
@@ -1332,7 +1373,7 @@ def clean(inputs: list[str], source: str, out: str, fields: tuple[str, ...], min
                 if first == 1:
                     check_source(path, source, fields, rows)
                 yield CleanJob(path, first, rows, source, fields, min_chars, max_chars,
-                               to_simplified)
+                               to_simplified, turns)
                 first += len(rows)
 
     with Writer(out, PREFERENCE if source == "preference" else PAIR) as writer:
@@ -2346,6 +2387,9 @@ def parse_args() -> argparse.Namespace:
     add("--min_chars", type=number(int, 1), default=5, help="shortest response, in characters")
     add("--max_chars", type=number(int, 1), default=1024,
         help="longest prompt and longest response, in characters")
+    add("--turns", type=number(int, 1, 100), default=1, metavar="N", help="for conversations: a "
+        "pair for every answer, its prompt has up to N questions, joined with [SEP]; 1: only "
+        "conversations of one question")
     add("--to_simplified", action="store_true",
         help="convert traditional characters to simplified ones (needs OpenCC)")
     add("--workers", type=number(int, 1), default=os.cpu_count(), help="processes")
@@ -2379,7 +2423,7 @@ def main() -> None:
     elif args.command == "clean":
         fields = args.prompt_field or "prompt", args.response_field or "response"
         clean(args.input, args.source, args.out, fields, args.min_chars, args.max_chars,
-              args.workers, args.to_simplified)
+              args.workers, args.to_simplified, args.turns)
     elif args.command == "dedup":
         dedup(args.input, args.out, args.threshold, args.against, args.workers)
     elif args.command == "split":

@@ -71,6 +71,7 @@ from torch import Tensor, nn
 from chatlm import IGNORED, ChatLM, ChatLMConfig, FeedForward, RMSNorm, pad_to_8, read_json
 from data import (
     PAIR,
+    SEP,
     ArgumentParser,
     Progress,
     Rows,
@@ -1131,28 +1132,56 @@ def write_answers(model: ChatLM, tokenizer: Tokenizer, prompts: Iterator[str], t
 
 CHAT_HELP = """/set NAME VALUE   change a setting: {names}
 /reset            the settings of the start
+/new              forget the conversation so far
 /help             this
 /quit, Ctrl-D     leave; Ctrl-C stops an answer"""
 
 
+def known_turns(model: ChatLM) -> int:
+    """How many questions of a conversation the model was trained to see, from "turns" in its
+    generation_config.json; 1: only the last one. Raises ValueError for another value."""
+    turns = model.generation.get("turns", 1)
+    if type(turns) is not int or not 1 <= turns <= 1000:
+        raise ValueError(f"generation_config.json: turns {turns!r} is not a whole number from 1 to "
+                         "1000")
+    return turns
+
+
+def with_history(tokenizer: Tokenizer, texts: list[str], turns: int, max_len: int) -> str:
+    """The prompt for the last of `texts`: question, answer, ..., question. It has as many of the
+    last questions as `turns`, with the answers between them, and as fit in max_len tokens."""
+    texts = texts[1 - 2 * turns:]
+    while len(texts) > 1 and len(tokenizer.encode(SEP.join(texts))) > max_len:
+        texts = texts[2:]
+    return SEP.join(texts)
+
+
 def chat(model: ChatLM, tokenizer: Tokenizer, max_len: int, options: dict) -> None:
     """Read prompts and print answers until Ctrl-D, or Ctrl-C at the prompt."""
-    print("Each question is answered on its own: the model does not see earlier turns. "
-          "/help lists commands.")
+    turns = known_turns(model)
+    print(f"The model sees the last {turns} questions and its answers to them; /new begins anew. "
+          "/help lists commands." if turns > 1 else "Each question is answered on its own: the "
+          "model does not see earlier turns. /help lists commands.")
     config = GenerationConfig(**options)
+    texts: list[str] = []  # question, answer, question, ...
     while True:
         try:
             prompt = input("\n> ").strip()
         except (EOFError, KeyboardInterrupt):
             print()
             return
-        if prompt.split()[:1] == ["/quit"]:
+        words = prompt.split()
+        if words[:1] == ["/quit"]:
             return
         try:
-            if prompt.startswith("/"):
-                config = chat_command(prompt.split(), config, options)
+            if words[:1] == ["/new"]:
+                texts.clear()
+                print("the conversation is forgotten")
+            elif prompt.startswith("/"):
+                config = chat_command(words, config, options)
             elif prompt:
-                print_answer(model, tokenizer, prompt, max_len, config)
+                asked = with_history(tokenizer, [*texts, prompt], turns, max_len)
+                texts += [prompt, print_answer(model, tokenizer, asked, max_len, config)]
         except KeyboardInterrupt:
             print(" (stopped)")
         except (ValueError, TypeError) as e:
@@ -1198,18 +1227,19 @@ def with_setting(config: GenerationConfig, name: str = "", value: str = "",
 
 
 def print_answer(model: ChatLM, tokenizer: Tokenizer, prompt: str, max_len: int,
-                 config: GenerationConfig) -> None:
-    """Print an answer, token by token if the strategy allows it."""
+                 config: GenerationConfig) -> str:
+    """Print an answer, token by token if the strategy allows it, and return it."""
     if config.num_beams > 1 or config.num_return_sequences > 1 or config.contrastive:
         answers = answer(model, tokenizer, [prompt], 1, max_len, **asdict(config))
         parts: Iterable[str] = ["\n".join(answers)]
     else:
         parts = stream_answer(model, tokenizer, prompt, max_len, config)
-    is_empty = True
+    said = ""
     for part in parts:
-        is_empty = is_empty and not part
+        said += part
         print(part, end="", flush=True)
-    print("(the model gave an empty answer)" if is_empty else "")
+    print("" if said else "(the model gave an empty answer)")
+    return said
 
 
 # --- server ---------------------------------------------------------------------------------------
@@ -1221,10 +1251,11 @@ PAGE = """<!doctype html><html lang="zh"><meta charset="utf-8"><title>ChatLM</ti
 <meta name="viewport" content="width=device-width"><style>
 body { font: 16px sans-serif; max-width: 40em; margin: 2em auto; padding: 0 1em }
 :root { color-scheme: light dark } pre { white-space: pre-wrap; font: inherit } input { width: 70% }
-</style><h1>ChatLM</h1><p>每个问题单独回答，模型不记得前文。</p><div id="log"></div>
+</style><h1>ChatLM</h1><p>ABOUT</p><div id="log"></div>
 <form id="form"><input id="text" autofocus autocomplete="off"> <button id="go">发送</button></form>
 <script>
 let running = null
+const messages = []
 const key = new URLSearchParams(location.search).get("key")
 form.onsubmit = async event => {
   event.preventDefault()
@@ -1234,11 +1265,11 @@ form.onsubmit = async event => {
   const say = content => log.appendChild(document.createElement("pre")).textContent = content
   say("> " + prompt)
   const answer = log.appendChild(document.createElement("pre"))
+  messages.push({role: "user", content: prompt})
   running = new AbortController(); go.textContent = "停止"; text.value = ""
   try {
     const headers = {"Content-Type": "application/json"}
     if (key) headers.Authorization = "Bearer " + key
-    const messages = [{role: "user", content: prompt}]
     const response = await fetch("v1/chat/completions", {method: "POST", headers,
       signal: running.signal, body: JSON.stringify({stream: true, messages})})
     if (!response.ok) throw (await response.json()).error.message
@@ -1249,6 +1280,7 @@ form.onsubmit = async event => {
         answer.textContent += JSON.parse(line.slice(6)).choices[0]?.delta.content ?? ""
     }
   } catch (error) { say(error.name == "AbortError" ? "（已停止）" : String(error)) }
+  messages.push({role: "assistant", content: answer.textContent || " "})
   running = null; go.textContent = "发送"
 }
 </script></html>
@@ -1276,6 +1308,7 @@ class ChatServer(ThreadingHTTPServer):
         super().__init__(address, ChatHandler)
         self.model, self.tokenizer, self.name = model, tokenizer, name
         self.max_len, self.options, self.api_key = max_len, options, api_key
+        self.turns = known_turns(model)
         self.lock, self.room = threading.Lock(), threading.BoundedSemaphore(1 + MAX_WAITING)
 
     def handle_error(self, request, client_address) -> None:
@@ -1285,21 +1318,38 @@ class ChatServer(ThreadingHTTPServer):
             print(f"sample.py: error: {error}", file=sys.stderr)
 
 
+ROLES = ("user", "assistant")
+
+
+def read_messages(messages: Any) -> list[str]:
+    """The texts of a conversation: question, answer, ..., question. Only the last messages in which
+    user and assistant take turns count. Raises BadRequest."""
+    if type(messages) is not list or not messages:
+        raise BadRequest("messages must be a list of objects with role and content")
+    texts: list[str] = []
+    for message in reversed(messages):
+        if type(message) is not dict:
+            raise BadRequest("messages must be a list of objects with role and content")
+        content = message.get("content")
+        if type(content) is list:  # parts, of which text is understood
+            content = "".join(str(part.get("text", "")) for part in content if type(part) is dict)
+        is_text = isinstance(content, str) and bool(content.strip())
+        if texts and not (is_text and message.get("role") == ROLES[len(texts) % 2]):
+            break
+        if not is_text:
+            raise BadRequest("the last message has no text in content")
+        texts.append(str(content))
+    texts.reverse()
+    return texts if len(texts) % 2 else texts[1:]
+
+
 class ChatRequest:
     """The body of a request, checked. Raises BadRequest, naming the field."""
 
     def __init__(self, body: Any, defaults: dict):
         if type(body) is not dict:
             raise BadRequest("the body is not a JSON object")
-        messages = body.get("messages")
-        if type(messages) is not list or not messages or type(messages[-1]) is not dict:
-            raise BadRequest("messages must be a list of objects with role and content")
-        content = messages[-1].get("content")
-        if type(content) is list:  # parts, of which text is understood
-            content = "".join(str(part.get("text", "")) for part in content if type(part) is dict)
-        if type(content) is not str or not content.strip():
-            raise BadRequest("the last message has no text in content")
-        self.prompt, self.stream = content, body.get("stream") is True
+        self.texts, self.stream = read_messages(body.get("messages")), body.get("stream") is True
         stop = body.get("stop") or []
         self.stop = [stop] if type(stop) is str else stop
         if type(self.stop) is not list or not all(type(s) is str and s for s in self.stop):
@@ -1357,7 +1407,9 @@ class ChatHandler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         if self.path.partition("?")[0] == "/":
-            self.reply(200, PAGE.encode(), "text/html; charset=utf-8")
+            seen = self.server.turns
+            about = f"模型能看到最近 {seen} 个问题。" if seen > 1 else "每个问题单独回答，模型不记得前文。"
+            self.reply(200, PAGE.replace("ABOUT", about).encode(), "text/html; charset=utf-8")
         elif self.path == "/health":
             self.reply(200, {"status": "ok"})
         elif self.path == "/v1/models" and self.is_allowed():
@@ -1435,13 +1487,14 @@ class ChatHandler(BaseHTTPRequestHandler):
                 "created": int(time.time()), "model": server.name}
         if request.stream:
             self.reply(200, None, "text/event-stream; charset=utf-8")
-        prompt_tokens = min(len(server.tokenizer.encode(request.prompt)), server.max_len)
+        prompt = with_history(server.tokenizer, request.texts, server.turns, server.max_len)
+        prompt_tokens = min(len(server.tokenizer.encode(prompt)), server.max_len)
         choices, completion_tokens = [], 0
         for index in range(request.answers):
             text, ids = "", list[int]()
             if request.stream:
                 self.send_event(head, index, {"role": "assistant", "content": ""})
-            parts = server.tokenizer.stream(self.decode(request, ids))
+            parts = server.tokenizer.stream(self.decode(prompt, request.config, ids))
             for part in until_stop(parts, request.stop):
                 text += part
                 if request.stream and part:
@@ -1462,13 +1515,13 @@ class ChatHandler(BaseHTTPRequestHandler):
             self.send_data(json.dumps({**head, "choices": [], "usage": usage}))
         self.send_data("[DONE]")
 
-    def decode(self, request: ChatRequest, ids: list[int]) -> Iterator[int]:
+    def decode(self, prompt: str, config: GenerationConfig, ids: list[int]) -> Iterator[int]:
         """The ids of an answer, as they come; they are also appended to ids. Raises
         ConnectionResetError when the client has left."""
         server = self.server
-        batch = to_batch(server.tokenizer, [request.prompt], server.max_len,
+        batch = to_batch(server.tokenizer, [prompt], server.max_len,
                          server.model.shared.weight.device)
-        for row in steps(server.model, *batch, request.config):
+        for row in steps(server.model, *batch, config):
             if self.has_left():
                 raise ConnectionResetError
             ids.append(int(row[0, -1]))

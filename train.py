@@ -55,6 +55,7 @@ import signal
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -1510,9 +1511,25 @@ def make_model(s: Settings, ranks: Ranks, tokenizer: Tokenizer) -> tuple[ChatLM,
         for name in ("encode", "decode"):
             setattr(model, name, torch.compile(getattr(model, name), dynamic=True))
     if ranks.is_main:
+        turns = max(count_turns(s.data_files), model.generation.get("turns", 1))
+        if turns > 1:
+            model.generation["turns"] = turns
         print(f"{model.num_parameters() / 1e6:.1f} million parameters, {len(tokenizer):,} tokens, "
               f"{ranks.world_size} x {ranks.device.type}, {s.dtype}", flush=True)
     return model, init_hash
+
+
+def count_turns(files: Iterable[str]) -> int:
+    """How many questions the prompts of Parquet files have, joined with [SEP] and the answers
+    between them. What fewer than one prompt in a thousand has does not count."""
+    counts: Counter[int] = Counter()
+    for path in files:
+        for batch in data.open_parquet(path, ("prompt",)).iter_batches(8192, columns=["prompt"]):
+            separators = pc.count_substring(data.text_column(batch["prompt"]), data.SEP)
+            counts.update((n or 0) // 2 + 1 for n in separators.to_pylist())
+    return max((turns for turns in counts
+                if sum(n for t, n in counts.items() if t >= turns) >= counts.total() / 1000),
+               default=1)
 
 
 def check_vocabulary(s: Settings, ranks: Ranks, tokenizer: Tokenizer, model: ChatLM) -> None:

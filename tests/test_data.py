@@ -735,10 +735,10 @@ def test_files_of_others_in_an_input_folder_are_not_overwritten(tmp_path):
 @pytest.mark.parametrize(("row", "expected"), [
     ({"conversations": [{"from": "human", "value": "问"}, {"from": "assistant", "value": "答"}]}, ("问", "答")),
     ({"conversations": [{"from": "human", "value": "问"}, {"from": "gpt", "value": "答"}]}, ("问", "答")),
-    ({"conversations": [{"from": "human", "value": "问"}, {"from": "assistant", "value": "答"}] * 2}, "conversation of several turns"),
-    ({"conversations": []}, "conversation of several turns"), ({"conversations": "问"}, "conversations is not a list of from and value"),
+    ({"conversations": [{"from": "human", "value": "问"}, {"from": "assistant", "value": "答"}] * 2}, "conversation of several turns (see --turns)"),
+    ({"conversations": []}, "conversation in which human and assistant do not take turns"), ({"conversations": "问"}, "conversations is not a list of from and value"),
     ({"conversations": None}, "conversations is not a list of from and value"), ({"conversations": [{"from": "human"}, {}]}, "conversations is not a list of from and value"),
-    ({"conversations": [{"from": "system", "value": "a"}, {"from": "human", "value": "b"}]}, "conversation of several turns"),
+    ({"conversations": [{"from": "system", "value": "a"}, {"from": "human", "value": "b"}]}, "conversation in which human and assistant do not take turns"),
     ({"input": "问", "target": "答"}, ("问", "答")), ({"input": "翻译：问", "target": "答"}, "translation or table")], ids=str)
 def test_belle_in_its_three_forms(row, expected):
     assert data.SOURCES["belle"].convert(row) == expected
@@ -896,7 +896,7 @@ def test_the_wrong_source_names_what_it_needs(tmp_path):
     (tmp_path / "x.json").write_text(json.dumps(rows), "utf-8")
     out = str(tmp_path / "y.parquet")
     for source, needs in (("alpaca", "instruction and output"), ("duie", "text and spo_list"), ("webtext2019zh", "title, content and star"),
-                          ("belle", "instruction and output, or input and output, or input and target, or conversations")):
+                          ("belle", "instruction and output, or input and output, or input and target, or conversations"), ("sharegpt", "conversations")):
         done = call("clean", "--source", source, str(tmp_path / "x.json"), "--out", out)
         assert done.returncode == 2 and f"{source} needs {needs}; found prompt, response" in done.stderr and len(done.stderr.splitlines()) == 1
     rows[1] = {"instruction": "问题", "output": "这是一个回答"}  # one row that fits is enough: the others are dropped and counted

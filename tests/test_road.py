@@ -33,6 +33,7 @@ ELSEWHERE = (  # what other tests try, or what has no place in one
     "pip install", "python -m pytest",  # .ci/run, and test_no_data_is_the_demo
     "python sample.py --prompt",  # test_prompt_and_chat
     "python sample.py --serve",  # test_server.py
+    "python sample.py --model ChatLM-mini-Chinese",  # test_published.py
     "torchrun --standalone --nproc_per_node=2 --max-restarts=3 train.py",  # test_a_killed_rank_is_started_again
     "torchrun --nnodes=2")  # test_two_machines_take_the_same_steps
 
