@@ -24,6 +24,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import data
+from conftest import run_script
 from data import (ArgumentParser, PairStream, Rows, Texts, clean_pair, clean_text, dedup_indices, input_files, make_demo, minhash, plan_batches,
                   number, ordered_map, read_csv, shingles, write_pairs)
 from train import overlap
@@ -508,8 +509,8 @@ def test_signatures_estimate_jaccard(lengths):
     assert abs(np.mean(errors)) < 3 * sd / 300 ** 0.5 and np.std(errors) < sd
 
 
-def call(*args: str):
-    return subprocess.run([sys.executable, "data.py", *args], capture_output=True, text=True, timeout=60)
+def call(*args: str) -> subprocess.CompletedProcess:
+    return run_script("data.py", *args)
 
 
 def test_commands(tmp_path):

@@ -19,6 +19,7 @@ from transformers import AutoModelForSeq2SeqLM
 import dpo
 import train
 from chatlm import ChatLM, ChatLMConfig, add_lora, load_adapter, merge_lora, save_adapter
+from conftest import run_script
 from data import demo_facts, make_demo, Rows, write_pairs
 from dpo import COLUMNS, dpo_loss, pair_logps
 from sample import answer, bleu4
@@ -126,7 +127,7 @@ def test_an_adapter_for_another_model_is_refused(folder, tmp_path):
 
 
 def call(*args: str) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, "dpo.py", *args], capture_output=True, text=True, timeout=120)
+    return run_script("dpo.py", *args)
 
 
 def test_the_commands_from_reject_to_merge(folder, tmp_path):

@@ -22,6 +22,7 @@ import data
 import dpo
 import sample
 from chatlm import ChatLM, ChatLMConfig, add_lora, save_adapter
+from conftest import run_script
 from data import make_demo, Rows, write_pairs
 from data import run
 from tokenizer import Tokenizer
@@ -288,7 +289,7 @@ def test_help_states_each_default_once():
                 "data.py dedup", "data.py split", "data.py stats")
     for command in commands:
         script, *rest = command.split()
-        said = subprocess.run([sys.executable, ROOT / script, *rest, "--help"], capture_output=True, text=True, check=True).stdout
+        said = run_script(script, *rest, "--help").stdout
         assert said.startswith(f"usage: {script}") and "object at 0x" not in said
         for flag in re.split(r"\n  (?=-)", said)[1:]:
             assert flag.count("(default") <= 1, (command, flag)

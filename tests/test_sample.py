@@ -7,7 +7,6 @@ import itertools
 import json
 import math
 import random
-import subprocess
 import sys
 from pathlib import Path
 
@@ -20,6 +19,7 @@ from transformers.generation import logits_process
 import sample
 from chatlm import ChatLM, ChatLMConfig
 from sample import Decoder, GenerationConfig, bleu4, generate, pack, sliced_product, triples
+from conftest import run_script
 from data import locked, run
 from tokenizer import Tokenizer
 
@@ -285,7 +285,7 @@ def test_streamed_answer_is_the_answer(folder):
 
 
 def call(*args: str, stdin: str = ""):
-    return subprocess.run([sys.executable, "sample.py", *args], capture_output=True, text=True, timeout=60, input=stdin)
+    return run_script("sample.py", *args, stdin=stdin)
 
 
 def test_prompt_and_chat(folder):

@@ -13,7 +13,6 @@ import socket
 import subprocess
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pyarrow as pa
@@ -26,9 +25,9 @@ from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 import data
 import train
 from chatlm import ChatLM, ChatLMConfig
+from conftest import run_script
 from data import make_demo
 from sample import generate
-from data import run
 from tokenizer import Tokenizer
 from train import learning_rate, list_checkpoints
 
@@ -54,42 +53,23 @@ def command(*args: str, ranks: int = 1) -> list[str]:
 
 
 def call(*args: str, ranks: int = 1, **options) -> subprocess.CompletedProcess:
+    if ranks == 1 and not options:
+        return run_script("train.py", *args)
     return subprocess.run(command(*args, ranks=ranks), capture_output=True, text=True, timeout=120, env=ENV, **options)
 
 
 def call_each(*flags: list[str]) -> None:
-    """Several runs that must end well, two at a time: each has one thread."""
-    with ThreadPoolExecutor(2) as pool:
-        for done in pool.map(lambda args: call(*args), flags):
-            assert done.returncode == 0, done.stderr
+    """Several runs that must end well."""
+    for args in flags:
+        done = call(*args)
+        assert done.returncode == 0, done.stderr
 
 
-@pytest.fixture
-def call_here(monkeypatch, capsys):
-    """What call does, but in this process, which has loaded everything already."""
-    def call_here(*args: str) -> subprocess.CompletedProcess:
-        monkeypatch.setattr(sys, "argv", ["train.py", *args])
-        capsys.readouterr()
-        code = 0
-        try:
-            run(train.main)
-        except SystemExit as end:
-            code = end.code
-        said = capsys.readouterr()
-        return subprocess.CompletedProcess(sys.argv, code, said.out, said.err)
-    yield call_here
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-
-
-@pytest.fixture
-def refused(call_here):
-    """Run train.py in this process and give the one line with which it ends, status 2."""
-    def refuse(*args: str) -> str:
-        done = call_here(*args)
-        assert done.returncode == 2 and len(done.stderr.splitlines()) == 1, done.stderr
-        return done.stderr.splitlines()[0]
-    return refuse
+def refused(*args: str) -> str:
+    """The one line with which train.py ends, status 2."""
+    done = call(*args)
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1, done.stderr
+    return done.stderr.splitlines()[0]
 
 
 def log(out: Path) -> list[dict]:
@@ -193,7 +173,7 @@ def test_resume_is_exact_after_kills(base, straight, tmp_path):
         assert (out / name).read_bytes() == (straight / name).read_bytes()
 
 
-def test_two_runs_do_not_share_a_folder(base, call_here, tmp_path):
+def test_two_runs_do_not_share_a_folder(base, tmp_path):
     out = tmp_path / "out"
     args = [*base, "--out_dir", str(out), "--max_steps", "100000"]
     first = subprocess.Popen(command(*args), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=ENV)
@@ -201,13 +181,13 @@ def test_two_runs_do_not_share_a_folder(base, call_here, tmp_path):
         while not (out / "log.jsonl").exists():
             assert first.poll() is None
             time.sleep(0.05)
-        second = call_here(*args)
+        second = call(*args)
     finally:
         first.kill()
         first.wait()
     assert second.returncode == 2 and second.stderr.splitlines()[-1].endswith(
         f"error: another run uses {out}: wait until it ends, or choose another --out_dir"), second.stderr
-    third = call_here(*args[:-1], "3", "--resume", "never")
+    third = call(*args[:-1], "3", "--resume", "never")
     assert third.returncode == 0, third.stderr
 
 
@@ -286,7 +266,7 @@ def test_two_machines_take_the_same_steps(base, straight, tmp_path):
         assert a[0] == b[0] and (a[1] is None or math.isclose(a[1], b[1], rel_tol=1e-4))
 
 
-def test_gradient_does_not_depend_on_the_split(base, tmp_path):
+def test_gradient_does_not_depend_on_the_split(base, tmp_path, monkeypatch):
     """1 process x 4 micro-batches = 2 x 2 = 1 x 1: one step of plain descent with rate 1 moves the weights by the gradient."""
     tokenizer = Tokenizer.from_pretrained(base[5])
     rows = [(p, r) for p, r in make_demo()[0] if len(tokenizer.encode(p)) == 8 and len(tokenizer.encode(r)) in (5, 6)][:32]
@@ -296,18 +276,20 @@ def test_gradient_does_not_depend_on_the_split(base, tmp_path):
     script.write_text(f"import sys; sys.path.insert(0, {str(ROOT)!r})\nimport torch, train\n"
                       "train.make_optimizers = lambda model, *_: [torch.optim.SGD(model.parameters(), lr=1.0)]\ntrain.main()\n")
     moved, cases, cells = {}, ((1, 1), (1, 4), (2, 1)), 8 * (8 + 6)
+    monkeypatch.setattr(train, "make_optimizers", lambda model, *_: [torch.optim.SGD(model.parameters(), lr=1.0)])
 
-    def descend(case: tuple[int, int]) -> subprocess.CompletedProcess:
-        ranks, micro = case
-        launch = [str(script) if part == str(ROOT / "train.py") else part for part in command("--data", str(tmp_path / "rows.parquet"), ranks=ranks)]
-        flags = ["--tokenizer", base[5], "--preset", "demo", "--max_len", "20", "--device", "cpu", "--dtype", "float32", "--workers", "0", "--max_steps", "1", "--lr", "1",
+    def descend(ranks: int, micro: int) -> subprocess.CompletedProcess:
+        flags = ["--data", str(tmp_path / "rows.parquet"), "--tokenizer", base[5], "--preset", "demo", "--max_len", "20", "--device", "cpu", "--dtype", "float32", "--workers", "0", "--max_steps", "1", "--lr", "1",
                  "--schedule", "constant", "--warmup_steps", "0", "--grad_clip", "1e9", "--micro_batch_tokens", str(cells * micro), "--batch_tokens", str(4 * cells)]
-        return subprocess.run([*launch, *flags, "--out_dir", str(tmp_path / f"{ranks}x{micro}")], capture_output=True, text=True, timeout=100, env=ENV)
+        flags += ["--out_dir", str(tmp_path / f"{ranks}x{micro}")]
+        if ranks == 1:
+            return call(*flags)
+        launch = [str(script) if part == str(ROOT / "train.py") else part for part in command(*flags, ranks=ranks)]
+        return subprocess.run(launch, capture_output=True, text=True, timeout=100, env=ENV)
 
-    with ThreadPoolExecutor(2) as pool:
-        for done in pool.map(descend, cases):
-            assert done.returncode == 0, done.stderr
     for ranks, micro in cases:
+        done = descend(ranks, micro)
+        assert done.returncode == 0, done.stderr
         out = tmp_path / f"{ranks}x{micro}"
         moved[ranks, micro] = load_file(out / "model.safetensors")
         (line,) = [r for r in log(out) if "loss" in r]
@@ -340,26 +322,26 @@ def test_float16_trains_to_the_loss_of_float32(base, tmp_path):
     assert math.isclose(ends["float16"], ends["float32"], rel_tol=0.02), ends
 
 
-def test_overlap_with_validation_is_counted(base, call_here, tmp_path):
+def test_overlap_with_validation_is_counted(base, tmp_path):
     pq.write_table(pa.table({"prompt": ["你好", "你好", "再见", "没有"], "response": ["一", "二", "三", "四"]}), tmp_path / "v.parquet")
     pq.write_table(pa.table({"prompt": pa.array(["你好", "再见", "再见", None], pa.large_string()), "response": ["五", "六", "七", "八"]}), tmp_path / "t.parquet")
     assert train.overlap([str(tmp_path / "t.parquet"), base[1]], [str(tmp_path / "v.parquet")]) == 2
     assert train.overlap([base[1]], [base[3]]) == 0
-    done = call_here(*base[:2], "--valid", base[1], *base[4:], "--out_dir", str(tmp_path / "out"), "--max_steps", "1")
+    done = call(*base[:2], "--valid", base[1], *base[4:], "--out_dir", str(tmp_path / "out"), "--max_steps", "1")
     prompts = set(pq.read_table(base[1])["prompt"].to_pylist())
     assert f"warning: {len(prompts):,} prompts of --valid are in --data too" in done.stderr
 
 
-def test_answers_are_scored_when_asked(base, call_here, tmp_path):
-    done = call_here(*base, "--out_dir", str(tmp_path / "out"), "--max_steps", "4", "--bleu_every", "2")
+def test_answers_are_scored_when_asked(base, tmp_path):
+    done = call(*base, "--out_dir", str(tmp_path / "out"), "--max_steps", "4", "--bleu_every", "2")
     assert done.returncode == 0, done.stderr
     assert [r["step"] for r in log(tmp_path / "out") if "bleu4" in r] == [2, 4]
 
 
 @pytest.mark.quick
-def test_finished_run_says_so_and_can_be_prolonged(base, call_here, straight):
+def test_finished_run_says_so_and_can_be_prolonged(base, straight):
     before = (straight / "log.jsonl").read_bytes()
-    done = call_here(*base, "--out_dir", str(straight), "--max_steps", "24", "--eval_every", "10", "--save_every", "4")
+    done = call(*base, "--out_dir", str(straight), "--max_steps", "24", "--eval_every", "10", "--save_every", "4")
     assert done.returncode == 0 and "finished: " in done.stdout and "sample.py" in done.stdout
     assert (straight / "log.jsonl").read_bytes() == before
 
@@ -379,10 +361,10 @@ def test_damaged_checkpoint_is_passed_over(base, straight, tmp_path):
     assert done.returncode == 2 and "every checkpoint" in done.stderr
 
 
-def test_beginning_anew_leaves_nothing_of_the_old_run(base, call_here, straight, tmp_path):
+def test_beginning_anew_leaves_nothing_of_the_old_run(base, straight, tmp_path):
     out = tmp_path / "out"
     shutil.copytree(straight, out)
-    done = call_here(*base, "--out_dir", str(out), "--max_steps", "3", "--resume", "never")
+    done = call(*base, "--out_dir", str(out), "--max_steps", "3", "--resume", "never")
     assert done.returncode == 0, done.stderr
     assert [r["step"] for r in log(out) if "loss" in r] == [1, 2, 3]
     assert [int(p.name.split("-")[1]) for p in list_checkpoints(out / "checkpoint")] == [3]
@@ -403,7 +385,7 @@ def test_full_disk_loses_nothing(base, straight, tmp_path):
 
 @pytest.mark.parametrize(("change", "flag"), [(["--seed", "1"], "--seed"), (["--max_len", "39"], "--max_len"), (["--micro_batch_tokens", "128"], "--micro_batch_tokens"),
                                               (["--preset", "small"], "shape"), (["--optimizer", "adamw"], "--optimizer"), (["--freeze", "encoder"], "--freeze")], ids=str)
-def test_what_cannot_change_is_named(base, straight, refused, change, flag):
+def test_what_cannot_change_is_named(base, straight, change, flag):
     before = {p: p.read_bytes() for p in straight.rglob("*") if p.is_file()}
     line = refused(*base, "--out_dir", str(straight), "--max_steps", "30", *change)
     assert flag in line and "is not what it was" in line
@@ -411,7 +393,7 @@ def test_what_cannot_change_is_named(base, straight, refused, change, flag):
 
 
 @pytest.mark.quick
-def test_bad_input_ends_with_one_line(base, straight, refused, tmp_path):
+def test_bad_input_ends_with_one_line(base, straight, tmp_path):
     pq.write_table(pa.table({"a": ["b"]}), tmp_path / "no_columns.parquet")
     pq.write_table(pa.table({"prompt": pa.array([], pa.string()), "response": pa.array([], pa.string())}), tmp_path / "empty.parquet")
     (tmp_path / "model").mkdir()
@@ -430,35 +412,35 @@ def test_bad_input_ends_with_one_line(base, straight, refused, tmp_path):
     assert not (tmp_path / "new" / "log.jsonl").exists()
 
 
-def test_fine_tuning_leaves_frozen_parts_alone(base, call_here, straight, tmp_path):
+def test_fine_tuning_leaves_frozen_parts_alone(base, straight, tmp_path):
     out = tmp_path / "sft"
     i = base.index("--preset")
     args = base[:i] + base[i + 2:]
-    done = call_here(*args, "--init_from", str(straight), "--freeze", "shared,encoder", "--max_steps", "3", "--out_dir", str(out), "--lr", "1e-3", "--optimizer", "adafactor")
+    done = call(*args, "--init_from", str(straight), "--freeze", "shared,encoder", "--max_steps", "3", "--out_dir", str(out), "--lr", "1e-3", "--optimizer", "adafactor")
     assert done.returncode == 0, done.stderr
     before, after = ChatLM.from_pretrained(straight).state_dict(), ChatLM.from_pretrained(out).state_dict()
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     assert changed and all(name.startswith("decoder.") for name in changed)
 
 
-def test_infinite_gradients_change_nothing_and_end_the_run(base, call_here, straight, tmp_path):
+def test_infinite_gradients_change_nothing_and_end_the_run(base, straight, tmp_path):
     model = tmp_path / "model"
     shutil.copytree(straight / "best", model)
     weights = load_file(model / "model.safetensors")
     weights["decoder.final_layer_norm.weight"][0] = math.nan
     save_file(weights, model / "model.safetensors", {"format": "pt"})
     i = base.index("--preset")
-    done = call_here(*base[:i], *base[i + 2:], "--init_from", str(model), "--max_steps", "30", "--out_dir", str(tmp_path / "out"))
+    done = call(*base[:i], *base[i + 2:], "--init_from", str(model), "--max_steps", "30", "--out_dir", str(tmp_path / "out"))
     assert done.returncode == 2 and "no finite loss in 10 steps" in done.stderr.splitlines()[-1], done.stderr
     assert [r["loss"] for r in log(tmp_path / "out")] == [None] * 10
-    done = call_here(*base[:i], *base[i + 2:], "--init_from", str(model), "--max_steps", "3", "--out_dir", str(tmp_path / "short"))
+    done = call(*base[:i], *base[i + 2:], "--init_from", str(model), "--max_steps", "3", "--out_dir", str(tmp_path / "short"))
     assert done.returncode == 2 and "no finite loss in 3 steps" in done.stderr.splitlines()[-1]
     assert not (tmp_path / "short" / "model.safetensors").exists()
 
 
 @pytest.mark.parametrize("flags", [["--optimizer", "muon", "--schedule", "onecycle", "--epochs", "0.05"], ["--dtype", "bfloat16", "--time_limit", "2"]], ids=str)
-def test_other_ways_to_train_work(base, call_here, tmp_path, flags):
-    done = call_here(*base, "--lr", "5e-3", "--out_dir", str(tmp_path / "out"), *flags)
+def test_other_ways_to_train_work(base, tmp_path, flags):
+    done = call(*base, "--lr", "5e-3", "--out_dir", str(tmp_path / "out"), *flags)
     assert done.returncode == 0, done.stderr
     losses = [r["loss"] for r in log(tmp_path / "out") if "loss" in r]
     assert len(losses) >= 2 and min(losses[1:]) < losses[0]
@@ -536,7 +518,7 @@ def test_a_run_is_resumed_with_other_numbers_of_processes_and_its_own_settings(s
         assert a[2:4] == b[2:4] and math.isclose(a[1], b[1], rel_tol=2e-3)
 
 
-def test_a_resumed_run_takes_what_no_flag_says_from_its_checkpoint(base, call_here, straight, tmp_path):
+def test_a_resumed_run_takes_what_no_flag_says_from_its_checkpoint(base, straight, tmp_path):
     out = tmp_path / "out"
     shutil.copytree(straight, out)
     for path in list_checkpoints(out / "checkpoint")[:1]:
@@ -544,7 +526,7 @@ def test_a_resumed_run_takes_what_no_flag_says_from_its_checkpoint(base, call_he
     done = call("--out_dir", str(out), "--device", "cpu")
     assert done.returncode == 0 and "resuming from" in done.stdout, done.stderr
     assert curve(out) == curve(straight)
-    done = call_here("--out_dir", str(out), "--max_steps", "25", "--lr", "1e-5", "--eval_every", "100", "--schedule", "constant")
+    done = call("--out_dir", str(out), "--max_steps", "25", "--lr", "1e-5", "--eval_every", "100", "--schedule", "constant")
     assert done.returncode == 0 and log(out)[-3]["step"] == 25 and log(out)[-3]["lr"] == 1e-5
 
 
@@ -629,7 +611,7 @@ def test_a_killed_loader_process_is_one_line(base, straight, tmp_path):
 # --- memory -----------------------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory."), RuntimeError("DefaultCPUAllocator: can't allocate memory"), MemoryError()], ids=repr)
-def test_out_of_memory_is_one_line_and_touches_no_checkpoint(base, call_here, straight, tmp_path, monkeypatch, error):
+def test_out_of_memory_is_one_line_and_touches_no_checkpoint(base, straight, tmp_path, monkeypatch, error):
     out = tmp_path / "out"
     shutil.copytree(straight, out)
     kept = {p: p.read_bytes() for p in [*list_checkpoints(out / "checkpoint"), out / "model.safetensors"]}
@@ -641,7 +623,7 @@ def test_out_of_memory_is_one_line_and_touches_no_checkpoint(base, call_here, st
             raise error
         return whole(self, *args, **kwargs)
     monkeypatch.setattr(ChatLM, "loss_sum", fail)
-    done = call_here("--out_dir", str(out), "--max_steps", "40")
+    done = call("--out_dir", str(out), "--max_steps", "40")
     assert done.returncode == 1 and len(calls) == 4 and "--micro_batch_tokens" in done.stderr.splitlines()[-1] and "Traceback" not in done.stderr
     assert all(p.read_bytes() == content for p, content in kept.items())
 
@@ -681,31 +663,31 @@ def test_clipping_is_torchs():
 
 # --- stale files, and files of others -----------------------------------------------------------------------------------------
 
-def test_a_new_run_trains_a_new_tokenizer_where_it_must(base, call_here, tmp_path):
+def test_a_new_run_trains_a_new_tokenizer_where_it_must(base, tmp_path):
     out = tmp_path / "out"
     common = ["--preset", "demo", "--max_len", "40", "--max_steps", "1", "--workers", "0", "--device", "cpu", "--dtype", "float32", "--resume", "never", "--out_dir", str(out)]
-    assert call_here("--data", base[1], "--vocab_size", "1100", *common).returncode == 0
+    assert call("--data", base[1], "--vocab_size", "1100", *common).returncode == 0
     first = (out / "tokenizer.json").read_bytes()
-    done = call_here("--data", base[1], "--vocab_size", "1100", *common)
+    done = call("--data", base[1], "--vocab_size", "1100", *common)
     assert done.returncode == 0 and "training a tokenizer" not in done.stdout and (out / "tokenizer.json").read_bytes() == first
     for change in (["--data", base[1], "--vocab_size", "1200"], ["--data", base[3], "--vocab_size", "1200"]):
-        done = call_here(*change, *common)
+        done = call(*change, *common)
         assert done.returncode == 0 and "was trained on other data or for another --vocab_size" in done.stdout, done.stderr
         assert len(Tokenizer.from_pretrained(out)) == ChatLM.from_pretrained(out).config.vocab_size
     assert (out / "tokenizer.json").read_bytes() != first
 
 
-def test_a_tokenizer_that_a_user_put_there_is_used(base, call_here, refused, tmp_path):
+def test_a_tokenizer_that_a_user_put_there_is_used(base, tmp_path):
     out = tmp_path / "out"
     shutil.copytree(base[5], out)
     flags = ["--data", base[1], "--preset", "demo", "--max_len", "40", "--max_steps", "1", "--workers", "0", "--device", "cpu", "--out_dir", str(out)]
     assert "--vocab_size has no effect" in refused(*flags, "--vocab_size", "1000")
-    done = call_here(*flags)
+    done = call(*flags)
     assert done.returncode == 0 and f"using the tokenizer in {out}" in done.stdout
 
 
 @pytest.mark.quick
-def test_flags_without_effect_are_refused(base, straight, refused, tmp_path):
+def test_flags_without_effect_are_refused(base, straight, tmp_path):
     new = ["--data", base[1], "--out_dir", str(tmp_path / "new"), "--max_steps", "1"]
     for flags, message in ((["--tokenizer", base[5], "--vocab_size", "300"], "--tokenizer brings its own"), (["--init_from", str(straight), "--vocab_size", "300"], "--init_from brings its own"),
                            (["--lora_alpha", "3"], "--lora_alpha has no effect without --lora_rank"), (["--lora_targets", "q"], "without --lora_rank")):
@@ -714,36 +696,36 @@ def test_flags_without_effect_are_refused(base, straight, refused, tmp_path):
 
 
 @pytest.mark.quick
-def test_flags_without_effect_are_reported(base, call_here, tmp_path):
-    done = call_here("--data", base[1], *base[4:], "--out_dir", str(tmp_path), "--max_steps", "1", "--eval_every", "3")
+def test_flags_without_effect_are_reported(base, tmp_path):
+    done = call("--data", base[1], *base[4:], "--out_dir", str(tmp_path), "--max_steps", "1", "--eval_every", "3")
     assert done.returncode == 0 and done.stderr.splitlines() == ["train.py: note: --eval_every has no effect without --valid"]
 
 
-def test_another_tokenizer_than_the_models_is_warned_of(base, call_here, straight, tmp_path):
+def test_another_tokenizer_than_the_models_is_warned_of(base, straight, tmp_path):
     Tokenizer.train([t for pair in make_demo()[0][:500] for t in pair], 1000).save_pretrained(tmp_path / "tok")
     flags = ["--data", base[1], "--init_from", str(straight), "--max_len", "40", "--max_steps", "1", "--workers", "0", "--device", "cpu"]
     for tokenizer, warned in ((tmp_path / "tok", True), (base[5], False)):
-        done = call_here(*flags, "--tokenizer", str(tokenizer), "--out_dir", str(tmp_path / str(warned)))
+        done = call(*flags, "--tokenizer", str(tokenizer), "--out_dir", str(tmp_path / str(warned)))
         assert done.returncode == 0 and ("has other tokens than" in done.stderr) == warned, done.stderr
 
 
 @pytest.mark.parametrize("flags", [[], ["--freeze", "shared,encoder"], ["--lora_rank", "2"]], ids=str)
-def test_another_starting_model_is_refused(base, call_here, refused, straight, tmp_path, flags):
+def test_another_starting_model_is_refused(base, straight, tmp_path, flags):
     model = tmp_path / "model"
     shutil.copytree(straight / "best", model)
     i = base.index("--preset")
     args = [*base[:i], *base[i + 2:], *flags, "--out_dir", str(tmp_path / "out"), "--init_from"]
-    assert call_here(*args, str(model), "--max_steps", "2").returncode == 0
+    assert call(*args, str(model), "--max_steps", "2").returncode == 0
     weights = load_file(model / "model.safetensors")
     weights["encoder.block.0.layer.0.SelfAttention.q.weight"][0, 0] += 1
     save_file(weights, model / "model.safetensors", {"format": "pt"})
     assert "--init_from (the model's weights) is not what it was" in refused(*args, str(model), "--max_steps", "4")
     assert "(the model's weights) is not what it was" in refused("--out_dir", str(tmp_path / "out"), "--max_steps", "4")
-    assert call_here(*args, str(straight / "best"), "--max_steps", "4").returncode == 0
+    assert call(*args, str(straight / "best"), "--max_steps", "4").returncode == 0
 
 
 @pytest.mark.quick
-def test_data_that_changed_in_its_middle_is_refused(base, straight, refused, tmp_path):
+def test_data_that_changed_in_its_middle_is_refused(base, straight, tmp_path):
     """Of the same size, with the same footer."""
     path = tmp_path / "train.parquet"
     content = bytearray(Path(base[1]).read_bytes())
@@ -752,14 +734,14 @@ def test_data_that_changed_in_its_middle_is_refused(base, straight, refused, tmp
     assert "--data is not what it was" in refused(*base, "--data", str(path), "--out_dir", str(straight), "--max_steps", "30")
 
 
-def test_training_reads_folders_and_names_the_command_that_converts(base, call_here, refused, tmp_path):
+def test_training_reads_folders_and_names_the_command_that_converts(base, tmp_path):
     (tmp_path / "shards" / "more").mkdir(parents=True)
     table = pq.read_table(base[1])
     pq.write_table(table.slice(0, 1500), tmp_path / "shards" / "a.parquet")
     pq.write_table(table.slice(1500), tmp_path / "shards" / "more" / "b.parquet")
     (tmp_path / "shards" / "notes.md").write_text("x")
     for name, source in (("shards", tmp_path / "shards"), ("file", base[1])):
-        done = call_here(*base, "--data", str(source), "--max_steps", "1", "--out_dir", str(tmp_path / name))
+        done = call(*base, "--data", str(source), "--max_steps", "1", "--out_dir", str(tmp_path / name))
         assert done.returncode == 0, done.stderr
     ours, expected = (log(tmp_path / name)[0] for name in ("shards", "file"))
     assert ours["loss"] != expected["loss"] and math.isclose(ours["loss"], expected["loss"], rel_tol=0.5)  # other row groups, other batches
@@ -775,47 +757,47 @@ def test_training_reads_folders_and_names_the_command_that_converts(base, call_h
 # --- beginnings ---------------------------------------------------------------------------------------------------------------
 
 @pytest.mark.quick
-def test_few_rows_begin_at_random(base, call_here, tmp_path):
+def test_few_rows_begin_at_random(base, tmp_path):
     for rows in (3, 20):
         pq.write_table(pq.read_table(base[1]).slice(0, rows), tmp_path / f"{rows}.parquet")
-        done = call_here("--data", str(tmp_path / f"{rows}.parquet"), "--tokenizer", base[5], "--preset", "demo", "--max_len", "40", "--max_steps", "2", "--warmup_steps", "100", "--lr", "1e-6",
+        done = call("--data", str(tmp_path / f"{rows}.parquet"), "--tokenizer", base[5], "--preset", "demo", "--max_len", "40", "--max_steps", "2", "--warmup_steps", "100", "--lr", "1e-6",
                          "--workers", "0", "--device", "cpu", "--dtype", "float32", "--out_dir", str(tmp_path / str(rows)))
         assert done.returncode == 0 and "initialized" in done.stdout, done.stderr
         assert log(tmp_path / str(rows))[0]["loss"] < 1.3 * math.log(1400), done.stdout
 
 
-def test_the_schedules_clock_starts_after_the_beginning(base, call_here, tmp_path, monkeypatch):
+def test_the_schedules_clock_starts_after_the_beginning(base, tmp_path, monkeypatch):
     counted = train.init_bigrams
 
     def slow(*args):
         time.sleep(3)
         counted(*args)
     monkeypatch.setattr(train, "init_bigrams", slow)
-    done = call_here(*base, "--time_limit", "3", "--schedule", "cosine", "--warmup_steps", "10000", "--out_dir", str(tmp_path / "out"))
+    done = call(*base, "--time_limit", "3", "--schedule", "cosine", "--warmup_steps", "10000", "--out_dir", str(tmp_path / "out"))
     assert done.returncode == 0, done.stderr
     steps = [r for r in log(tmp_path / "out") if "loss" in r]
     assert steps[0]["elapsed"] < 2.5 and steps[1]["lr"] < 0.02 / 0.1 * (steps[0]["elapsed"] + 0.5) / 3 and len(steps) > 5
 
 
-def test_a_refused_resume_changes_nothing(base, call_here, tmp_path):
+def test_a_refused_resume_changes_nothing(base, tmp_path):
     """Also not the tokenizer that the run trained."""
     out, half = tmp_path / "out", tmp_path / "half.parquet"
     pq.write_table(pq.read_table(base[1]).slice(0, 1500), half)
     common = ["--preset", "demo", "--max_len", "40", "--workers", "0", "--device", "cpu", "--dtype", "float32", "--vocab_size", "1100", "--out_dir", str(out)]
-    assert call_here("--data", base[1], "--max_steps", "2", *common).returncode == 0
+    assert call("--data", base[1], "--max_steps", "2", *common).returncode == 0
     before = {p: p.read_bytes() for p in out.rglob("*") if p.is_file()}
-    done = call_here("--data", str(half), "--max_steps", "4", *common)
+    done = call("--data", str(half), "--max_steps", "4", *common)
     assert done.returncode == 2 and "--data is not what it was" in done.stderr
     assert {p: p.read_bytes() for p in out.rglob("*") if p.is_file()} == before
 
 
-def test_a_checkpoint_of_another_run_does_not_replace_a_run(base, call_here, refused, straight, tmp_path):
+def test_a_checkpoint_of_another_run_does_not_replace_a_run(base, straight, tmp_path):
     newest = list_checkpoints(straight / "checkpoint")[0]
-    assert call_here(*base, "--max_steps", "2", "--seed", "5", "--out_dir", str(tmp_path / "other")).returncode == 0
+    assert call(*base, "--max_steps", "2", "--seed", "5", "--out_dir", str(tmp_path / "other")).returncode == 0
     before = {p: p.read_bytes() for p in (tmp_path / "other").rglob("*") if p.is_file()}
     assert "is not of the run in" in refused("--resume", str(newest), "--out_dir", str(tmp_path / "other"), "--max_steps", "26")
     assert {p: p.read_bytes() for p in (tmp_path / "other").rglob("*") if p.is_file()} == before
-    done = call_here("--resume", str(straight), "--out_dir", str(tmp_path / "copy"), "--max_steps", "25")  # its folder; to a new place
+    done = call("--resume", str(straight), "--out_dir", str(tmp_path / "copy"), "--max_steps", "25")  # its folder; to a new place
     assert done.returncode == 0 and [r["step"] for r in log(tmp_path / "copy") if "loss" in r] == [25], done.stderr
     shutil.copy(newest, tmp_path / "backup.pt")
     assert "must stay so" in refused("--resume", str(tmp_path / "backup.pt"), "--out_dir", str(tmp_path / "new"), "--max_steps", "26")
@@ -826,20 +808,20 @@ def test_a_checkpoint_of_another_run_does_not_replace_a_run(base, call_here, ref
 
 
 @pytest.mark.quick
-def test_the_starting_model_is_not_overwritten(base, refused, straight, tmp_path):
+def test_the_starting_model_is_not_overwritten(base, straight, tmp_path):
     shutil.copytree(straight / "best", tmp_path / "model")
     before = (tmp_path / "model" / "model.safetensors").read_bytes()
     line = refused("--data", base[1], "--init_from", str(tmp_path / "model"), "--out_dir", str(tmp_path / "model"), "--resume", "never", "--max_steps", "1")
     assert "is --init_from, which would be overwritten" in line and (tmp_path / "model" / "model.safetensors").read_bytes() == before
 
 
-def test_weight_decay_and_validation_may_change(base, call_here, tmp_path):
+def test_weight_decay_and_validation_may_change(base, tmp_path):
     out = tmp_path / "out"
     args = [*base, "--optimizer", "adamw", "--lr", "1e-3", "--save_every", "2", "--out_dir", str(out)]
-    assert call_here(*args, "--max_steps", "2").returncode == 0
+    assert call(*args, "--max_steps", "2").returncode == 0
     pq.write_table(pq.read_table(base[1]).slice(0, 20), tmp_path / "v.parquet")
     best = (out / "best" / "model.safetensors").read_bytes()
-    done = call_here(*args, "--valid", str(tmp_path / "v.parquet"), "--max_steps", "3", "--weight_decay", "0.5")
+    done = call(*args, "--valid", str(tmp_path / "v.parquet"), "--max_steps", "3", "--weight_decay", "0.5")
     assert done.returncode == 0 and (out / "best" / "model.safetensors").read_bytes() != best  # the best on the new file
     saved = torch.load(list_checkpoints(out / "checkpoint")[0], weights_only=True)
     assert [group["weight_decay"] for group in saved["optimizers"][0]["param_groups"]] == [0.5, 0.0]
@@ -847,7 +829,7 @@ def test_weight_decay_and_validation_may_change(base, call_here, tmp_path):
 
 @pytest.mark.parametrize("flags", [["--lr", "inf"], ["--lr", "nan"], ["--weight_decay", "inf"], ["--seed", "-1"], ["--max_len", "1000000000000000000"], ["--init_from", ""], ["--valid", ""],
                                    ["--out_dir", ""], ["--data", ""], ["--device", "meta"], ["--lora_rank", "2", "--freeze", "encoder", "--init_from", "x"]], ids=str)
-def test_nonsense_is_one_line(base, refused, tmp_path, flags):
+def test_nonsense_is_one_line(base, tmp_path, flags):
     refused("--data", base[1], "--out_dir", str(tmp_path / "new"), "--max_steps", "1", *flags)
     assert not (tmp_path / "new" / "log.jsonl").exists()
 
@@ -887,7 +869,7 @@ def test_compiled_training_has_few_graphs_and_no_breaks(base, tmp_path, recomput
     data.write_pairs(tmp_path / "x.parquet", [{"prompt": rng.choice(texts), "response": t} for t in texts])
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
-    model = ChatLM(ChatLMConfig.preset("demo", vocab_size=len(tokenizer))).train()
+    model = ChatLM(ChatLMConfig.preset("demo", vocab_size=len(tokenizer), num_layers=1, num_decoder_layers=1)).train()
     model.encoder.checkpoint_activations = model.decoder.checkpoint_activations = recompute
     model.encode, model.decode = (torch.compile(f, dynamic=True, backend="aot_eager") for f in (model.encode, model.decode))
     shapes = set()

@@ -1,7 +1,6 @@
 """A model that is trained on conversations answers what depends on an earlier turn; the chat, the server and transformers see the same prompts."""
 import json
 import random
-import subprocess
 import sys
 import threading
 import urllib.request
@@ -14,12 +13,12 @@ from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 import data
 import sample
 from chatlm import ChatLM
+from conftest import run_script
 from data import Rows, write_pairs
 from sample import ChatServer, GenerationConfig, known_turns, read_messages, with_history
 from tokenizer import Tokenizer
 from train import count_turns
 
-ROOT = Path(__file__).parents[1]
 THINGS = "苹果 香蕉 西瓜 葡萄 足球 篮球 唱歌 跳舞 画画 钓鱼 爬山 游泳 下棋 读书 写字 旅行".split()
 
 
@@ -33,8 +32,8 @@ def conversation(texts: list[str]) -> dict:
     return {"id": "1", "conversations": [{"from": ("human", "gpt")[i % 2], "value": text} for i, text in enumerate(texts)]}
 
 
-def run(script: str, *args: str, stdin: str = "", cwd: Path | None = None) -> str:
-    done = subprocess.run([sys.executable, ROOT / script, *map(str, args)], capture_output=True, text=True, input=stdin, timeout=150, cwd=cwd)
+def run(script: str, *args) -> str:
+    done = run_script(script, *args)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -43,12 +42,12 @@ def run(script: str, *args: str, stdin: str = "", cwd: Path | None = None) -> st
 def taught(tmp_path_factory) -> Path:
     """A folder with a model that was trained on conversations of two turns."""
     folder, rng = tmp_path_factory.mktemp("taught"), random.Random(0)
-    rows = [conversation(talk(rng.choice(THINGS), rng)) for _ in range(3000)]
+    rows = [conversation(talk(rng.choice(THINGS), rng)) for _ in range(1500)]
     (folder / "talks.jsonl").write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), "utf-8")
     said = run("data.py", "clean", "--source", "sharegpt", "--turns", "2", folder / "talks.jsonl", "--out", folder / "pairs.parquet")
-    assert "6,000  kept" in said, said
+    assert "3,000  kept" in said, said
     run("train.py", "--data", folder / "pairs.parquet", "--out_dir", folder / "out", "--preset", "demo", "--vocab_size", "512", "--max_len", "48",
-        "--max_steps", "260", "--batch_tokens", "1536", "--micro_batch_tokens", "768", "--dtype", "float32", "--device", "cpu")
+        "--max_steps", "140", "--batch_tokens", "1536", "--micro_batch_tokens", "768", "--dtype", "float32", "--device", "cpu")
     return folder / "out"
 
 
