@@ -2339,7 +2339,8 @@ def run(main: Callable) -> None:
             sys.exit(1)
         text, status = str(e), 2
         if isinstance(e, OSError) and e.strerror:
-            text = f"{e.filename}: {e.strerror}" if e.filename else e.strerror
+            name = os.fsdecode(e.filename) if isinstance(e.filename, bytes) else e.filename
+            text = f"{name}: {e.strerror}" if name else e.strerror
             full = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
             status = 1 if e.errno in full else 2
         is_repeated = isinstance(e, AgreedError) and os.environ.get("LOCAL_RANK", "0") != "0"

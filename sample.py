@@ -68,7 +68,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from chatlm import IGNORED, ChatLM, ChatLMConfig, FeedForward, RMSNorm, pad_to_8, read_json
+from chatlm import IGNORED, ChatLM, ChatLMConfig, FeedForward, RMSNorm, read_json
 from data import (
     PAIR,
     SEP,
@@ -313,23 +313,46 @@ class Decoder:
                  rows_per_source: int = 1, static: bool | None = None):
         """input_ids, attention_mask: (B, S); None: no padding. rows_per_source: N answers per
         prompt, such as beams. static: the GPU's layout; None: on a GPU."""
-        c = model.config
+        c, layers = model.config, len(model.decoder.block)
         self.model, self.heads = model, (c.num_heads, c.d_kv)
-        self.rows, self.length = len(input_ids) * rows_per_source, 0
         self.static = input_ids.is_cuda if static is None else static
         self.products = packed_models.get(model) or Products(model)
-        encoded, mask = model.encode(input_ids, attention_mask)
-        # rows that the GPU's kernels can read: (B, 1, 1, S) padded, also after select
-        self.mask = F.pad(mask, (0, pad_to_8(mask.size(3)) - mask.size(3)))
-        self.source_length = mask.size(3)
-        self.sources = [block.layer[1].EncDecAttention.keys_values(encoded)  # (B, H, S, K) each
-                        for block in model.decoder.block]
-        # keys and values in turn for each layer: (2 * layers, rows, capacity, H * K)
-        self.cache = encoded.new_empty(2 * len(self.sources), self.rows, 0, c.num_heads * c.d_kv)
-        self.bias = self.visible = encoded.new_empty(0)  # (1, H, 1, capacity); visible is masked
         # for each number of rows: its steps on this cache and these sources, and its graph
         self.step_counts: Counter = Counter()
         self.graphs: dict[int, StepGraph] = {}
+        self.sources: list[tuple[Tensor, Tensor]] = []
+        # keys and values in turn for each layer: (2 * layers, rows, capacity, H * K)
+        self.cache = model.shared.weight.new_empty(2 * layers, 0, 0, c.num_heads * c.d_kv)
+        self.bias = self.visible = self.cache.new_empty(0)  # (1, H, 1, capacity); visible is masked
+        self.begin(input_ids, attention_mask, rows_per_source)
+
+    @torch.inference_mode()
+    def begin(self, input_ids: Tensor, attention_mask: Tensor | None = None,
+              rows_per_source: int = 1) -> None:
+        """Read prompts, and forget earlier ones. With static, graphs stay valid if there are as
+        many sources as before, none longer."""
+        encoded, mask = self.model.encode(input_ids, attention_mask)
+        sources = [block.layer[1].EncDecAttention.keys_values(encoded)  # (B, H, S, K) each
+                   for block in self.model.decoder.block]
+        length = mask.size(3)
+        if not self.static:
+            self.mask, self.sources = mask, sources  # mask: (B, 1, 1, S)
+        elif self.sources and len(mask) == len(self.mask) and length <= self.mask.size(3):
+            self.mask[..., :length], self.mask[..., length:] = mask, torch.finfo(mask.dtype).min
+            for own, new in zip(self.sources, sources):
+                own[0][:, :, :length], own[1][:, :, :length] = new
+        else:
+            room = math.ceil(length / 64) * 64 - length
+            self.mask = F.pad(mask, (0, room), value=torch.finfo(mask.dtype).min)
+            self.sources = [(F.pad(k, (0, 0, 0, room)), F.pad(v, (0, 0, 0, room)))
+                            for k, v in sources]
+            self.forget_graphs()
+        self.rows, self.length = len(input_ids) * rows_per_source, 0
+        if self.rows > self.cache.size(1):
+            self.cache = self.cache.new_empty(len(self.cache), self.rows, 0, self.cache.size(3))
+        elif self.cache.size(2):
+            self.visible.fill_(torch.finfo(self.bias.dtype).min)
+            self.visible[..., 0] = self.bias[..., -1]
 
     def grow_cache(self, rows: int, length: int) -> None:
         """Make room for so many rows and positions. The capacity is a power of two of at least 32;
@@ -392,7 +415,6 @@ class Decoder:
         heads = (rows, self.heads[0], 1, self.heads[1])  # (rows, H, 1, K)
         newest = self.cache[:, :rows, place].unflatten(0, (-1, 2)).transpose(1, 2)
         past = self.cache[:, :rows, :end].unflatten(-1, self.heads).transpose(2, 3).unbind()
-        mask = self.mask[..., :self.source_length]
         x = self.model.shared(ids)  # (rows, D)
         if x.dtype == torch.float16:  # sums of many layers can pass its 65,504
             x = x.float()
@@ -405,7 +427,7 @@ class Decoder:
             q = layer.cross_q(layer.cross_norm(x)).view(len(self.mask), -1, *self.heads)
             q = q.transpose(1, 2)  # (B, H, N, K): the N rows of a source are its queries
             keys, values = self.sources[i]
-            y = attend(q, keys, values, attn_mask=mask, scale=1.0)
+            y = attend(q, keys, values, attn_mask=self.mask, scale=1.0)
             x = x + layer.cross_out(y.transpose(1, 2).reshape(rows, -1))
             x = torch.add(x, layer.feed_forward(layer.feed_norm(x)), alpha=layer.feed_scale)
         hidden = self.products.to_head(x)
@@ -588,10 +610,24 @@ def draw(scores: Tensor, count: int) -> Tensor:
 
 @torch.inference_mode()
 def steps(model: ChatLM, input_ids: Tensor, attention_mask: Tensor | None,
-          config: GenerationConfig) -> Iterator[Tensor]:
-    """Greedy decoding or sampling. Yields ids (B, L) after every new token."""
-    c = model.config
-    decoder = Decoder(model, input_ids, attention_mask)
+          config: GenerationConfig, idle: list[Decoder] | None = None) -> Iterator[Tensor]:
+    """Greedy decoding or sampling. Yields ids (B, L) after every new token. idle: a Decoder of the
+    same model, whose weights have not changed, may wait there; it is used and put back."""
+    if idle:
+        decoder = idle.pop()
+        decoder.begin(input_ids, attention_mask)
+    else:
+        decoder = Decoder(model, input_ids, attention_mask)
+    try:
+        yield from decode(decoder, input_ids, config)
+    finally:
+        if idle is not None:
+            idle[:] = [decoder]
+
+
+def decode(decoder: Decoder, input_ids: Tensor, config: GenerationConfig) -> Iterator[Tensor]:
+    """steps, with a decoder that has read the prompts."""
+    c = decoder.model.config
     ids = input_ids.new_full((len(input_ids), config.max_new_tokens + 1), c.pad_token_id)
     ids[:, 0] = c.decoder_start_token_id
     rows = torch.arange(len(ids), device=ids.device)  # the decoder's
@@ -791,10 +827,10 @@ def answer(model: ChatLM, tokenizer: Tokenizer, prompts: list[str], batch_size: 
 
 
 def stream_answer(model: ChatLM, tokenizer: Tokenizer, prompt: str, max_len: int,
-                  config: GenerationConfig) -> Iterator[str]:
-    """An answer in parts, as they are decoded, never half a character."""
+                  config: GenerationConfig, idle: list[Decoder] | None = None) -> Iterator[str]:
+    """An answer in parts, as they are decoded, never half a character. idle: see steps."""
     batch = to_batch(tokenizer, [prompt], max_len, model.shared.weight.device)
-    return tokenizer.stream(int(ids[0, -1]) for ids in steps(model, *batch, config))
+    return tokenizer.stream(int(ids[0, -1]) for ids in steps(model, *batch, config, idle))
 
 
 # --- scores ---------------------------------------------------------------------------------------
@@ -1164,6 +1200,7 @@ def chat(model: ChatLM, tokenizer: Tokenizer, max_len: int, options: dict) -> No
           "model does not see earlier turns. /help lists commands.")
     config = GenerationConfig(**options)
     texts: list[str] = []  # question, answer, question, ...
+    idle: list[Decoder] = []  # between answers, with its CUDA graph
     while True:
         try:
             prompt = input("\n> ").strip()
@@ -1181,7 +1218,7 @@ def chat(model: ChatLM, tokenizer: Tokenizer, max_len: int, options: dict) -> No
                 config = chat_command(words, config, options)
             elif prompt:
                 asked = with_history(tokenizer, [*texts, prompt], turns, max_len)
-                texts += [prompt, print_answer(model, tokenizer, asked, max_len, config)]
+                texts += [prompt, print_answer(model, tokenizer, asked, max_len, config, idle)]
         except KeyboardInterrupt:
             print(" (stopped)")
         except (ValueError, TypeError) as e:
@@ -1227,13 +1264,13 @@ def with_setting(config: GenerationConfig, name: str = "", value: str = "",
 
 
 def print_answer(model: ChatLM, tokenizer: Tokenizer, prompt: str, max_len: int,
-                 config: GenerationConfig) -> str:
+                 config: GenerationConfig, idle: list[Decoder] | None = None) -> str:
     """Print an answer, token by token if the strategy allows it, and return it."""
     if config.num_beams > 1 or config.num_return_sequences > 1 or config.contrastive:
         answers = answer(model, tokenizer, [prompt], 1, max_len, **asdict(config))
         parts: Iterable[str] = ["\n".join(answers)]
     else:
-        parts = stream_answer(model, tokenizer, prompt, max_len, config)
+        parts = stream_answer(model, tokenizer, prompt, max_len, config, idle)
     said = ""
     for part in parts:
         said += part
@@ -1309,6 +1346,7 @@ class ChatServer(ThreadingHTTPServer):
         self.model, self.tokenizer, self.name = model, tokenizer, name
         self.max_len, self.options, self.api_key = max_len, options, api_key
         self.turns = known_turns(model)
+        self.idle: list[Decoder] = []  # between answers, with its CUDA graph
         self.lock, self.room = threading.Lock(), threading.BoundedSemaphore(1 + MAX_WAITING)
 
     def handle_error(self, request, client_address) -> None:
@@ -1521,7 +1559,7 @@ class ChatHandler(BaseHTTPRequestHandler):
         server = self.server
         batch = to_batch(server.tokenizer, [prompt], server.max_len,
                          server.model.shared.weight.device)
-        for row in steps(server.model, *batch, config):
+        for row in steps(server.model, *batch, config, server.idle):
             if self.has_left():
                 raise ConnectionResetError
             ids.append(int(row[0, -1]))

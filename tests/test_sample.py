@@ -125,6 +125,48 @@ def test_steps_that_are_all_alike_are_the_steps(tmp_path, device):
 
 
 @pytest.mark.quick
+@pytest.mark.parametrize("static", [False, True])
+def test_a_decoder_that_begins_anew_is_a_new_one(tmp_path, static):
+    """After longer, shorter and more prompts, and after rows were dropped; graphs are forgotten only where they would be wrong."""
+    _, model = make_models(tmp_path, 1)
+    ids, mask = make_prompts()
+    kept, g = Decoder(model, ids[:1], mask[:1], static=static), torch.Generator().manual_seed(0)
+    for rows, width, steps, stays in ((1, 12, 5, True), (1, 3, 40, True), (1, 64, 3, True), (1, 65, 3, False), (1, 7, 70, True), (6, 12, 4, False), (1, 12, 33, False)):
+        ids, mask = torch.randint(3, 60, (rows, width), generator=g), torch.ones(rows, width, dtype=torch.long)
+        mask[:, width // 2 + 1:] = torch.arange(rows)[:, None] % 2
+        graph = object()
+        kept.graphs[1] = graph
+        kept.begin(ids, mask)
+        assert not static or (kept.graphs.get(1) is graph) == stays
+        kept.graphs.clear()
+        new = Decoder(model, ids, mask, static=static)
+        for step in range(steps):
+            said = torch.randint(0, 60, (new.rows,), generator=g)
+            for one, other in zip(kept.step(said), new.step(said), strict=True):
+                torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+            if rows > 1 and step == 2:
+                for decoder in (kept, new):
+                    decoder.select(torch.tensor([1, 4]), torch.tensor([1, 4]))
+
+
+@pytest.mark.quick
+def test_an_idle_decoder_is_used_and_put_back(folder):
+    """Also after an answer that was stopped; its answers are those of a new one."""
+    model, tokenizer = ChatLM.from_pretrained(folder), Tokenizer.from_pretrained(folder)
+    idle, config = [], GenerationConfig(max_new_tokens=9, min_new_tokens=9)
+    for prompt in ("你好", "今天天气怎么样？今天天气怎么样？", "世界"):
+        said = "".join(sample.stream_answer(model, tokenizer, prompt, 64, config, idle))
+        assert said == sample.answer(model, tokenizer, [prompt], 1, 64, **vars(config))[0] and len(idle) == 1
+        first = first if prompt != "你好" else idle[0]
+        assert idle[0] is first
+    stopped = sample.steps(model, torch.tensor([[3, 4, 1]]), None, config, idle)
+    next(stopped)
+    assert not idle  # so that no other answer uses it
+    stopped.close()
+    assert idle == [first]
+
+
+@pytest.mark.quick
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=GPU)])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_a_model_decodes_as_it_computes(tmp_path, device, dtype):
