@@ -3,6 +3,7 @@ import functools
 import json
 import os
 import resource
+import shutil
 import signal
 import socket
 import subprocess
@@ -284,3 +285,79 @@ def test_log_probabilities_of_responses_are_the_models_losses():
             logits, _ = model(ids, mask, labels=labels)
         logps = logits.log_softmax(-1)[0].gather(1, labels[0][:, None])[:-1].sum()
         assert found[i] == pytest.approx(float(logps), rel=1e-4)
+
+
+class Browser:
+    """Headless Chromium, driven by chromedriver's WebDriver protocol (W3C): JSON over HTTP."""
+
+    def __init__(self, folder: Path):
+        with socket.socket() as s:
+            s.bind(("127.0.0.1", 0))
+            port = s.getsockname()[1]
+        self.driver = subprocess.Popen([shutil.which("chromedriver"), f"--port={port}"], stdout=subprocess.DEVNULL)
+        self.root, flags = f"http://127.0.0.1:{port}/session", [
+            "--headless=new", "--no-sandbox", "--disable-gpu", "--disable-background-networking",
+            "--disable-component-update", "--disable-sync", "--no-first-run", f"--user-data-dir={folder}"]
+        for _ in range(100):
+            try:
+                options = {"goog:chromeOptions": {"args": flags, "binary": shutil.which("chromium")}}
+                made = self.send("", {"capabilities": {"alwaysMatch": options}})
+                break
+            except (ConnectionError, urllib.error.URLError):
+                time.sleep(0.1)
+        self.root += "/" + made["sessionId"]
+
+    def send(self, path: str, body: dict) -> dict:
+        request = urllib.request.Request(self.root + path, json.dumps(body).encode(),
+                                         {"Content-Type": "application/json"})
+        return json.loads(urllib.request.urlopen(request, timeout=60).read())["value"]
+
+    def run(self, script: str):
+        """What a script on the page returns."""
+        return self.send("/execute/sync", {"script": script, "args": []})
+
+    def find(self, selector: str) -> str:
+        (path,) = self.send("/element", {"using": "css selector", "value": selector}).values()
+        return f"/element/{path}"
+
+    def wait(self, script: str):
+        """Wait until a script returns something true."""
+        for _ in range(300):
+            if found := self.run(script):
+                return found
+            time.sleep(0.1)
+        raise AssertionError(f"still false: {script}; the page says {self.run('return document.body.innerText')}")
+
+    def close(self) -> None:
+        urllib.request.urlopen(urllib.request.Request(self.root, method="DELETE"), timeout=60)
+        self.driver.terminate()
+        self.driver.wait(20)
+
+
+@pytest.mark.skipif(not (shutil.which("chromium") and shutil.which("chromedriver")),
+                    reason="needs Chromium and its driver")
+def test_the_page_in_a_browser(server, tmp_path):
+    """A question is typed, its answer streams, a second one is stopped; nothing else is loaded."""
+    browser = Browser(tmp_path)
+    try:
+        browser.send("/url", {"url": url(server, "/")})
+        assert "模型不记得前文" in browser.run("return document.body.innerText")
+        answers = "[...document.querySelectorAll('#log pre')].map(p => p.textContent)"
+        browser.send(browser.find("#text") + "/value", {"text": QUESTION[0]["content"]})
+        browser.send(browser.find("#go") + "/click", {})
+        browser.wait(f"return !running && {answers}.length == 2")
+        assert browser.run(f"return {answers}") == ["> " + QUESTION[0]["content"], expected(server)]
+
+        server.options = server.options | {"max_new_tokens": 2000, "min_new_tokens": 2000}
+        browser.send(browser.find("#text") + "/value", {"text": "第二个问题\n"})  # Enter sends it
+        browser.wait(f"return running && {answers}.length == 4 && {answers}[3].length > 5")
+        assert browser.run("return go.textContent") == "停止"
+        browser.send(browser.find("#go") + "/click", {})
+        browser.wait(f"return !running && {answers}.at(-1) == '（已停止）'")
+        length = browser.run(f"return {answers}[3].length")
+        with server.lock:  # free again: the answer was cancelled
+            assert browser.run(f"return {answers}[3].length") == length
+        loaded = browser.run("return performance.getEntriesByType('resource').map(e => e.name)")
+        assert {address.removeprefix(url(server)) for address in loaded} <= {"/v1/chat/completions", "/favicon.ico"}
+    finally:
+        browser.close()
