@@ -17,6 +17,7 @@ Every contender runs in a process of its own, in turn, so that what slows the ma
 --data the demo's questions and answers are used. Prints a Markdown table, and a line of JSON with versions and machine.
 """
 import argparse
+import itertools
 import json
 import os
 import platform
@@ -629,6 +630,53 @@ def time_to_loss(args: argparse.Namespace) -> None:
         show(f"time_to_loss, {args.preset}, {args.dtype}", ["", "nats per character"], rows, {"nats_per_char": figures})
 
 
+# --- initialization: the first steps from counts, and from random weights -------------------------------------------------------------
+
+STARTS = {"counts": "from counts", "random": "T5's random weights", "small": "the same, embeddings with std 0.05"}
+
+
+def child_initialization(start: str, *flags: str) -> None:
+    """train.py with another beginning."""
+    import torch
+
+    import train as script
+    from data import run
+
+    def initialize(self, stream) -> None:
+        if start == "small":
+            with torch.no_grad():
+                self.model.shared.weight.normal_(std=0.05)
+
+    if start != "counts":
+        script.ResponseLoss.initialize = initialize
+    sys.argv = ["train.py", *flags]
+    run(script.main)
+
+
+def initialization(args: argparse.Namespace) -> None:
+    """Held-out nats per character in the first steps: from counts and from random weights, by optimizer and seed."""
+    if bool(args.data) != bool(args.valid):
+        raise SystemExit("bench.py: error: --data and --valid go together")
+    with tempfile.TemporaryDirectory() as folder:
+        Tokenizer.train(load_texts(args.data), args.vocab_size).save_pretrained(folder)
+        data, valid = (args.data[0], args.valid) if args.data else write_demo(folder)
+        rows, logs = [], {}
+        for start, optimizer, seed in itertools.product(args.starts, args.optimizers, range(args.runs)):
+            out = Path(folder) / f"{start}, {optimizer}, seed {seed}"
+            measure(child("initialization", start, "--data", data, "--valid", valid, "--tokenizer", folder, "--preset", args.preset, "--dtype", args.dtype,
+                          "--optimizer", optimizer, "--seed", str(seed), "--max_steps", str(args.steps), "--eval_every", str(args.steps // 4),
+                          "--out_dir", str(out), *args.more))
+            logs[out.name] = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+            values = [line["val_nats_per_char"] for line in logs[out.name] if "val_loss" in line]
+            rows.append([STARTS[start], optimizer, str(seed), *(f"{value:.3f}" for value in values)])
+            print(" | ".join(rows[-1]), file=sys.stderr, flush=True)
+        steps = [line["step"] for line in next(iter(logs.values())) if "val_loss" in line]
+        show(f"initialization, {args.preset}, {args.dtype}", ["beginning", "optimizer", "seed", *(f"{step:,} steps" for step in steps)], rows, {"rows": rows})
+        if args.out:
+            from train import draw_curves
+            Path(args.out).write_text(draw_curves(logs), "utf-8")
+
+
 # --- generate ----------------------------------------------------------------------------------------------------------------------
 
 def child_generate(kind: str, folder: str, dtype: str, batch: str, beams: str, new: str, seconds: str) -> None:
@@ -926,7 +974,7 @@ def parser() -> argparse.ArgumentParser:
     whole.add_argument("--data", nargs="+", default=[], metavar="FILE", help="pairs; none: the demo's")
     whole.add_argument("--valid", metavar="FILE", help="held-out pairs, where --data is given")
     whole.add_argument("--quick", action="store_true", help="short runs, under 10 minutes on two cores")
-    for task in (tokenizer_train, tokenizer_encode, dedup, loader, train, time_to_loss, generate, dpo):
+    for task in (tokenizer_train, tokenizer_encode, dedup, loader, train, time_to_loss, initialization, generate, dpo):
         sub = commands.add_parser(task.__name__, help=task.__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
         sub.set_defaults(task=task)
         sub.add_argument("--data", nargs="+", default=[], metavar="FILE", help="texts or pairs; none: the demo's")
@@ -941,6 +989,13 @@ def parser() -> argparse.ArgumentParser:
             sub.add_argument("--only_ours", action="store_true", help="no peers: for sizes that they cannot hold")
         if task is loader:
             sub.add_argument("--seconds", type=float, default=15, help="of reading, each")
+        if task is initialization:
+            sub.add_argument("--starts", nargs="+", default=list(STARTS), choices=STARTS, help="beginnings")
+            sub.add_argument("--optimizers", nargs="+", default=["adafactor"], help="adafactor, adamw, muon")
+            sub.add_argument("--steps", type=int, default=200, help="of each run; its schedule ends there")
+            sub.add_argument("--preset", default="small", help="the model's shape")
+            sub.add_argument("--out", metavar="F.svg", help="a picture of the losses")
+            sub.add_argument("--more", nargs=argparse.REMAINDER, default=[], help="more flags of train.py, at the end")
         if task in (train, time_to_loss, generate, dpo):
             sub.add_argument("--preset", default="0.2b" if task is generate else "small", help="the model's shape")
             sub.add_argument("--seconds", type=float, default={time_to_loss: 240, generate: 10}.get(task, 30), help="of each contender")
@@ -953,7 +1008,7 @@ def parser() -> argparse.ArgumentParser:
             sub.add_argument("--num_beams", type=int, default=1, help="1: greedy")
         if task in (train, time_to_loss):
             sub.add_argument("--peers", nargs="+", default=["usual", "best"], choices=PEERS, help="ways to train transformers' T5")
-        if task is time_to_loss:
+        if task in (time_to_loss, initialization):
             sub.add_argument("--valid", metavar="FILE", help="held-out pairs")
             sub.add_argument("--dtype", default="bfloat16", help="of the matrix products")
     return parser
