@@ -1003,7 +1003,7 @@ def draw_curves(logs: dict[str, list[dict]]) -> str:
     """An SVG of the loss of runs over their tokens, nats per token: lines are means over a fiftieth
     of the training steps, dots are validations. logs: the lines of log.jsonl by name."""
     width, height, left = 720, 320, 50
-    colors = ("#1f77b4", "#d62728", "#2ca02c", "#9467bd")
+    colors = ("#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#8c564b", "#e377c2", "#17becf")
     steps = {name: [row for row in log if row.get("loss")] for name, log in logs.items()}
     trained = [row for rows in steps.values() for row in rows]
     top = max([1.0] + [row["loss"] for row in trained])
@@ -1020,7 +1020,7 @@ def draw_curves(logs: dict[str, list[dict]]) -> str:
         _, y = place(0, tick)
         shapes.append(f'<path d="M{left},{y}H{width - 10}" stroke="#8884"/>'
                       f'<text x="{left - 6}" y="{y}" text-anchor="end" dy="4">{tick}</text>')
-    for i, ((name, log), color) in enumerate(zip(logs.items(), colors)):
+    for i, ((name, log), color) in enumerate(zip(logs.items(), itertools.cycle(colors))):
         rows, tokens_at = steps[name], {row["step"]: row["tokens"] for row in steps[name]}
         size = max(1, len(rows) // 50)
         parts = [rows[j:j + size] for j in range(0, len(rows), size)]
