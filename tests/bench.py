@@ -169,9 +169,9 @@ def child_gigabpe(corpus: str, out: str, vocab_size: str) -> None:
 def child_sentencepiece(corpus: str, out: str, vocab_size: str, coverage: str = "") -> None:
     """By its own rules or, with a coverage, on pieces with a mark between them."""
     import sentencepiece
-    rules = dict(split_digits=True)
+    rules = {"split_digits": True}
     if coverage:
-        rules = dict(pretokenization_delimiter=PIECE_MARK, split_by_unicode_script=False, split_by_number=False)
+        rules = {"pretokenization_delimiter": PIECE_MARK, "split_by_unicode_script": False, "split_by_number": False}
     sentencepiece.SentencePieceTrainer.train(
         input=corpus, model_prefix=out, model_type="bpe", vocab_size=int(vocab_size), character_coverage=float(coverage or 0.9999), byte_fallback=True,
         num_threads=os.cpu_count(), max_sentence_length=1 << 20, normalization_rule_name="identity", add_dummy_prefix=False,
@@ -590,18 +590,18 @@ def train(args: argparse.Namespace) -> None:
     data = args.data[0] if args.data else ""
     with tempfile.TemporaryDirectory() as folder:
         Tokenizer.train(load_texts(args.data), args.vocab_size).save_pretrained(folder)
-        data = data or list(write_demo(folder))[0]
+        data = data or next(iter(write_demo(folder)))
         for dtype in args.dtypes:
             rates: dict[str, list[float]] = {kind: [] for kind in ("ours", *args.peers)}
             peaks = dict.fromkeys(rates, 0)
             for _ in range(args.runs):
-                for kind in rates:
+                for kind, found in rates.items():
                     if kind == "ours":
                         result, peak = run_ours(folder, args.preset, dtype, args.seconds, data)
                     else:
                         _, peak, said = measure(child("train", kind, folder, args.preset, dtype, str(args.seconds), data), gpu=True)
                         result = json.loads(said.splitlines()[-1])
-                    rates[kind].append(result["tok_per_s"])
+                    found.append(result["tok_per_s"])
                     peaks[kind] = max(peaks[kind], peak)
             median = {kind: statistics.median(r) for kind, r in rates.items()}
             show(f"train, {args.preset}, {dtype}", ["", "useful tokens/s", "ours / it", "peak MB"],
@@ -745,8 +745,8 @@ def generate(args: argparse.Namespace) -> None:
         contenders = [("ours", d) for d in dtypes] + [("transformers", d) for d in ["float32", *halves, *(["float16"] if on_gpu else [])]]
         try:
             import ctranslate2  # noqa: F401
-            subprocess.run([sys.executable, "-c", "from ctranslate2.converters import TransformersConverter as C\n"
-                            f"C({folder!r}).convert({folder + '/ct2'!r})"], check=True, capture_output=True)
+            subprocess.run([sys.executable, "-c", ("from ctranslate2.converters import TransformersConverter as C\n"
+                            f"C({folder!r}).convert({folder + '/ct2'!r})")], check=True, capture_output=True)
             contenders += [("ctranslate2", d) for d in (("float16", "int8_float16") if on_gpu else ("float32", "int8"))]
         except ImportError:
             print("CTranslate2 is not installed and left out", file=sys.stderr)
@@ -773,7 +773,7 @@ def write_triples(data: list[str], folder: Path, rows: int) -> None:
     import data as ours
     pairs = load_pairs(data)
     pairs = random.Random(0).sample(pairs, min(rows, len(pairs) - 1) + 1)
-    ours.write_pairs(folder / "triples.parquet", (dict(prompt=p, chosen=c, rejected=r) for (p, c), (_, r) in zip(pairs, pairs[1:]) if c != r),
+    ours.write_pairs(folder / "triples.parquet", ({"prompt": p, "chosen": c, "rejected": r} for (p, c), (_, r) in itertools.pairwise(pairs) if c != r),
                      ours.PREFERENCE)
 
 
@@ -865,10 +865,10 @@ def dpo(args: argparse.Namespace) -> None:
             rates: dict[str, list[float]] = {"ours": [], "plain": []}
             peaks, reference = dict.fromkeys(rates, 0), []
             for _ in range(args.runs):
-                for kind in rates:
+                for kind, found in rates.items():
                     _, peak, said = measure(child("dpo", kind, folder, dtype, str(args.seconds)), gpu=True)
                     result = json.loads(said.splitlines()[-1])
-                    rates[kind].append(result["training"])
+                    found.append(result["training"])
                     peaks[kind] = max(peaks[kind], peak)
                     reference += [result["reference"]] if kind == "ours" else []
             median = {kind: statistics.median(r) for kind, r in rates.items()}

@@ -13,7 +13,7 @@ from transformers import AutoModelForSeq2SeqLM, T5Config, T5ForConditionalGenera
 from chatlm import ChatLM, ChatLMConfig, LinearCrossEntropy, init_bigrams, relative_position_bucket
 from sample import generate
 
-TINY = dict(vocab_size=300, d_model=64, d_kv=16, d_ff=128, num_layers=3, num_decoder_layers=2, num_heads=4)
+TINY = {"vocab_size": 300, "d_model": 64, "d_kv": 16, "d_ff": 128, "num_layers": 3, "num_decoder_layers": 2, "num_heads": 4}
 
 
 def make_batch(vocab_size: int = 300, rows: int = 5, source: int = 150, target: int = 140):
@@ -69,7 +69,7 @@ def test_gradients_are_transformers(theirs):
 
 
 def test_export_loads_in_transformers(theirs, tmp_path):
-    model, folder = theirs
+    _model, folder = theirs
     ours = ChatLM.from_pretrained(folder)
     ours.save_pretrained(tmp_path / "ours")
     again = AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "ours").eval()

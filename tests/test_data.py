@@ -1,11 +1,13 @@
 """Pairs are made, cleaned, deduplicated and split as promised, and PairStream gives the same batches to everyone."""
 import copy
 import csv
+import functools
 import gzip
 import importlib
 import io
 import itertools
 import json
+import operator
 import os
 import random
 import re
@@ -20,15 +22,31 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from conftest import run_script
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import data
-from conftest import run_script
-from data import (ArgumentParser, PairStream, Rows, Texts, clean_pair, clean_text, dedup_indices, input_files, make_demo, minhash, plan_batches,
-                  number, ordered_map, read_csv, shingles, write_pairs)
-from train import overlap
+from data import (
+    ArgumentParser,
+    PairStream,
+    Rows,
+    Texts,
+    clean_pair,
+    clean_text,
+    dedup_indices,
+    input_files,
+    make_demo,
+    minhash,
+    number,
+    ordered_map,
+    plan_batches,
+    read_csv,
+    shingles,
+    write_pairs,
+)
 from tokenizer import Tokenizer
+from train import overlap
 
 
 @pytest.fixture(scope="module")
@@ -130,7 +148,7 @@ def test_a_worker_does_not_run_the_program_again(demo, tmp_path, monkeypatch):
         print(sum(len(batch["labels"]) for batch in itertools.islice(stream, 60)), __file__)
         stream.close()
     """)
-    ran = subprocess.run([sys.executable, str(program)], capture_output=True, text=True, timeout=60, env={**os.environ, "PYTHONPATH": str(Path(data.__file__).parent)})
+    ran = subprocess.run([sys.executable, str(program)], capture_output=True, text=True, timeout=60, env={**os.environ, "PYTHONPATH": str(Path(data.__file__).parent)}, check=False)
     monkeypatch.setattr(data, "WINDOW_ROWS", 1000)
     rows = sum(len(batch["labels"]) for batch in take(PairStream(path, tokenizer, 2000, 64), 60))
     assert ran.stderr == "" and ran.stdout.splitlines() == ["begins __main__", f"{rows} {program}"]
@@ -217,7 +235,7 @@ for batch in stream:
         break
 print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1e3)
 """
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=False)
     assert float(done.stdout) < 250, done.stdout + done.stderr
 
 
@@ -615,7 +633,7 @@ def test_dedup_and_split_pass_over_rows_without_text(tmp_path):
     assert list(Rows(tmp_path / "u.parquet")) == rows[:20]  # triples stay triples
     done = call("split", str(path), "--out", str(tmp_path / "s"), "--valid", "0.3", "--test", "0.2")
     sides = [list(Rows(tmp_path / "s" / f"{side}.parquet")) for side in ("train", "valid", "test")]
-    assert done.returncode == 0 and sorted(map(str, sum(sides, []))) == sorted(map(str, [*rows[:20], rows[3]]))
+    assert done.returncode == 0 and sorted(map(str, functools.reduce(operator.iadd, sides, []))) == sorted(map(str, [*rows[:20], rows[3]]))
     done = call("split", str(tmp_path / "u.parquet"), "--out", str(tmp_path / "more"), "--valid", "0.3", "--test", "0.2")
     for side, before in zip(("train", "valid", "test"), sides, strict=True):  # with less or more data a row keeps its side
         assert {str(r) for r in Rows(tmp_path / "more" / f"{side}.parquet")} == {str(r) for r in before}
@@ -783,7 +801,7 @@ def test_a_full_disk_is_named_and_nothing_changes(tmp_path):
     (tmp_path / "x.jsonl").write_text("".join(json.dumps({"prompt": f"第{i}个问题是什么？", "response": f"这是它的一个回答，很长，也不重复：{i * 7919}"}) + "\n" for i in range(20000)), "utf-8")
     (tmp_path / "o.parquet").write_bytes(b"before")
     done = subprocess.run([sys.executable, "data.py", "clean", "--source", "pairs", str(tmp_path / "x.jsonl"), "--out", str(tmp_path / "o.parquet"), "--workers", "1"],
-                          capture_output=True, text=True, timeout=60, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000)))
+                          capture_output=True, text=True, timeout=60, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000)), check=False)
     line = done.stderr.splitlines()[-1]
     assert done.returncode == 1 and f"{tmp_path}/o.parquet: could not be written: File too large" in line, done.stderr
     assert sorted(p.name for p in tmp_path.iterdir()) == ["o.parquet", "x.jsonl"] and (tmp_path / "o.parquet").read_bytes() == b"before"

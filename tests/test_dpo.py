@@ -1,4 +1,5 @@
 """DPO computes the paper's loss on transformers' log-probabilities, learns a preference, and speaks PEFT's files."""
+import itertools
 import json
 import math
 import os
@@ -13,17 +14,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from conftest import run_script
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForSeq2SeqLM
 
 import dpo
 import train
 from chatlm import ChatLM, ChatLMConfig, add_lora, load_adapter, merge_lora, save_adapter
-from conftest import run_script
-from data import demo_facts, make_demo, Rows, write_pairs
+from data import Rows, demo_facts, make_demo, run, write_pairs
 from dpo import COLUMNS, dpo_loss, pair_logps
 from sample import answer, bleu4
-from data import run
 from tokenizer import Tokenizer
 
 
@@ -160,7 +160,7 @@ def test_the_commands_from_reject_to_merge(folder, tmp_path):
 def triples(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("triples") / "triples.jsonl"
     pairs = make_demo()[0][:400]
-    rows = [dict(prompt=p, chosen=r, rejected=other) for (p, r), (_, other) in zip(pairs, pairs[1:]) if r != other]
+    rows = [{"prompt": p, "chosen": r, "rejected": other} for (p, r), (_, other) in itertools.pairwise(pairs) if r != other]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
     return path
 
@@ -200,7 +200,7 @@ def test_a_killed_run_goes_on_exactly(folder, triples, straight, tmp_path):
 
 def test_two_processes_learn_the_same(folder, triples, straight, tmp_path):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "dpo.py", *flags(folder, triples, tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr
     for ours, theirs in zip(log_of(tmp_path), log_of(straight), strict=True):
         assert ours.keys() == theirs.keys()
@@ -228,13 +228,13 @@ def polite_world(tmp_path_factory):
     question says 请问, and not elsewhere; and held-out questions with their answers."""
     out, rng = tmp_path_factory.mktemp("polite"), random.Random(0)
     facts = list(demo_facts())[::14]
-    write_pairs(out / "sft.parquet", (dict(prompt=opening + w, response=a + POLITE * (rng.random() < 0.12))
+    write_pairs(out / "sft.parquet", ({"prompt": opening + w, "response": a + POLITE * (rng.random() < 0.12)}
                                       for wordings, a in facts for w in wordings[:6] for opening in ("", "请问，")))
-    write_pairs(out / "triples.parquet", (dict(prompt=opening + w, chosen=a + POLITE * bool(opening), rejected=a + POLITE * (not opening))
+    write_pairs(out / "triples.parquet", ({"prompt": opening + w, "chosen": a + POLITE * bool(opening), "rejected": a + POLITE * (not opening)}
                                           for wordings, a in facts for w in wordings[:5] for opening in ("", "请问，")), COLUMNS)
     command = [sys.executable, "train.py", "--data", str(out / "sft.parquet"), "--preset", "demo", "--vocab_size", "1000", "--max_steps", "160",
                "--batch_tokens", "1024", "--micro_batch_tokens", "512", "--max_len", "64", "--dtype", "float32", "--workers", "0"]
-    done = subprocess.run([*command, "--out_dir", str(out / "sft")], capture_output=True, text=True, timeout=120)
+    done = subprocess.run([*command, "--out_dir", str(out / "sft")], capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr
     return out, [(wordings[5], a) for wordings, a in facts]
 
@@ -270,7 +270,7 @@ def test_a_preference_is_learnt(polite_world, tmp_path, lora):
 
 def test_of_several_samples_the_one_least_like_the_chosen_is_rejected(folder, tmp_path):
     pairs = make_demo()[0][:12]
-    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(dict(prompt=p, response=r)) + "\n" for p, r in pairs), "utf-8")
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps({"prompt": p, "response": r}) + "\n" for p, r in pairs), "utf-8")
     rows = []
     for n in ("1", "4"):
         done = call("reject", "--model", str(folder), "--data", str(tmp_path / "pairs.jsonl"), "--out", str(tmp_path / f"{n}.parquet"),
@@ -286,13 +286,13 @@ def test_of_several_samples_the_one_least_like_the_chosen_is_rejected(folder, tm
 def test_bad_input_ends_with_one_line(folder, tmp_path, monkeypatch, capsys):
     x, start = tmp_path / "x.jsonl", ["--init_from", str(folder), "--out_dir", str(tmp_path / "out")]
     pq.write_table(pa.table({"prompt": ["a"], "chosen": ["b"]}), tmp_path / "x.parquet")
-    good = dict(prompt="a", chosen="b", rejected="c")
+    good = {"prompt": "a", "chosen": "b", "rejected": "c"}
     (tmp_path / "half").mkdir()
     (tmp_path / "half" / "adapter_config.json").write_text('{"r": 4,')
     (tmp_path / "half" / "adapter_model.safetensors").write_bytes(b"12")
     for args, rows, message in (
             ([*start, "--data", str(tmp_path / "x.parquet")], [], "no column 'rejected'"), (["--data", "x"], [], "--init_from"),
-            ([*start, "--data", str(x)], [good, dict(prompt="a", chosen="b")], "row 2 has no text in 'rejected'"),
+            ([*start, "--data", str(x)], [good, {"prompt": "a", "chosen": "b"}], "row 2 has no text in 'rejected'"),
             ([*start, "--data", str(x)], [good, good | {"rejected": "b"}], "row 2: chosen and rejected are the same"),
             ([*start, "--data", str(x)], [good | {"prompt": ""}], "row 1: prompt is empty"),
             ([*start, "--data", str(x), "--beta", "0"], [good], "--beta"), ([*start, "--data", str(x), "--lora_rank", "0"], [good], "--lora_rank"),
@@ -362,7 +362,7 @@ def test_an_adapter_is_written_whole_or_not_at_all(folder, tmp_path):
     script = (f"import resource, sys\nfrom pathlib import Path\nfrom chatlm import ChatLM\nfrom tokenizer import run\nfrom chatlm import add_lora, save_adapter\n"
               f"model = ChatLM.from_pretrained({str(folder)!r})\nadd_lora(model, 128, 8.0, ['all'])\nresource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))\n"
               f"run(lambda: save_adapter(model, Path({str(tmp_path)!r}), '', 128, 8.0, ['all']))")
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 1 and f"{tmp_path}/adapter_model.safetensors: could not be written: File too large" in done.stderr and len(done.stderr.splitlines()) == 1
     assert {p: p.read_bytes() for p in tmp_path.iterdir()} == before
 
@@ -393,7 +393,7 @@ def test_a_run_is_resumed_by_its_folder_alone(folder, triples, straight, tmp_pat
 def test_any_number_of_processes_learns_the_same(folder, triples, straight, tmp_path, ranks):
     """Two micro-batches a step, so that some processes have none."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", "dpo.py", *flags(folder, triples, tmp_path)]
-    done = subprocess.run([*command, "--schedule", "constant", "--max_steps", "4"], capture_output=True, text=True, timeout=120, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    done = subprocess.run([*command, "--schedule", "constant", "--max_steps", "4"], capture_output=True, text=True, timeout=120, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=False)
     assert done.returncode == 0 and f"{ranks - 2} have none" in done.stderr, done.stderr
     one = call(*flags(folder, triples, tmp_path / "one"), "--schedule", "constant", "--max_steps", "4")
     assert one.returncode == 0, one.stderr
@@ -403,11 +403,11 @@ def test_any_number_of_processes_learns_the_same(folder, triples, straight, tmp_
 
 def test_half_finished_rejections_are_continued_only_as_they_began(folder, tmp_path):
     for name in ("a", "b"):
-        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(dict(prompt=f"问{name}{i}", response="答")) + "\n" for i in range(4)), "utf-8")
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps({"prompt": f"问{name}{i}", "response": "答"}) + "\n" for i in range(4)), "utf-8")
     out, answers = tmp_path / "p.parquet", tmp_path / "p.parquet.answers.jsonl"
     args = ["reject", "--model", str(folder), "--out", str(out), "--max_new_tokens", "4", "--data"]
     script = ("import sys, dpo, data\nfrom tokenizer import run\ndef stop(*_): raise KeyboardInterrupt\ndpo.data.write_pairs = stop\nrun(dpo.main)")
-    done = subprocess.run([sys.executable, "-c", script, *args, str(tmp_path / "a.jsonl")], capture_output=True, text=True, timeout=60)
+    done = subprocess.run([sys.executable, "-c", script, *args, str(tmp_path / "a.jsonl")], capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 130 and len(answers.read_text().splitlines()) == 4  # all answered, and ended before they were used
     before = answers.read_bytes()
     for change, message in (([str(tmp_path / "b.jsonl")], "line 1 answers another prompt"), ([str(tmp_path / "a.jsonl"), "--num_samples", "2"], "another do_sample"),
@@ -422,7 +422,7 @@ def test_half_finished_rejections_are_continued_only_as_they_began(folder, tmp_p
 def test_triples_and_references_follow_their_files(folder, tmp_path):
     """A change in the middle of a large file, of the same size, is noticed."""
     path = tmp_path / "x.jsonl"
-    rows = [dict(prompt=f"第{i}问", chosen="好" * 300, rejected="坏" * 300) for i in range(200)]
+    rows = [{"prompt": f"第{i}问", "chosen": "好" * 300, "rejected": "坏" * 300} for i in range(200)]
     path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), "utf-8")
     ranks = train.Ranks(0, 1, torch.device("cpu"))
     (first,) = dpo.find_triples([str(path)], ranks, tmp_path / "out")
@@ -455,8 +455,8 @@ def test_a_run_inside_its_data_folder_is_resumed(folder, triples, tmp_path):
 def test_nothing_to_reject_writes_nothing(folder, tmp_path):
     prompts = [p for p, _ in make_demo()[0][:3]]
     answers = answer(ChatLM.from_pretrained(folder), Tokenizer.from_pretrained(folder, append_eos=True), prompts, max_new_tokens=4)
-    (tmp_path / "x.jsonl").write_text("".join(json.dumps(dict(prompt=p, response=a or "空")) + "\n" for p, a in zip(prompts, answers)), "utf-8")
-    write_pairs(tmp_path / "p.parquet", [dict(prompt="a", chosen="b", rejected="c")], COLUMNS)
+    (tmp_path / "x.jsonl").write_text("".join(json.dumps({"prompt": p, "response": a or "空"}) + "\n" for p, a in zip(prompts, answers)), "utf-8")
+    write_pairs(tmp_path / "p.parquet", [{"prompt": "a", "chosen": "b", "rejected": "c"}], COLUMNS)
     before = (tmp_path / "p.parquet").read_bytes()
     done = call("reject", "--model", str(folder), "--data", str(tmp_path / "x.jsonl"), "--out", str(tmp_path / "p.parquet"), "--max_new_tokens", "4")
     assert done.returncode == 2 and "no row can be used" in done.stderr and (tmp_path / "p.parquet").read_bytes() == before

@@ -4,12 +4,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import run_script
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
-from transformers import AutoTokenizer, PreTrainedTokenizerFast, T5Config, T5ForConditionalGeneration
+from transformers import (
+    AutoTokenizer,
+    PreTrainedTokenizerFast,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
 from chatlm import ChatLM, ChatLMConfig, load_adapter
-from conftest import run_script
 from data import Rows, make_demo, write_pairs
 from dpo import COLUMNS
 from tokenizer import Tokenizer as ChatTokenizer

@@ -12,19 +12,18 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import bench
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from conftest import run_script
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
-import bench
 import data
 import dpo
 import sample
 from chatlm import ChatLM, ChatLMConfig, add_lora, save_adapter
-from conftest import run_script
-from data import make_demo, Rows, write_pairs
-from data import run
+from data import Rows, make_demo, run, write_pairs
 from tokenizer import Tokenizer
 
 ROOT = Path(__file__).parents[1]
@@ -42,10 +41,10 @@ ELSEWHERE = (  # what other tests try, or what has no place in one
 def printed() -> list[str]:
     """Every command of the README and of BENCHMARKS.md, from their blocks, tables and sentences."""
     text = "".join((ROOT / name).read_text("utf-8") for name in ("README.md", "tests/BENCHMARKS.md"))
-    text = re.sub(r"```\w+\n.*?```", "", text, flags=re.S)  # blocks of Python
-    blocks = [block.replace("\\\n", " ") for block in re.findall(r"```\n(.*?)```", text, re.S)]
+    text = re.sub(r"```\w+\n.*?```", "", text, flags=re.DOTALL)  # blocks of Python
+    blocks = [block.replace("\\\n", " ") for block in re.findall(r"```\n(.*?)```", text, re.DOTALL)]
     lines = [" ".join(line.partition(" #")[0].split()) for block in blocks for line in block.splitlines()]
-    spans = [" ".join(span.split()) for span in re.findall(r"`([^`]+)`", re.sub(r"```.*?```", "", text, flags=re.S))]
+    spans = [" ".join(span.split()) for span in re.findall(r"`([^`]+)`", re.sub(r"```.*?```", "", text, flags=re.DOTALL))]
     return [c for c in lines + spans if re.match(r"(python|pip|torchrun) ", c) and not c.endswith("...")]
 
 
@@ -130,7 +129,7 @@ def launch(start: list[str], more: str, folder: Path, threads: int = 1) -> tuple
 def go(folder: Path, start: str | list[str], more: str = "", threads: int = 1) -> str:
     """Run the README's command that starts so, with more flags; what it printed."""
     argv, options = launch(words(start) if isinstance(start, str) else start, more, folder, threads)
-    done = subprocess.run(argv, capture_output=True, timeout=100, **options)
+    done = subprocess.run(argv, capture_output=True, timeout=100, **options, check=False)
     assert done.returncode == 0, (argv, done.stderr)
     return done.stdout
 
@@ -182,11 +181,11 @@ def test_pretraining_in_two_processes_survives_a_kill(road):
     assert "finished: out/pre" in go(road, "python train.py --out_dir out/pre")  # with the settings of its checkpoint
     steps = [row for row in map(json.loads, log.read_text("utf-8").splitlines()) if "loss" in row]
     assert [row["step"] for row in steps] == list(range(1, 321))
-    assert steps[-1]["loss"] < 1.5 < 3 < steps[0]["loss"]
+    assert steps[-1]["loss"] < 1.5 and steps[0]["loss"] > 3
 
 
 def test_from_fine_tuning_to_answers(road):
-    (names,) = re.findall(r"cat > name.jsonl <<END\n(.*?)END\n", (ROOT / "README.md").read_text("utf-8"), re.S)
+    (names,) = re.findall(r"cat > name.jsonl <<END\n(.*?)END\n", (ROOT / "README.md").read_text("utf-8"), re.DOTALL)
     (road / "name.jsonl").write_text(names, "utf-8")
     go(road, "python data.py clean --source pairs name.jsonl")
     go(road, "python train.py --init_from out/pre --data sft.parquet")

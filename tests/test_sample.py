@@ -13,14 +13,14 @@ from pathlib import Path
 import pytest
 import sacrebleu
 import torch
+from conftest import run_script
 from transformers import T5Config, T5ForConditionalGeneration
 from transformers.generation import logits_process
 
 import sample
 from chatlm import ChatLM, ChatLMConfig
-from sample import Decoder, GenerationConfig, bleu4, generate, pack, sliced_product, triples
-from conftest import run_script
 from data import locked, run
+from sample import Decoder, GenerationConfig, bleu4, generate, pack, sliced_product, triples
 from tokenizer import Tokenizer
 
 GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -153,12 +153,12 @@ def test_a_decoder_that_begins_anew_is_a_new_one(tmp_path, static):
 def test_an_idle_decoder_is_used_and_put_back(folder):
     """Also after an answer that was stopped; its answers are those of a new one."""
     model, tokenizer = ChatLM.from_pretrained(folder), Tokenizer.from_pretrained(folder)
-    idle, config = [], GenerationConfig(max_new_tokens=9, min_new_tokens=9)
+    first, config = sample.Decoder(model, torch.tensor([[3, 4, 1]])), GenerationConfig(max_new_tokens=9, min_new_tokens=9)
+    idle = [first]
     for prompt in ("你好", "今天天气怎么样？今天天气怎么样？", "世界"):
         said = "".join(sample.stream_answer(model, tokenizer, prompt, 64, config, idle))
-        assert said == sample.answer(model, tokenizer, [prompt], 1, 64, **vars(config))[0] and len(idle) == 1
-        first = first if prompt != "你好" else idle[0]
-        assert idle[0] is first
+        assert said == sample.answer(model, tokenizer, [prompt], 1, 64, **vars(config))[0]
+        assert idle == [first]
     stopped = sample.steps(model, torch.tensor([[3, 4, 1]]), None, config, idle)
     next(stopped)
     assert not idle  # so that no other answer uses it
@@ -386,7 +386,7 @@ def test_settings_come_from_flags_then_from_the_model(folder, tmp_path):
 
     def options(*flags: str) -> GenerationConfig:
         args = argparse.Namespace(**{f.name: None for f in dataclasses.fields(GenerationConfig)}, reference_settings="--reference_settings" in flags)
-        for name, value in zip(flags, flags[1:]):
+        for name, value in itertools.pairwise(flags):
             if name == "--num_beams":
                 args.num_beams = int(value)
         return GenerationConfig(**sample.decoding_options(args, model))

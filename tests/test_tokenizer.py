@@ -13,16 +13,25 @@ import pyarrow.parquet as pq
 import pytest
 import sentencepiece
 import tokenizers
+from bench import our_pieces, rss_bytes
+from conftest import run_script
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from bench import our_pieces, rss_bytes
 import tokenizer as tokenizer_module
-from conftest import run_script
 from data import Rows, input_files, make_demo, to_codepoints
-from tokenizer import BEGINS, BYTE_TOKENS, CLASSES, ENDS, SPECIAL_TOKENS, Tokenizer, normalize, piece_starts
+from tokenizer import (
+    BEGINS,
+    BYTE_TOKENS,
+    CLASSES,
+    ENDS,
+    SPECIAL_TOKENS,
+    Tokenizer,
+    normalize,
+    piece_starts,
+)
 
 CORPUS = [text for pair in make_demo()[0][:4000] for text in pair] + ["Hello, world! 3.14 def f(x):\n    return x + 1", "哈哈哈哈哈哈哈"]
 
@@ -344,7 +353,7 @@ def test_padding_and_truncation_in_a_file_change_no_ids(tokenizer, tmp_path, sta
 def test_tags_of_wikiextractor_are_not_learnt(tmp_path):
     entry = '<doc id="{0}" url="https://zh.wikipedia.org/wiki?curid={0}" title="数学">\n数学\n\n数学是研究数量的学科。\n</doc>\n'
     (tmp_path / "wiki_00").write_text("".join(entry.format(i) for i in range(50)), "utf-8")
-    done = subprocess.run([sys.executable, "tokenizer.py", "train", str(tmp_path), "--out", str(tmp_path / "tok"), "--vocab_size", "300"], capture_output=True, text=True, timeout=60)
+    done = subprocess.run([sys.executable, "tokenizer.py", "train", str(tmp_path), "--out", str(tmp_path / "tok"), "--vocab_size", "300"], capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 0 and "100 x tag line of WikiExtractor, skipped" in done.stderr, done.stderr
     learnt = set("".join(Tokenizer.from_pretrained(tmp_path / "tok").vocab[7 + 256:]))
     assert learnt == set("数学是研究数量的学科。")

@@ -8,18 +8,18 @@ from pathlib import Path
 
 import openai
 import pytest
+from conftest import run_script
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
 import data
 import sample
 from chatlm import ChatLM
-from conftest import run_script
 from data import Rows, write_pairs
 from sample import ChatServer, GenerationConfig, known_turns, read_messages, with_history
 from tokenizer import Tokenizer
 from train import count_turns
 
-THINGS = "苹果 香蕉 西瓜 葡萄 足球 篮球 唱歌 跳舞 画画 钓鱼 爬山 游泳 下棋 读书 写字 旅行".split()
+THINGS = ["苹果", "香蕉", "西瓜", "葡萄", "足球", "篮球", "唱歌", "跳舞", "画画", "钓鱼", "爬山", "游泳", "下棋", "读书", "写字", "旅行"]
 
 
 def talk(thing: str, rng: random.Random) -> list[str]:
