@@ -232,7 +232,11 @@ class Products:
         if not all(type(module) is nn.Linear for module in linears):  # LoRALinear
             return lambda x: torch.cat([module(x) for module in linears], -1)
         weights = [module.weight for module in linears]
-        return self.of(weights[0] if len(weights) == 1 else torch.cat(weights))
+        whole = weights[0] if len(weights) == 1 else torch.cat(weights)
+        if self.is_gpu and not weights[0].requires_grad:  # a model that stays: keep one copy
+            for module, part in zip(linears, whole.split([len(w) for w in weights])):
+                module.weight.data = part
+        return self.of(whole)
 
     def norm(self, module: RMSNorm) -> Product:
         if self.is_gpu:

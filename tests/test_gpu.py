@@ -505,6 +505,19 @@ def test_the_budget_of_a_decoding_step(counting_gpu, dtype, most):
     assert 0 < kernels.total <= most and counting_gpu == [], kernels.names
 
 
+def test_float16_answers_fit_in_512_mb(fake_gpu):
+    """Weights, kept once, and the cache of 320 positions: 40 MB stay for kernels, graphs and workspaces, by our estimate of 45."""
+    model = make_model(torch.float16, LARGE).requires_grad_(False)
+    sample.pack(model)
+    decoder = Decoder(model, ones(1, 200), ones(1, 200))
+    for _ in range(3):
+        decoder.step(ones(1))
+    kept = [*model.parameters(), decoder.cache, decoder.mask, decoder.visible, *(x for pair in decoder.sources for x in pair)]
+    storages = {x.untyped_storage()._cdata: x.untyped_storage().nbytes() for x in kept}
+    assert len(storages) == len(kept) - 2 * len(model.decoder.block)  # q, k and v are parts of one tensor
+    assert 375e6 < sum(storages.values()) < 472e6 - 45e6
+
+
 # --- the choice of a device -----------------------------------------------------------------------
 
 
