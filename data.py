@@ -331,6 +331,9 @@ def read_parquet(path: Path, problems: Problems) -> Iterator[dict]:
             sizes = [max(1, g.total_byte_size) / g.num_rows for g in groups if g.num_rows]
             rows = int((1 << 23) / max(sizes, default=1))  # 8 MB at a time
             columns = [c.name for c in file.schema_arrow if not pa.types.is_temporal(c.type)]
+            for name in file.schema_arrow.names:
+                if name not in columns:
+                    problems.note("column of dates or times, not read", f"{path}, {name}")
             for batch in file.iter_batches(max(1, min(1024, rows)), columns=columns):
                 share += len(batch) / file.metadata.num_rows
                 yield from batch.to_pylist()

@@ -1016,3 +1016,15 @@ def test_progress_with_a_total(monkeypatch, capsys):
     progress.add(20)
     progress.clear()
     assert capsys.readouterr().err == "\r\x1b[K30 of 40 prompts answered, 75 %, 0m20s left\r\x1b[K"
+
+
+@pytest.mark.quick
+def test_columns_of_dates_are_reported(tmp_path, capsys):
+    table = pa.table({"prompt": ["问题"], "response": ["回答"], "day": pa.array([1], pa.date32()), "at": pa.array([1], pa.timestamp("s"))})
+    pq.write_table(table, tmp_path / "x.parquet")
+    rows = Rows(tmp_path / "x.parquet", skip=True)
+    assert list(rows) == [{"prompt": "问题", "response": "回答"}]
+    assert dict(rows.problems) == {"column of dates or times, not read": 2} and rows.problems.first["column of dates or times, not read"].endswith("x.parquet, day")
+    data.note_once.cache_clear()
+    list(Rows(tmp_path / "x.parquet"))
+    assert "2 x column of dates or times, not read" in capsys.readouterr().err
