@@ -1271,6 +1271,8 @@ def print_answer(model: ChatLM, tokenizer: Tokenizer, prompt: str, max_len: int,
                  config: GenerationConfig, idle: list[Decoder] | None = None) -> str:
     """Print an answer, token by token if the strategy allows it, and return it."""
     if config.num_beams > 1 or config.num_return_sequences > 1 or config.contrastive:
+        if idle:
+            idle.clear()  # only one Decoder at a time has graphs
         answers = answer(model, tokenizer, [prompt], 1, max_len, **asdict(config))
         parts: Iterable[str] = ["\n".join(answers)]
     else:
