@@ -903,6 +903,10 @@ def save_adapter(model: ChatLM, folder: Path, base: str, rank: int, alpha: float
                  lambda path: save_file(weights, path, {"format": "pt"}))
     replace_file(folder / "adapter_config.json",
                  lambda path: path.write_text(json.dumps(config, indent=2) + "\n"))
+    if "turns" in model.generation:  # see data.py clean --turns
+        own = {"turns": model.generation["turns"]}
+        replace_file(folder / "generation_config.json",
+                     lambda path: path.write_text(json.dumps(own) + "\n"))
 
 
 def load_adapter(model: ChatLM, folder: Path) -> None:
@@ -932,6 +936,8 @@ def load_adapter(model: ChatLM, folder: Path) -> None:
         raise ValueError(f"{folder}: the adapter is for another model, or its weights are not "
                          "those that adapter_config.json describes")
     model.load_state_dict(weights, strict=False)
+    if turns := read_generation(folder).get("turns"):
+        model.generation["turns"] = turns
 
 
 # Fields of adapter_config.json that load_adapter applies, or that only matter while training

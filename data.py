@@ -124,9 +124,11 @@ class Problems(Counter):
     def reading(self, path: Path, tell: Callable[[], float]) -> Iterator[None]:
         """While path is open; tell() is the position in it."""
         self.tell = tell
-        yield
-        self.tell = lambda: 0
-        self.closed_bytes += path.stat().st_size
+        try:
+            yield
+        finally:
+            self.tell = lambda: 0
+            self.closed_bytes += path.stat().st_size
 
     def share(self) -> float:
         return min(1.0, (self.closed_bytes + self.tell()) / max(1, self.total_bytes))
@@ -225,7 +227,12 @@ def read_file(path: Path, problems: Problems, skip: bool = True) -> Iterator[dic
         elif kind == ".txt":
             rows = read_lines(f, bad if skip else None)
         elif f.peek(1024).lstrip().startswith("["):
-            rows = read_json_list(f)
+            items, done, size = read_json_list(f), 0, path.stat().st_size
+            problems.tell = lambda: size * done / len(items)  # the file has been read whole
+            for row in items:
+                done += 1
+                yield row
+            return
         else:
             rows = read_json_lines(f, bad)
         yield from rows
@@ -313,7 +320,7 @@ def read_csv(f, bad: Callable[[str, int, str], None]) -> Iterator[dict]:
         begin += len(record)
 
 
-def refuse_pointer(path: Path) -> None:
+def refuse_pointer(path: str | Path) -> None:
     """Raise ValueError for the few lines that git leaves in place of a large file without LFS."""
     with open(path, "rb") as f:
         if f.read(19) == b"version https://git":
@@ -1031,7 +1038,7 @@ def read_turns(row: dict) -> list[tuple] | str:
     """The questions and answers of a conversation as BELLE and ShareGPT publish them; a last
     question without an answer is left out. Or why it is none."""
     try:
-        turns = [(turn["from"], turn["value"]) for turn in row["conversations"]]
+        turns = [(str(turn["from"]), turn["value"]) for turn in row["conversations"]]
     except (TypeError, KeyError):
         return "conversations is not a list of from and value"
     asked, replied = turns[::2], turns[1::2]
@@ -1061,25 +1068,6 @@ def from_belle(row: dict):
 def is_foreign(prompt) -> bool:
     words = ("翻译", "译成", "译为", "表格")
     return isinstance(prompt, str) and any(word in prompt for word in words)
-
-
-def pairs_of_turns(row: dict, limit: int, max_chars: int) -> list:
-    """A pair for every answer of a conversation, or the reason why it has none. A prompt has up to
-    `limit` questions, the last one new, with the answers between them, joined with [SEP]: as many
-    as fit in max_chars."""
-    turns = read_turns(row)
-    if isinstance(turns, str):
-        return [turns]
-    texts = [text.replace(SEP, " ") if isinstance(text, str) else ""
-             for turn in turns for text in turn]
-    found: list = []
-    for i, (question, answer) in enumerate(turns):
-        first = 2 * max(0, i - limit + 1)
-        while first < 2 * i and len(SEP.join(texts[first:2 * i + 1])) > max_chars:
-            first += 2
-        prompt = SEP.join(texts[first:2 * i + 1]) if first < 2 * i else question
-        found.append("translation or table" if is_foreign(question) else (prompt, answer))
-    return found
 
 
 def unescaped(text):
@@ -1303,8 +1291,7 @@ def clean_rows(job: CleanJob) -> tuple[list[dict], list[tuple[str, str]]]:
     for i, row in enumerate(job.rows, job.first):
         row = without_nan(row)
         split = job.turns > 1 and "conversations" in row
-        for texts in (pairs_of_turns(row, job.turns, job.max_chars) if split
-                      else [source.convert(row)]):
+        for texts in pairs_of_turns(row, job) if split else [source.convert(row)]:
             cleaned = clean_row(texts, source, shortest, job)
             if isinstance(cleaned, str):
                 dropped.append((cleaned, f"{job.path}, row {i:,}"))
@@ -1317,10 +1304,7 @@ def clean_row(texts, source: Source, shortest: int, job: CleanJob) -> tuple[str,
     """texts: what a source returned. Returns them cleaned, or why the row is dropped."""
     if isinstance(texts, str):
         return texts
-    texts = map(without_eos, texts)
-    if job.to_simplified:
-        texts = map(simplified, texts)
-    prompt, response, *rejected = texts
+    prompt, response, *rejected = (converted(text, job) for text in texts)
     pair = clean_pair(prompt, response, shortest, job.max_chars, source.verbatim)
     if isinstance(pair, str) or not rejected:
         return pair
@@ -1328,6 +1312,39 @@ def clean_row(texts, source: Source, shortest: int, job: CleanJob) -> tuple[str,
     if isinstance(second, str):
         return f"rejected: {second}"
     return "chosen and rejected are equal" if second[1] == pair[1] else (*pair, second[1])
+
+
+def converted(text, job: CleanJob):
+    text = without_eos(text)
+    return simplified(text) if job.to_simplified else text
+
+
+def pairs_of_turns(row: dict, job: CleanJob) -> list:
+    """A pair for every answer of a conversation, or the reason why it has none. A prompt has up to
+    job.turns questions, the last one new, with the answers between them, joined with [SEP]: as many
+    as fit in job.max_chars. Nothing before a turn without text is in a prompt after it."""
+    turns = read_turns(row)
+    if isinstance(turns, str):
+        return [turns]
+    pairs: list = []
+    history: list[str] = []  # question, answer, question, ...
+    for question, answer in turns:
+        texts = [converted(text, job) for text in (question, answer)]
+        usable = all(isinstance(text, str) and len(text) <= 100 * job.max_chars for text in texts)
+        if usable:
+            question, answer = (clean_text(text.replace(SEP, " ")) for text in texts)
+            answer = trim_unfinished(answer)
+        if not usable or not question or not answer:
+            pairs.append((question, answer))  # which is dropped, and counted
+            history = []
+            continue
+        asked = [*history[2 - 2 * job.turns:], question]
+        while len(asked) > 1 and len(SEP.join(asked)) > job.max_chars:
+            asked = asked[2:]
+        pairs.append("translation or table" if is_foreign(question)
+                     else (SEP.join(asked), answer))
+        history += [question, answer]
+    return pairs
 
 
 def without_nan(row: dict) -> dict:
@@ -1793,6 +1810,7 @@ def open_parquet(path, columns: tuple[str, ...]):
     pa = arrow()
     if not Path(path).is_file():
         raise FileNotFoundError(f"no such file: {path}")
+    refuse_pointer(path)
     try:
         file = pa.parquet.ParquetFile(path)
     except (pa.ArrowException, OSError) as e:

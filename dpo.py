@@ -133,6 +133,7 @@ class Settings(train.Settings):
     columns: ClassVar[tuple[str, ...]] = COLUMNS
     fixed: ClassVar[tuple[str, ...]] = (*train.Settings.fixed, "beta", "loss", "label_smoothing",
                                         "sft_alpha")
+    help_data: ClassVar[str] = "triples (prompt, chosen, rejected): files or folders"
     help_lr: ClassVar[str] = "1e-5, with LoRA 1e-4"
 
     def default_lr(self) -> float:

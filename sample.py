@@ -43,6 +43,7 @@ Try next: ask the same question with --num_beams 5, with --do_sample --temperatu
 --penalty_alpha 0.6 --top_k 4.
 """
 import argparse
+import contextlib
 import hmac
 import itertools
 import json
@@ -58,7 +59,7 @@ import time
 import warnings
 import weakref
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import asdict, dataclass, fields
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -208,10 +209,13 @@ class LayerProducts(NamedTuple):
 
 class Products:
     """The decoder's layers and head as products for few rows. In float32 on a CPU the weights are
-    laid out for speed; dtype float16 or int8 packs them. Later weight updates are not picked up."""
+    laid out for speed; dtype float16 or int8 packs them. Later weight updates are not picked up.
+    keeps_one_copy: the model's own layers use what was put side by side."""
 
-    def __init__(self, model: ChatLM, dtype: torch.dtype | None = None):
+    def __init__(self, model: ChatLM, dtype: torch.dtype | None = None,
+                 keeps_one_copy: bool = False):
         weight = model.shared.weight
+        self.keeps_one_copy = keeps_one_copy
         self.dtype, self.quick = dtype, weight.is_cpu and weight.dtype == torch.float32
         self.is_gpu = weight.is_cuda
         self.head = self.of(model.head_weight())
@@ -233,7 +237,7 @@ class Products:
             return lambda x: torch.cat([module(x) for module in linears], -1)
         weights = [module.weight for module in linears]
         whole = weights[0] if len(weights) == 1 else torch.cat(weights)
-        if self.is_gpu and not weights[0].requires_grad:  # a model that stays: keep one copy
+        if self.keeps_one_copy:
             for module, part in zip(linears, whole.split([len(w) for w in weights])):
                 module.weight.data = part
         return self.of(whole)
@@ -282,7 +286,7 @@ def pack(model: ChatLM, dtype: torch.dtype | None = None) -> None:
     if dtype and (weight.dtype != torch.float32 or not weight.is_cpu):
         raise ValueError(f"{dtype} weights are for decoding on a CPU, from a model in float32")
     try:
-        packed_models[model] = Products(model, dtype)
+        packed_models[model] = Products(model, dtype, weight.is_cuda)
     except (RuntimeError, AttributeError) as e:
         raise ValueError(f"this processor, or this torch, has no products with {dtype} weights: "
                          f"{str(e).partition(chr(10))[0]}") from None
@@ -344,7 +348,8 @@ class Decoder:
         elif self.sources and len(mask) == len(self.mask) and length <= self.mask.size(3):
             self.mask[..., :length], self.mask[..., length:] = mask, torch.finfo(mask.dtype).min
             for own, new in zip(self.sources, sources):
-                own[0][:, :, :length], own[1][:, :, :length] = new
+                for old, now in zip(own, new):  # what is masked must be finite, too: 0 * NaN is NaN
+                    old[:, :, :length], old[:, :, length:] = now, 0
         else:
             room = math.ceil(length / 64) * 64 - length
             self.mask = F.pad(mask, (0, room), value=torch.finfo(mask.dtype).min)
@@ -355,6 +360,7 @@ class Decoder:
         if self.rows > self.cache.size(1):
             self.cache = self.cache.new_empty(len(self.cache), self.rows, 0, self.cache.size(3))
         elif self.cache.size(2):
+            self.cache.zero_()
             self.visible.fill_(torch.finfo(self.bias.dtype).min)
             self.visible[..., 0] = self.bias[..., -1]
 
@@ -1177,13 +1183,16 @@ CHAT_HELP = """/set NAME VALUE   change a setting: {names}
 /quit, Ctrl-D     leave; Ctrl-C stops an answer"""
 
 
+MAX_TURNS = 1000
+
+
 def known_turns(model: ChatLM) -> int:
     """How many questions of a conversation the model was trained to see, from "turns" in its
     generation_config.json; 1: only the last one. Raises ValueError for another value."""
     turns = model.generation.get("turns", 1)
-    if type(turns) is not int or not 1 <= turns <= 1000:
+    if type(turns) is not int or not 1 <= turns <= MAX_TURNS:
         raise ValueError(f"generation_config.json: turns {turns!r} is not a whole number from 1 to "
-                         "1000")
+                         f"{MAX_TURNS}")
     return turns
 
 
@@ -1191,6 +1200,8 @@ def with_history(tokenizer: Tokenizer, texts: list[str], turns: int, max_len: in
     """The prompt for the last of `texts`: question, answer, ..., question. It has as many of the
     last questions as `turns`, with the answers between them, and as fit in max_len tokens."""
     texts = texts[1 - 2 * turns:]
+    if turns > 1:
+        texts = [text.replace(SEP, " ") for text in texts]
     while len(texts) > 1 and len(tokenizer.encode(SEP.join(texts))) > max_len:
         texts = texts[2:]
     return SEP.join(texts)
@@ -1222,7 +1233,8 @@ def chat(model: ChatLM, tokenizer: Tokenizer, max_len: int, options: dict) -> No
                 config = chat_command(words, config, options)
             elif prompt:
                 asked = with_history(tokenizer, [*texts, prompt], turns, max_len)
-                texts += [prompt, print_answer(model, tokenizer, asked, max_len, config, idle)]
+                said = print_answer(model, tokenizer, asked, max_len, config, idle)
+                texts += [prompt, said] if said else []
         except KeyboardInterrupt:
             print(" (stopped)")
         except (ValueError, TypeError) as e:
@@ -1269,16 +1281,16 @@ def with_setting(config: GenerationConfig, name: str = "", value: str = "",
 
 def print_answer(model: ChatLM, tokenizer: Tokenizer, prompt: str, max_len: int,
                  config: GenerationConfig, idle: list[Decoder] | None = None) -> str:
-    """Print an answer, token by token if the strategy allows it, and return it."""
+    """Print an answer, token by token if the strategy allows it, and return it; of several answers
+    the first."""
     if config.num_beams > 1 or config.num_return_sequences > 1 or config.contrastive:
         if idle:
             idle.clear()  # only one Decoder at a time has graphs
         answers = answer(model, tokenizer, [prompt], 1, max_len, **asdict(config))
-        parts: Iterable[str] = ["\n".join(answers)]
-    else:
-        parts = stream_answer(model, tokenizer, prompt, max_len, config, idle)
+        print("\n".join(answers) or "(the model gave an empty answer)")
+        return answers[0]
     said = ""
-    for part in parts:
+    for part in stream_answer(model, tokenizer, prompt, max_len, config, idle):
         said += part
         print(part, end="", flush=True)
     print("" if said else "(the model gave an empty answer)")
@@ -1314,7 +1326,7 @@ form.onsubmit = async event => {
     const headers = {"Content-Type": "application/json"}
     if (key) headers.Authorization = "Bearer " + key
     const response = await fetch("v1/chat/completions", {method: "POST", headers,
-      signal: running.signal, body: JSON.stringify({stream: true, messages})})
+      signal: running.signal, body: JSON.stringify({stream: true, messages: messages.slice(1 - 2 * TURNS)})})
     if (!response.ok) throw (await response.json()).error.message
     const reader = response.body.pipeThrough(new TextDecoderStream()).getReader()
     for (let rest = "", part; !(part = await reader.read()).done;) {
@@ -1323,7 +1335,8 @@ form.onsubmit = async event => {
         answer.textContent += JSON.parse(line.slice(6)).choices[0]?.delta.content ?? ""
     }
   } catch (error) { say(error.name == "AbortError" ? "（已停止）" : String(error)) }
-  messages.push({role: "assistant", content: answer.textContent || " "})
+  if (answer.textContent) messages.push({role: "assistant", content: answer.textContent})
+  else messages.pop()
   running = null; go.textContent = "发送"
 }
 </script></html>
@@ -1376,12 +1389,15 @@ def read_messages(messages: Any) -> list[str]:
             raise BadRequest("messages must be a list of objects with role and content")
         content = message.get("content")
         if type(content) is list:  # parts, of which text is understood
-            content = "".join(str(part.get("text", "")) for part in content if type(part) is dict)
+            texts_of = (part.get("text") for part in content if type(part) is dict)
+            content = "".join(text for text in texts_of if type(text) is str)
         is_text = isinstance(content, str) and bool(content.strip())
         if texts and not (is_text and message.get("role") == ROLES[len(texts) % 2]):
             break
         if not is_text:
             raise BadRequest("the last message has no text in content")
+        if not texts and message.get("role") == "assistant":
+            raise BadRequest("the last message is an answer: add a question")
         texts.append(str(content))
     texts.reverse()
     return texts if len(texts) % 2 else texts[1:]
@@ -1453,7 +1469,8 @@ class ChatHandler(BaseHTTPRequestHandler):
         if self.path.partition("?")[0] == "/":
             seen = self.server.turns
             about = f"模型能看到最近 {seen} 个问题。" if seen > 1 else "每个问题单独回答，模型不记得前文。"
-            self.reply(200, PAGE.replace("ABOUT", about).encode(), "text/html; charset=utf-8")
+            page = PAGE.replace("ABOUT", about).replace("TURNS", str(seen))
+            self.reply(200, page.encode(), "text/html; charset=utf-8")
         elif self.path == "/health":
             self.reply(200, {"status": "ok"})
         elif self.path == "/v1/models" and self.is_allowed():
@@ -1538,11 +1555,11 @@ class ChatHandler(BaseHTTPRequestHandler):
             text, ids = "", list[int]()
             if request.stream:
                 self.send_event(head, index, {"role": "assistant", "content": ""})
-            parts = server.tokenizer.stream(self.decode(prompt, request.config, ids))
-            for part in until_stop(parts, request.stop):
-                text += part
-                if request.stream and part:
-                    self.send_event(head, index, {"content": part})
+            with contextlib.closing(self.decode(prompt, request.config, ids)) as tokens:
+                for part in until_stop(server.tokenizer.stream(tokens), request.stop):
+                    text += part
+                    if request.stream and part:
+                        self.send_event(head, index, {"content": part})
             completion_tokens += len(ids)
             is_cut = len(ids) == request.config.max_new_tokens
             reason = "length" if is_cut and ids[-1] != server.model.config.eos_token_id else "stop"
@@ -1559,7 +1576,8 @@ class ChatHandler(BaseHTTPRequestHandler):
             self.send_data(json.dumps({**head, "choices": [], "usage": usage}))
         self.send_data("[DONE]")
 
-    def decode(self, prompt: str, config: GenerationConfig, ids: list[int]) -> Iterator[int]:
+    def decode(self, prompt: str, config: GenerationConfig,
+               ids: list[int]) -> Generator[int, None, None]:
         """The ids of an answer, as they come; they are also appended to ids. Raises
         ConnectionResetError when the client has left."""
         server = self.server
@@ -1614,9 +1632,10 @@ def serve(model: ChatLM, tokenizer: Tokenizer, args: argparse.Namespace, options
         server = ChatServer(address, model, tokenizer, name, args.max_len, options, args.api_key)
     except OSError as e:
         raise ValueError(f"--serve {args.serve}: {e.strerror or e}") from None
+    seen = f"the last {server.turns} questions" if server.turns > 1 else "only the last message"
     print(f"http://{args.host}:{server.server_port}/ is a chat page; programs use "
-          f"http://{args.host}:{server.server_port}/v1. The model sees only the last message of a "
-          "request. Ctrl-C stops.", flush=True)
+          f"http://{args.host}:{server.server_port}/v1. The model sees {seen} of a request. "
+          "Ctrl-C stops.", flush=True)
     try:
         server.serve_forever()
     except KeyboardInterrupt:

@@ -1199,6 +1199,8 @@ class Settings:
     fixed: ClassVar[tuple[str, ...]] = (
         "micro_batch_tokens", "round_to", "max_len", "seed", "optimizer", "freeze", "lora_rank",
         "lora_alpha", "lora_targets", "lora_dropout")
+    help_data: ClassVar[str] = ("training pairs: Parquet files or folders of them (default: the "
+                                "demo)")
     help_lr: ClassVar[str] = ("0.02, for 0.2b 0.005, with --init_from 0.002; other optimizers "
                               "0.002, with --init_from 1e-4")
 
@@ -1511,7 +1513,7 @@ def make_model(s: Settings, ranks: Ranks, tokenizer: Tokenizer) -> tuple[ChatLM,
         for name in ("encode", "decode"):
             setattr(model, name, torch.compile(getattr(model, name), dynamic=True))
     if ranks.is_main:
-        turns = max(count_turns(s.data_files), model.generation.get("turns", 1))
+        turns = max(count_turns(s.data_files), sample.known_turns(model))
         if turns > 1:
             model.generation["turns"] = turns
         print(f"{model.num_parameters() / 1e6:.1f} million parameters, {len(tokenizer):,} tokens, "
@@ -1527,9 +1529,9 @@ def count_turns(files: Iterable[str]) -> int:
         for batch in data.open_parquet(path, ("prompt",)).iter_batches(8192, columns=["prompt"]):
             separators = pc.count_substring(data.text_column(batch["prompt"]), data.SEP)
             counts.update((n or 0) // 2 + 1 for n in separators.to_pylist())
-    return max((turns for turns in counts
-                if sum(n for t, n in counts.items() if t >= turns) >= counts.total() / 1000),
-               default=1)
+    frequent = [turns for turns in counts
+                if sum(n for t, n in counts.items() if t >= turns) >= counts.total() / 1000]
+    return min(max(frequent, default=1), sample.MAX_TURNS)
 
 
 def check_vocabulary(s: Settings, ranks: Ranks, tokenizer: Tokenizer, model: ChatLM) -> None:
@@ -1624,7 +1626,7 @@ def parser_for(kind: type[Settings], description: str, examples: str) -> Argumen
 
     positive = {"type": number(int, 1)}
     group = parser.add_argument_group("data")
-    add("--data", "training pairs: Parquet files or folders of them (default: the demo)",
+    add("--data", kind.help_data,
         nargs="+", metavar="A.parquet")
     add("--valid", "held-out pairs to validate on (default: no validation)", metavar="V.parquet")
     add("--tokenizer", "folder of tokenizer.json (default: that of --init_from, else one is "

@@ -972,7 +972,7 @@ def shown(monkeypatch, capsys, work) -> list[str]:
     return capsys.readouterr().err.splitlines()
 
 
-@pytest.mark.parametrize("name", ["a.parquet", "a.jsonl", "a.jsonl.gz", "a.csv", "a.txt"])
+@pytest.mark.parametrize("name", ["a.parquet", "a.jsonl", "a.jsonl.gz", "a.csv", "a.txt", "a.json"])
 def test_share_of_files_that_was_read(tmp_path, name):
     """It grows from 0 to 1 over two files of different sizes, and starts again with every pass."""
     paths = [tmp_path / "x" / name, tmp_path / "y" / name]
@@ -985,6 +985,8 @@ def test_share_of_files_that_was_read(tmp_path, name):
             write_pairs(path, rows)
         elif name.endswith(".gz"):
             path.write_bytes(gzip.compress(lines[0].encode()))
+        elif name.endswith(".json"):
+            path.write_text(json.dumps(rows))
         else:
             path.write_text(lines[[".jsonl", ".csv", ".txt"].index(path.suffix)])
     rows = data.Rows(paths, skip=True)
@@ -992,6 +994,8 @@ def test_share_of_files_that_was_read(tmp_path, name):
         shares = [rows.share() for _ in rows]
         assert len(shares) == 9000 and shares == sorted(shares) and rows.share() == 1
         assert shares[0] < 0.2 and abs(shares[3000] - 1 / 3) < 0.12 and shares[8990] > 0.9  # it reads ahead
+        next(iter(rows))
+        assert rows.share() < 0.4  # an abandoned pass leaves no closed file to be asked
 
 
 def test_progress_of_each_command(tmp_path, monkeypatch, capsys):

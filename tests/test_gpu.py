@@ -518,6 +518,15 @@ def test_float16_answers_fit_in_512_mb(fake_gpu):
     assert 375e6 < sum(storages.values()) < 472e6 - 45e6
 
 
+def test_a_decoder_leaves_frozen_weights_as_they_are(fake_gpu):
+    """Only a model that was loaded to answer keeps one copy: training goes on after answers are scored."""
+    model = make_model()
+    model.decoder.requires_grad_(False)
+    before = [(p.untyped_storage()._cdata, p.is_inference()) for p in model.parameters()]
+    Decoder(model, ones(1, 7), ones(1, 7)).step(ones(1))
+    assert [(p.untyped_storage()._cdata, p.is_inference()) for p in model.parameters()] == before
+
+
 # --- the choice of a device -----------------------------------------------------------------------
 
 

@@ -15,7 +15,7 @@ from transformers import (
 )
 
 from chatlm import ChatLM, ChatLMConfig, load_adapter
-from data import Rows, make_demo, write_pairs
+from data import Rows, make_demo, open_parquet, write_pairs
 from dpo import COLUMNS
 from tokenizer import Tokenizer as ChatTokenizer
 
@@ -171,7 +171,7 @@ def test_code_in_the_folder_is_never_executed(published):
     assert {path.name: path.stat().st_mtime_ns for path in published.iterdir()} == before  # no __pycache__ either
 
 
-@pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.json", "adapter_model.safetensors", "pairs.parquet", "pairs.jsonl"])
+@pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.json", "adapter_model.safetensors", "pairs.parquet", "pairs.jsonl", "training.parquet"])
 def test_pointers_of_git_lfs_are_named(tmp_path, name):
     """A clone without Git LFS has three lines in place of each large file."""
     ChatLM(ChatLMConfig.preset("demo", vocab_size=300)).save_pretrained(tmp_path)
@@ -180,6 +180,7 @@ def test_pointers_of_git_lfs_are_named(tmp_path, name):
     (tmp_path / "adapter_config.json").write_text("{}")
     (tmp_path / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d7a214614ab2935c943f9e0ff69d22e\nsize 750794624\n")
     read = {"tokenizer.json": lambda: ChatTokenizer.from_pretrained(tmp_path), "model.safetensors": lambda: ChatLM.from_pretrained(tmp_path),
+            "training.parquet": lambda: open_parquet(tmp_path / name, ("prompt",)),
             "adapter_model.safetensors": lambda: load_adapter(ChatLM.from_pretrained(tmp_path), tmp_path)}
     with pytest.raises(ValueError, match=f"{name}.*Git LFS pointer.*git lfs pull" if "adapter" not in name else "Git LFS pointer.*git lfs pull"):
         read.get(name, lambda: list(Rows([tmp_path / name])))()

@@ -1,6 +1,7 @@
 """A model that is trained on conversations answers what depends on an earlier turn; the chat, the server and transformers see the same prompts."""
 import json
 import random
+import shutil
 import sys
 import threading
 import urllib.request
@@ -15,7 +16,14 @@ import data
 import sample
 from chatlm import ChatLM
 from data import Rows, write_pairs
-from sample import ChatServer, GenerationConfig, known_turns, read_messages, with_history
+from sample import (
+    BadRequest,
+    ChatServer,
+    GenerationConfig,
+    known_turns,
+    read_messages,
+    with_history,
+)
 from tokenizer import Tokenizer
 from train import count_turns
 
@@ -142,6 +150,54 @@ def test_odd_conversations(tmp_path):
     assert cleaned(tmp_path, [twice, conversation(TEXTS[:2])], "--turns", "2") == [(a, b)]
 
 
+def test_history_is_cleaned_as_answers_are(tmp_path):
+    """So that the model sees in a history what it learns to write."""
+    raw = ["你好吗朋友!", "我很好,谢谢你![EOS]", "北京\u200b在哪里?", "北京在中国啊!", "\n" * 700 + "那么上海呢?", "上海也在中国。"]
+    pairs = cleaned(tmp_path, [conversation(raw)], "--turns", "3", "--max_chars", "60")
+    assert pairs[-1][0] == "你好吗朋友！[SEP]我很好，谢谢你！[SEP]北京在哪里？[SEP]北京在中国啊！[SEP]那么上海呢？"
+    assert [response for _, response in pairs] == ["我很好，谢谢你！", "北京在中国啊！", "上海也在中国。"]
+
+
+@pytest.mark.parametrize("missing", [None, "", 3, "\n", "x" * 10 ** 5])
+@pytest.mark.parametrize("place", [2, 3])
+def test_nothing_before_a_turn_without_text_is_history(tmp_path, missing, place):
+    texts = [*TEXTS, "那么大后天呢？", "还是一个晴天。"]
+    texts[place] = missing
+    pairs = cleaned(tmp_path, [conversation(texts)], "--turns", "9", "--max_chars", "500")
+    assert pairs == [(texts[0], texts[1]), (texts[4], texts[5]), ("[SEP]".join(texts[4:7]), texts[7])]
+
+
+@pytest.mark.parametrize("who", [["human"], {"a": 1}, None, 3])
+def test_roles_that_are_no_text_are_counted(tmp_path, who):
+    odd = {"conversations": [{"from": who, "value": TEXTS[0]}, {"from": "gpt", "value": TEXTS[1]}]}
+    for flags in ([], ["--turns", "2"]):
+        assert cleaned(tmp_path, [odd, conversation(TEXTS[:2])], *flags) == [(TEXTS[0], TEXTS[1])]
+
+
+def test_a_separator_in_a_text_is_no_turn(tmp_path):
+    pairs = cleaned(tmp_path, [conversation(["[SEP]一个[SEP]问题", "回答[SEP]是这样的。", "第二个[SEP]问题", "第二个回答。"])], "--turns", "2")
+    assert [prompt.count("[SEP]") for prompt, _ in pairs] == [0, 2] and "[SEP]" not in pairs[0][1]
+    tokenizer = Tokenizer.train(TEXTS, 320)
+    assert with_history(tokenizer, ["a[SEP]b", "c", "d[SEP]e"], 2, 99) == "a b[SEP]c[SEP]d e"
+    assert with_history(tokenizer, ["a", "c", "d[SEP]e"], 1, 99) == "d[SEP]e"  # as typed, where it means no turn
+
+
+def test_turns_go_with_an_adapter(taught, tmp_path):
+    """They are in the adapter's folder, so that the merged model knows them."""
+    base = tmp_path / "base"
+    shutil.copytree(taught, base)
+    settings = json.loads((base / "generation_config.json").read_text())
+    del settings["turns"]
+    (base / "generation_config.json").write_text(json.dumps(settings))
+    run("train.py", "--init_from", base, "--data", taught.parent / "pairs.parquet", "--out_dir", tmp_path / "lora", "--lora_rank", "2", "--max_len", "48",
+        "--max_steps", "1", "--batch_tokens", "768", "--micro_batch_tokens", "768", "--dtype", "float32", "--device", "cpu", "--workers", "0")
+    run("dpo.py", "merge", "--model", base, "--adapter", tmp_path / "lora", "--out", tmp_path / "merged")
+    assert known_turns(ChatLM.from_pretrained(base)) == 1 and known_turns(ChatLM.from_pretrained(tmp_path / "merged")) == 2
+    (base / "generation_config.json").write_text(json.dumps(settings | {"turns": "3"}))
+    done = run_script("train.py", "--init_from", base, "--data", taught.parent / "pairs.parquet", "--out_dir", tmp_path / "x", "--device", "cpu")
+    assert done.returncode == 2 and "turns '3' is not a whole number" in done.stderr
+
+
 def test_turns_of_a_source_without_conversations(tmp_path, monkeypatch, capsys):
     write_pairs(tmp_path / "x.parquet", [{"prompt": "问题", "response": "这是一个回答"}])
     monkeypatch.setattr(sys, "argv", ["data.py", "clean", "--source", "pairs", "--turns", "2", str(tmp_path / "x.parquet"), "--out", str(tmp_path / "y.parquet")])
@@ -151,7 +207,8 @@ def test_turns_of_a_source_without_conversations(tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("prompts, turns", [(["问"] * 10, 1), (["问[SEP]答[SEP]问"] * 3 + ["问"] * 10, 2), (["问[SEP]答"] * 5, 1), (["a[SEP]"] * 4 + [""], 1),
-                                            (["问[SEP]答[SEP]问"] * 1 + ["问"] * 2000, 1), (["[SEP]".join("问答问答问")] * 3 + ["问"] * 2000, 3)])
+                                            (["问[SEP]答[SEP]问"] * 1 + ["问"] * 2000, 1), (["[SEP]".join("问答问答问")] * 3 + ["问"] * 2000, 3),
+                                            (["[SEP]" * 5000] * 9, 1000)])
 def test_turns_of_training_data(tmp_path, prompts, turns):
     write_pairs(tmp_path / "x.parquet", [{"prompt": prompt, "response": "答"} for prompt in prompts])
     assert count_turns([str(tmp_path / "x.parquet")]) == turns
@@ -177,8 +234,11 @@ def test_messages_become_turns():
     def messages(roles: str) -> list[dict]:
         return [{"role": {"u": "user", "a": "assistant", "s": "system"}[r], "content": f"{r}{i}"} for i, r in enumerate(roles)]
 
-    for roles, texts in (("u", "u0"), ("su", "u1"), ("uau", "u0 a1 u2"), ("suauau", "u1 a2 u3 a4 u5"), ("uu", "u1"), ("auu", "u2"), ("uaau", "u3"), ("au", "u1")):
+    for roles, texts in (("u", "u0"), ("su", "u1"), ("uau", "u0 a1 u2"), ("suauau", "u1 a2 u3 a4 u5"), ("uu", "u1"), ("auu", "u2"), ("uaau", "u3"), ("au", "u1"), ("sau", "u2")):
         assert read_messages(messages(roles)) == texts.split(), roles
+    with pytest.raises(BadRequest, match="is an answer"):
+        read_messages(messages("ua"))
+    assert read_messages([{"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": None}]}]) == ["a"]
     assert read_messages([{"role": "user", "content": "a"}, {"role": "assistant", "content": None}, {"role": "user", "content": "b"}]) == ["b"]
 
 
