@@ -336,12 +336,16 @@ class Browser:
 
 @pytest.mark.skipif(not (shutil.which("chromium") and shutil.which("chromedriver")),
                     reason="needs Chromium and its driver")
-def test_the_page_in_a_browser(server, tmp_path):
-    """A question is typed, its answer streams, a second one is stopped; nothing else is loaded."""
-    browser = Browser(tmp_path)
+def test_the_page_in_a_browser(server, tmp_path, monkeypatch):
+    """A question is typed, its answer streams, a second one is stopped; nothing else is loaded. The
+    page sends what the model can see."""
+    browser, asked, server.turns = Browser(tmp_path), [], 2
+    join = sample.with_history
+    monkeypatch.setattr(sample, "with_history",
+                        lambda tokenizer, texts, *rest: asked.append(texts) or join(tokenizer, texts, *rest))
     try:
         browser.send("/url", {"url": url(server, "/")})
-        assert "模型不记得前文" in browser.run("return document.body.innerText")
+        assert "最近 2 个问题" in browser.run("return document.body.innerText")
         answers = "[...document.querySelectorAll('#log pre')].map(p => p.textContent)"
         browser.send(browser.find("#text") + "/value", {"text": QUESTION[0]["content"]})
         browser.send(browser.find("#go") + "/click", {})
@@ -357,6 +361,12 @@ def test_the_page_in_a_browser(server, tmp_path):
         length = browser.run(f"return {answers}[3].length")
         with server.lock:  # free again: the answer was cancelled
             assert browser.run(f"return {answers}[3].length") == length
+        server.options = server.options | {"max_new_tokens": 12, "min_new_tokens": 12}
+        browser.send(browser.find("#text") + "/value", {"text": "第三个问题\n"})
+        browser.wait(f"return !running && {answers}.length == 7")
+        first, stopped = expected(server), browser.run(f"return {answers}[3]")
+        question = QUESTION[0]["content"]
+        assert asked == [[question], [question, first, "第二个问题"], ["第二个问题", stopped, "第三个问题"]]
         loaded = browser.run("return performance.getEntriesByType('resource').map(e => e.name)")
         assert {address.removeprefix(url(server)) for address in loaded} <= {"/v1/chat/completions", "/favicon.ico"}
     finally:
