@@ -1032,8 +1032,8 @@ def draw_curves(logs: dict[str, list[dict]]) -> str:
             if row.get("val_loss") and row["step"] in tokens_at:
                 x, y = place(tokens_at[row["step"]], row["val_loss"])
                 shapes.append(f'<circle cx="{x}" cy="{y}" r="4" fill="{color}"/>')
-        y = height - 44 - 18 * i  # below the beginning of the curves
-        shapes.append(f'<text x="{left + 10}" y="{y}" style="fill: {color}">'
+        baseline = height - 44 - 18 * i  # below the beginning of the curves
+        shapes.append(f'<text x="{left + 10}" y="{baseline}" style="fill: {color}">'
                       f'{html.escape(name)}</text>')
     shapes.append(f'<text x="{width // 2}" y="{height - 8}" text-anchor="middle">tokens, 0 to '
                   f'{last:,}; nats per token; dots: validation</text>')
