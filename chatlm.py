@@ -1051,9 +1051,12 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
 
 
 def why_unreadable(path: Path, error: Exception) -> str:
-    """The error, or that git left a pointer in place of a large file."""
-    is_pointer = path.is_file() and path.open("rb").read(19) == b"version https://git"
-    return "it is a Git LFS pointer: run  git lfs pull" if is_pointer else str(error)
+    """Why reading path failed: it may be the pointer that git leaves in place of a large file."""
+    if path.is_file():
+        with open(path, "rb") as f:
+            if f.read(19) == b"version https://git":
+                return "it is a Git LFS pointer: run  git lfs pull"
+    return str(error)
 
 
 def save_model(model: ChatLM, folder: Path) -> None:

@@ -122,7 +122,7 @@ class Problems(Counter):
 
     @contextlib.contextmanager
     def reading(self, path: Path, tell: Callable[[], float]) -> Iterator[None]:
-        """While path is open; tell() is the position in it."""
+        """Enter while path is being read. tell() returns the position in it, in bytes."""
         self.tell = tell
         try:
             yield
@@ -1315,18 +1315,19 @@ def clean_row(texts, source: Source, shortest: int, job: CleanJob) -> tuple[str,
 
 
 def converted(text, job: CleanJob):
+    """A raw text without a final [EOS], and in simplified characters if that was asked for."""
     text = without_eos(text)
     return simplified(text) if job.to_simplified else text
 
 
 def pairs_of_turns(row: dict, job: CleanJob) -> list:
-    """A pair for every answer of a conversation, or the reason why it has none. A prompt has up to
-    job.turns questions, the last one new, with the answers between them, joined with [SEP]: as many
-    as fit in job.max_chars. Nothing before a turn without text is in a prompt after it."""
+    """A pair for every answer of a conversation, or the reason why there is none. The prompt is the
+    question, after up to job.turns - 1 earlier ones with their answers, joined with [SEP]: as many
+    as fit in job.max_chars. A turn without text is dropped, and the history begins anew."""
     turns = read_turns(row)
     if isinstance(turns, str):
         return [turns]
-    pairs: list = []
+    pairs: list = ["last question has no answer"] if len(row["conversations"]) % 2 else []
     history: list[str] = []  # question, answer, question, ...
     for question, answer in turns:
         texts = [converted(text, job) for text in (question, answer)]

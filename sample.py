@@ -210,7 +210,7 @@ class LayerProducts(NamedTuple):
 class Products:
     """The decoder's layers and head as products for few rows. In float32 on a CPU the weights are
     laid out for speed; dtype float16 or int8 packs them. Later weight updates are not picked up.
-    keeps_one_copy: the model's own layers use what was put side by side."""
+    keeps_one_copy: the model's layers share the concatenated weights, to save memory."""
 
     def __init__(self, model: ChatLM, dtype: torch.dtype | None = None,
                  keeps_one_copy: bool = False):
@@ -621,8 +621,11 @@ def draw(scores: Tensor, count: int) -> Tensor:
 @torch.inference_mode()
 def steps(model: ChatLM, input_ids: Tensor, attention_mask: Tensor | None,
           config: GenerationConfig, idle: list[Decoder] | None = None) -> Iterator[Tensor]:
-    """Greedy decoding or sampling. Yields ids (B, L) after every new token. idle: a Decoder of the
-    same model, whose weights have not changed, may wait there; it is used and put back."""
+    """Greedy decoding or sampling. Yields ids (B, L) after every new token.
+
+    idle: a list that keeps the Decoder between calls, at most one. Pass the same list again to
+    reuse it, for the same model with the same weights.
+    """
     if idle:
         decoder = idle.pop()
         decoder.begin(input_ids, attention_mask)
@@ -636,7 +639,7 @@ def steps(model: ChatLM, input_ids: Tensor, attention_mask: Tensor | None,
 
 
 def decode(decoder: Decoder, input_ids: Tensor, config: GenerationConfig) -> Iterator[Tensor]:
-    """steps, with a decoder that has read the prompts."""
+    """The ids that steps yields. decoder: it has read the prompts input_ids (B, S)."""
     c = decoder.model.config
     ids = input_ids.new_full((len(input_ids), config.max_new_tokens + 1), c.pad_token_id)
     ids[:, 0] = c.decoder_start_token_id
@@ -820,7 +823,8 @@ def to_batch(tokenizer: Tokenizer, prompts: list[str], max_len: int,
 def answer(model: ChatLM, tokenizer: Tokenizer, prompts: list[str], batch_size: int = 32,
            max_len: int = 512, progress: Progress | None = None, **options) -> list[str]:
     """The model's answers, in the order of the prompts; num_return_sequences for each prompt, one
-    after the other. max_len: tokens per prompt. progress: of a task that these are a part of."""
+    after the other. max_len: tokens per prompt. progress: pass it if the prompts are a part of a
+    longer task."""
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     per_prompt = options.get("num_return_sequences", 1)
     answers = [""] * (len(prompts) * per_prompt)
@@ -1210,9 +1214,11 @@ def with_history(tokenizer: Tokenizer, texts: list[str], turns: int, max_len: in
 def chat(model: ChatLM, tokenizer: Tokenizer, max_len: int, options: dict) -> None:
     """Read prompts and print answers until Ctrl-D, or Ctrl-C at the prompt."""
     turns = known_turns(model)
-    print(f"The model sees the last {turns} questions and its answers to them; /new begins anew. "
-          "/help lists commands." if turns > 1 else "Each question is answered on its own: the "
-          "model does not see earlier turns. /help lists commands.")
+    seen = "Each question is answered on its own: the model does not see earlier turns."
+    if turns > 1:
+        seen = (f"The model sees the last {turns} questions and its answers to them; /new begins "
+                "anew.")
+    print(f"{seen} /help lists commands.")
     config = GenerationConfig(**options)
     texts: list[str] = []  # question, answer, question, ...
     idle: list[Decoder] = []  # between answers, with its CUDA graph
@@ -1325,8 +1331,9 @@ form.onsubmit = async event => {
   try {
     const headers = {"Content-Type": "application/json"}
     if (key) headers.Authorization = "Bearer " + key
+    const seen = messages.slice(1 - 2 * TURNS)
     const response = await fetch("v1/chat/completions", {method: "POST", headers,
-      signal: running.signal, body: JSON.stringify({stream: true, messages: messages.slice(1 - 2 * TURNS)})})
+      signal: running.signal, body: JSON.stringify({stream: true, messages: seen})})
     if (!response.ok) throw (await response.json()).error.message
     const reader = response.body.pipeThrough(new TextDecoderStream()).getReader()
     for (let rest = "", part; !(part = await reader.read()).done;) {

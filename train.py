@@ -1513,8 +1513,9 @@ def make_model(s: Settings, ranks: Ranks, tokenizer: Tokenizer) -> tuple[ChatLM,
     if s.compile:
         for name in ("encode", "decode"):
             setattr(model, name, torch.compile(getattr(model, name), dynamic=True))
+    known_turns = sample.known_turns(model)  # on every rank: it may fail
     if ranks.is_main:
-        turns = max(count_turns(s.data_files), sample.known_turns(model))
+        turns = max(count_turns(s.data_files), known_turns)
         if turns > 1:
             model.generation["turns"] = turns
         print(f"{model.num_parameters() / 1e6:.1f} million parameters, {len(tokenizer):,} tokens, "
@@ -1523,8 +1524,8 @@ def make_model(s: Settings, ranks: Ranks, tokenizer: Tokenizer) -> tuple[ChatLM,
 
 
 def count_turns(files: Iterable[str]) -> int:
-    """How many questions the prompts of Parquet files have, joined with [SEP] and the answers
-    between them. What fewer than one prompt in a thousand has does not count."""
+    """The number of questions in the longest prompts of Parquet files; [SEP] separates questions
+    and answers. Lengths that fewer than one prompt in a thousand reaches do not count."""
     counts: Counter[int] = Counter()
     for path in files:
         for batch in data.open_parquet(path, ("prompt",)).iter_batches(8192, columns=["prompt"]):

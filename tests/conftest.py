@@ -34,6 +34,7 @@ def run_script(name: str, *args, stdin: str = "") -> subprocess.CompletedProcess
             data.run(main)
         except SystemExit as end:
             code = end.code or 0
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
+        finally:
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
     return subprocess.CompletedProcess(argv, code, out.getvalue(), err.getvalue())

@@ -506,7 +506,7 @@ def test_the_budget_of_a_decoding_step(counting_gpu, dtype, most):
 
 
 def test_float16_answers_fit_in_512_mb(fake_gpu):
-    """Weights, kept once, and the cache of 320 positions: 40 MB stay for kernels, graphs and workspaces, by our estimate of 45."""
+    """Weights and cache leave 85 MB of 512: 45 for kernels, graphs and workspaces (an estimate), and a margin of 40."""
     model = make_model(torch.float16, LARGE).requires_grad_(False)
     sample.pack(model)
     decoder = Decoder(model, ones(1, 200), ones(1, 200))

@@ -100,7 +100,7 @@ def published(tmp_path_factory) -> Path:
 
 
 def call(script: str, *args: str) -> str:
-    """Run a script; what it printed. It must succeed without a word on stderr but notes."""
+    """Run a script, which must succeed; what it printed."""
     done = run_script(script, *args)
     assert done.returncode == 0, done.stderr
     return done.stdout

@@ -40,7 +40,7 @@ ELSEWHERE = (  # what other tests try, or what has no place in one
 
 def printed() -> list[str]:
     """Every command of the README, of COUNTS.md and of BENCHMARKS.md, from their blocks, tables and sentences."""
-    text = "".join((ROOT / name).read_text("utf-8") for name in ("README.md", "COUNTS.md", "tests/BENCHMARKS.md"))
+    text = "".join((ROOT / name).read_text("utf-8") for name in ("README.md", "tests/COUNTS.md", "tests/BENCHMARKS.md"))
     text = re.sub(r"```\w+\n.*?```", "", text, flags=re.DOTALL)  # blocks of Python
     blocks = [block.replace("\\\n", " ") for block in re.findall(r"```\n(.*?)```", text, re.DOTALL)]
     lines = [" ".join(line.partition(" #")[0].split()) for block in blocks for line in block.splitlines()]
