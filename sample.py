@@ -93,51 +93,48 @@ from tokenizer import Tokenizer
 Product = Callable[[Tensor], Tensor]  # (N, in) -> (N, out), for few rows N
 
 
-def sliced_product(weight: Tensor) -> Product:
+def float32_product(weight: Tensor) -> Product:
     """x -> x @ weight.T in float32 on a CPU, for a weight (O, I).
 
-    torch's own product reads the weight with one thread if x has one row, and is slow for a few
-    rows. A batched product over slices of the weight (P, O / P, I) takes between a quarter and four
-    fifths of that time: one slice per thread for very few rows, more and smaller slices for others.
+    oneDNN with a packed weight takes down to half the time of torch's own product. Only for 1 or 2
+    rows is that as fast, where it uses all threads: on CPUs with AMX, as far as we have measured.
+    The weight is packed when that is first needed, so a chat does not hold it twice.
     """
-    outputs, inputs = weight.shape
-    threads = torch.get_num_threads()
-
-    def slices(least: int, most: int) -> Tensor:
-        """The number of slices from least to most that keeps all threads equally busy."""
-        divisors = (p for p in range(least, most + 1) if outputs % p == 0)
-        parts = min(divisors, key=lambda p: math.ceil(p / threads) / p, default=1)
-        return weight.view(parts, -1, inputs)
-
-    large = slices(1, threads)
-    small = slices(max(threads, outputs // 256), max(threads, outputs // 64))
+    if not torch.backends.mkldnn.is_available():
+        return lambda x: F.linear(x, weight)
+    plain_rows = 2 if torch.cpu._is_amx_tile_supported() else 0
+    packed: list[Product] = []
 
     def product(x: Tensor) -> Tensor:
-        rows = len(x)
-        if rows >= 8:
-            y = torch.bmm(x.expand(len(small), rows, inputs), small.mT)
-            return y.transpose(0, 1).reshape(rows, outputs)
-        columns = x.contiguous().as_strided((len(large), inputs, rows), (0, 1, inputs))
-        return torch.bmm(large, columns).as_strided((rows, outputs), (1, rows)).contiguous()
+        if len(x) <= plain_rows:
+            return F.linear(x, weight)
+        if not packed:
+            packed.append(onednn_product(weight))
+        return packed[0](x)
     return product
 
 
-def packed_product(weight: Tensor, dtype: torch.dtype) -> Product:
-    """x -> x @ weight.T on a CPU, with the weight packed for FBGEMM.
+def onednn_product(weight: Tensor) -> Product:
+    """x -> x @ weight.T with a weight (O, I) of float32 or bfloat16, packed for oneDNN. x and the
+    result are float32."""
+    ops, dtype = torch.ops.mkldnn, weight.dtype
+    packed = ops._reorder_linear_weight(weight.contiguous(), 16)  # rows of x that it expects
+    return lambda x: ops._linear_pointwise(x.to(dtype), packed, None, "none", [], "").float()
 
-    float16: the weight is rounded, and the arithmetic is float32. bfloat16: the weight is rounded;
-    below 8 rows FBGEMM's float16 kernel is faster (weights under 6e-5 lose some digits there), and
-    from 8 rows on torch's bfloat16 product, if the CPU has instructions for it. int8: each row of
-    the weight is scaled to -127 .. 127, x is quantized to 8 bits at every call, and integers are
-    summed.
+
+def packed_product(weight: Tensor, dtype: torch.dtype) -> Product:
+    """x -> x @ weight.T on a CPU, with the weight rounded to dtype and packed.
+
+    bfloat16: x is rounded too, if the CPU has instructions for that; else as float16, which is not
+    slower there. float16, for FBGEMM: the arithmetic is float32 (weights under 6e-5 lose some
+    digits). int8, for FBGEMM: each row of the weight is scaled to -127 .. 127, x is quantized to 8
+    bits at every call, and integers are summed.
     """
     ops = torch.ops.quantized
+    if dtype == torch.bfloat16 and has_bfloat16(weight.device):
+        return onednn_product(weight.bfloat16())
     if dtype == torch.bfloat16:
-        rounded = weight.bfloat16()
-        few_rows = packed_product(rounded.float(), torch.float16)
-        if not has_bfloat16(weight.device):
-            return few_rows
-        return lambda x: few_rows(x) if len(x) < 8 else F.linear(x.bfloat16(), rounded).float()
+        weight, dtype = weight.bfloat16().float(), torch.float16
     if dtype == torch.float16:
         packed = ops.linear_prepack_fp16(weight, None)
         return lambda x: ops.linear_dynamic_fp16(x, packed)
@@ -208,9 +205,10 @@ class LayerProducts(NamedTuple):
 
 
 class Products:
-    """The decoder's layers and head as products for few rows. In float32 on a CPU the weights are
-    laid out for speed; dtype float16 or int8 packs them. Later weight updates are not picked up.
-    keeps_one_copy: the model's layers share the concatenated weights, to save memory."""
+    """The decoder's layers and head as products for few rows. dtype: how the weights are packed on
+    a CPU; None: as they are. With bfloat16 and int8 the encoder computes in bfloat16, if the CPU can.
+    Later weight updates are not picked up. keeps_one_copy: the model's layers share the concatenated
+    weights, to save memory."""
 
     def __init__(self, model: ChatLM, dtype: torch.dtype | None = None,
                  keeps_one_copy: bool = False):
@@ -218,6 +216,8 @@ class Products:
         self.keeps_one_copy = keeps_one_copy
         self.dtype, self.quick = dtype, weight.is_cpu and weight.dtype == torch.float32
         self.is_gpu = weight.is_cuda
+        rounds = dtype in (torch.bfloat16, torch.int8)
+        self.encodes_in_bfloat16 = weight.is_cpu and rounds and has_bfloat16(weight.device)
         self.head = self.of(model.head_weight())
         self.layers = [self.layer(*block.layer) for block in model.decoder.block]
         self.to_head: Product = model.to_head
@@ -229,7 +229,7 @@ class Products:
     def of(self, weight: Tensor) -> Product:
         if self.dtype:
             return packed_product(weight.detach(), self.dtype)
-        return sliced_product(weight.detach()) if self.quick else lambda x: F.linear(x, weight)
+        return float32_product(weight.detach()) if self.quick else lambda x: F.linear(x, weight)
 
     def side_by_side(self, *linears: Any) -> Product:
         """The outputs of several linear layers, concatenated."""
@@ -339,9 +339,12 @@ class Decoder:
               rows_per_source: int = 1) -> None:
         """Read prompts, and forget earlier ones. With static, graphs stay valid if there are as
         many sources as before, none longer."""
-        encoded, mask = self.model.encode(input_ids, attention_mask)
-        sources = [block.layer[1].EncDecAttention.keys_values(encoded)  # (B, H, S, K) each
-                   for block in self.model.decoder.block]
+        with torch.autocast("cpu", torch.bfloat16, self.products.encodes_in_bfloat16):
+            encoded, mask = self.model.encode(input_ids, attention_mask)
+            sources = [block.layer[1].EncDecAttention.keys_values(encoded)  # (B, H, S, K) each
+                       for block in self.model.decoder.block]
+        if self.products.encodes_in_bfloat16:
+            mask, sources = mask.float(), [(k.float(), v.float()) for k, v in sources]
         length = mask.size(3)
         if not self.static:
             self.mask, self.sources = mask, sources  # mask: (B, 1, 1, S)

@@ -9,6 +9,7 @@ import math
 import random
 import sys
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import sacrebleu
@@ -20,7 +21,7 @@ from transformers.generation import logits_process
 import sample
 from chatlm import ChatLM, ChatLMConfig
 from data import locked, run
-from sample import Decoder, GenerationConfig, bleu4, generate, pack, sliced_product, triples
+from sample import Decoder, GenerationConfig, bleu4, float32_product, generate, pack, packed_product, triples
 from tokenizer import Tokenizer
 
 GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -81,7 +82,7 @@ def test_rows_of_a_batch_get_what_they_get_alone(tmp_path):
 
 
 @pytest.mark.parametrize("feed_forward_proj", ["relu", "gated-gelu"])
-@pytest.mark.parametrize(("dtype", "most"), [(torch.float16, 2e-3), (torch.int8, 0.1)])
+@pytest.mark.parametrize(("dtype", "most"), [(torch.float16, 2e-3), (torch.bfloat16, 0.05), (torch.int8, 0.1)])
 def test_packed_weights_decode_nearly_the_same(tmp_path, feed_forward_proj, dtype, most):
     _, ours = make_models(tmp_path, 0, d_model=64, d_kv=16, d_ff=128, feed_forward_proj=feed_forward_proj)
     packed = ChatLM.from_pretrained(tmp_path)
@@ -190,9 +191,21 @@ def test_half_a_model_decodes_as_it_computes(tmp_path, device, dtype):
 
 @pytest.mark.parametrize("rows", [1, 2, 7, 8, 16, 129])
 @pytest.mark.parametrize("columns", [7, 64, 90, 3 * 257])
-def test_a_sliced_product_is_the_product(rows, columns):
+def test_products_of_few_rows_are_the_product(rows, columns):
+    """Also with one packed weight for several numbers of rows, and where torch has no oneDNN."""
     weight, x = torch.randn(columns, 33), torch.randn(33, rows).T
-    torch.testing.assert_close(sliced_product(weight)(x), x @ weight.T)
+    product, expected = float32_product(weight), x @ weight.T
+    for n in (rows, 1, rows):
+        torch.testing.assert_close(product(x[:n]), expected[:n])
+    with mock.patch("torch.backends.mkldnn.is_available", lambda: False):
+        torch.testing.assert_close(float32_product(weight)(x), expected)
+    rounded = weight.bfloat16().double()
+    for has_bfloat16 in {False, sample.has_bfloat16(x.device)}:
+        with mock.patch("sample.has_bfloat16", lambda device: has_bfloat16):
+            y = packed_product(weight, torch.bfloat16)(x)
+        exact = (x.bfloat16() if has_bfloat16 else x).double() @ rounded.T
+        assert y.dtype == torch.float32
+        torch.testing.assert_close(y.double(), exact, rtol=1e-2 if has_bfloat16 else 1e-4, atol=2e-3)
 
 
 @pytest.mark.quick
