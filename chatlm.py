@@ -85,6 +85,7 @@ FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 IGNORED = -100  # the label of padding
 LOSS_CHUNK_BYTES = 1 << 26  # logits that the loss holds at once
 CACHE_BYTES = 1 << 23  # logits that stay in a CPU's cache while several operations pass over them
+ROW_BLOCK = 64  # see Linear
 
 
 # --- config ---------------------------------------------------------------------------------------
@@ -229,6 +230,37 @@ def compute_dtype(weight: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(device) if enabled else weight.dtype
 
 
+def row_block(weight: Tensor) -> int:
+    """The number whose multiples a product's rows are padded to; see Linear."""
+    has_16_bits = compute_dtype(weight) in (torch.bfloat16, torch.float16)
+    return ROW_BLOCK if weight.is_cpu and has_16_bits else 1
+
+
+def pad_rows(x: Tensor, block: int) -> Tensor:
+    """(N, D) -> (M, D): rows of zeros are appended up to the next multiple of block."""
+    return F.pad(x, (0, 0, 0, -len(x) % block)) if len(x) % block else x
+
+
+class Linear(nn.Linear):
+    """x -> x @ weight.T, without a bias.
+
+    In 16 bits on a CPU, oneDNN compiles a kernel for every new number of rows, which takes longer
+    than the product, and keeps it. Batches have many different numbers of tokens, so autocast's
+    products pad them to a multiple of ROW_BLOCK: few kernels are compiled, and used again.
+    """
+
+    def __init__(self, inputs: int, outputs: int, device=None, dtype=None):
+        super().__init__(inputs, outputs, False, device, dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., I) -> (..., O)"""
+        if not torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling():
+            return F.linear(x, self.weight)
+        rows = x.flatten(0, -2)
+        y = F.linear(pad_rows(rows, row_block(self.weight)), self.weight)
+        return y[:len(rows)].view(*x.shape[:-1], -1)
+
+
 def pad_to_8(length: int) -> int:
     """The next multiple of 8: the row length at which attention kernels on GPUs can read a mask."""
     return length + -length % 8
@@ -284,10 +316,10 @@ class Attention(nn.Module):
         super().__init__()
         self.config = config
         inner = config.num_heads * config.d_kv
-        self.q = nn.Linear(config.d_model, inner, bias=False)
-        self.k = nn.Linear(config.d_model, inner, bias=False)
-        self.v = nn.Linear(config.d_model, inner, bias=False)
-        self.o = nn.Linear(inner, config.d_model, bias=False)
+        self.q = Linear(config.d_model, inner)
+        self.k = Linear(config.d_model, inner)
+        self.v = Linear(config.d_model, inner)
+        self.o = Linear(inner, config.d_model)
         if has_position_bias:
             self.relative_attention_bias = empty_embedding(config.relative_attention_num_buckets,
                                                            config.num_heads)
@@ -303,10 +335,14 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, keys: Tensor, values: Tensor, bias: Tensor) -> Tensor:
         """x (B, T, D), keys and values (B, H, S, K), bias (B or 1, H or 1, T or 1, S), which also
         masks: it is the lowest number where a query must not look -> (B, T, D)."""
-        dropout = self.config.dropout_rate if self.training else 0.0
-        y = F.scaled_dot_product_attention(
-            self.split_heads(self.q(x)), keys, values, attn_mask=bias.to(keys.dtype), scale=1.0,
-            dropout_p=dropout)
+        q, dropout = self.split_heads(self.q(x)), self.config.dropout_rate if self.training else 0.0
+        if keys.is_cpu and keys.dtype == torch.bfloat16 and torch.is_grad_enabled():
+            # spelled out: backward through torch's function takes many times as long here
+            p = (q @ keys.mT + bias).softmax(-1, dtype=torch.float32).to(keys.dtype)
+            y = F.dropout(p, dropout) @ values
+        else:
+            y = F.scaled_dot_product_attention(q, keys, values, attn_mask=bias.to(keys.dtype),
+                                               scale=1.0, dropout_p=dropout)
         return self.o(y.transpose(1, 2).flatten(2))
 
 
@@ -317,11 +353,11 @@ class FeedForward(nn.Module):
         super().__init__()
         self.gated = config.feed_forward_proj == "gated-gelu"
         if self.gated:
-            self.wi_0 = nn.Linear(config.d_model, config.d_ff, bias=False)
-            self.wi_1 = nn.Linear(config.d_model, config.d_ff, bias=False)
+            self.wi_0 = Linear(config.d_model, config.d_ff)
+            self.wi_1 = Linear(config.d_model, config.d_ff)
         else:
-            self.wi = nn.Linear(config.d_model, config.d_ff, bias=False)
-        self.wo = nn.Linear(config.d_ff, config.d_model, bias=False)
+            self.wi = Linear(config.d_model, config.d_ff)
+        self.wo = Linear(config.d_ff, config.d_model)
         self.dropout = Dropout(config)
 
     def activation(self, h: Tensor) -> Tensor:
@@ -443,7 +479,7 @@ class ChatLM(nn.Module):
         self.encoder = Stack(config, is_decoder=False)
         self.decoder = Stack(config, is_decoder=True)
         if not config.tie_word_embeddings:
-            self.lm_head = nn.Linear(config.d_model, config.vocab_size, bias=False)
+            self.lm_head = Linear(config.d_model, config.vocab_size)
         if self.shared.weight.device.type != "meta":
             init_weights(self)
 
@@ -575,28 +611,27 @@ class LinearCrossEntropy(torch.autograd.Function):
     def forward(ctx, hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
         dtype = compute_dtype(weight)
         grad_hidden = torch.empty_like(hidden) if hidden.requires_grad else None
-        grad_weight = None
-        if weight.requires_grad:
-            grad_weight = torch.zeros_like(weight, dtype=torch.float32)
+        grad_weight: Tensor | None = None
         loss = hidden.new_zeros((), dtype=torch.float32)
         with torch.autocast(hidden.device.type, enabled=False):
-            w, h = weight.to(dtype), hidden.to(dtype)
-            for part, logits in logit_chunks(h, w):
-                loss += logits_to_gradient(logits, labels[part])
+            w = weight.to(dtype)
+            for part, h, logits in logit_chunks(hidden.to(dtype), w):
+                label = labels[part]
+                loss += logits_to_gradient(logits[:len(label)], label)
                 if grad_hidden is not None:
-                    grad_hidden[part] = logits @ w
-                if grad_weight is None:
-                    continue
-                if dtype == torch.float32:
-                    grad_weight.addmm_(logits.T, h[part])
-                else:
-                    grad_weight.add_(logits.T @ h[part])
+                    grad_hidden[part] = (logits @ w)[:len(label)]
+                if weight.requires_grad and grad_weight is None:
+                    grad_weight = (logits.T @ h).float()
+                elif grad_weight is not None and dtype == torch.float32:
+                    grad_weight.addmm_(logits.T, h)
+                elif grad_weight is not None:
+                    grad_weight.add_(logits.T @ h)
         ctx.save_for_backward(grad_hidden, grad_weight)
         return loss
 
     @staticmethod
     def backward(ctx, grad: Tensor):
-        return *(None if x is None else x * grad for x in ctx.saved_tensors), None
+        return *(None if x is None else x.mul_(grad) for x in ctx.saved_tensors), None
 
 
 class LinearLogProbs(torch.autograd.Function):
@@ -614,8 +649,10 @@ class LinearLogProbs(torch.autograd.Function):
         logps = hidden.new_empty(len(hidden), dtype=torch.float32)
         with torch.autocast(hidden.device.type, enabled=False):
             w = weight.to(ctx.dtype)
-            for part, logits in logit_chunks(hidden.to(ctx.dtype), w):
-                logps[part] = -F.cross_entropy(logits.float(), labels[part], reduction="none")
+            for part, _, logits in logit_chunks(hidden.to(ctx.dtype), w):
+                label = labels[part]
+                logits = logits[:len(label)].float()
+                logps[part] = -F.cross_entropy(logits, label, reduction="none")
         return logps
 
     @staticmethod
@@ -625,27 +662,31 @@ class LinearLogProbs(torch.autograd.Function):
         grad_hidden = torch.empty_like(hidden) if needs_hidden else None
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if needs_weight else None
         with torch.autocast(hidden.device.type, enabled=False):
-            w, h = weight.to(ctx.dtype), hidden.to(ctx.dtype)
-            for part, logits in logit_chunks(h, w):
-                logits_to_gradient(logits, labels[part])
-                logits *= -grad[part, None]
+            w = weight.to(ctx.dtype)
+            for part, h, logits in logit_chunks(hidden.to(ctx.dtype), w):
+                label = labels[part]
+                logits_to_gradient(logits[:len(label)], label)
+                logits[:len(label)] *= -grad[part, None]
                 if grad_hidden is not None:
-                    grad_hidden[part] = logits @ w
+                    grad_hidden[part] = (logits @ w)[:len(label)]
                 if grad_weight is not None:
-                    grad_weight += logits.T @ h[part]
+                    grad_weight += logits.T @ h
         return grad_hidden, grad_weight, None
 
 
-def logit_chunks(hidden: Tensor, weight: Tensor) -> Iterator[tuple[slice, Tensor]]:
-    """hidden (N, D), weight (V, D) of one dtype -> slices of rows, and their logits (n, V), which
-    the next ones overwrite. Rows of the buffer start on a cache line: a third less time."""
-    rows = max(1, LOSS_CHUNK_BYTES // (weight.element_size() * len(weight)))
-    width = -(-len(weight) // 64) * 64
+def logit_chunks(hidden: Tensor, weight: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    """hidden (N, D), weight (V, D) of one dtype -> for each chunk of n rows, their slice, their
+    hidden states (M, D) and their logits (M, V), which the next chunk overwrites. M - n rows of
+    zeros are padding (see Linear). Rows of the buffer start on a cache line: a third less time."""
+    n, block = len(hidden), row_block(weight)
+    rows = LOSS_CHUNK_BYTES // (weight.element_size() * len(weight)) // block * block or block
+    hidden, width = pad_rows(hidden, block), -(-len(weight) // 64) * 64
     # zeros, not empty: bfloat16 kernels on CPUs also read the padding, which may hold NaN
     buffer = weight.new_zeros(min(rows, len(hidden)), width)
-    for i in range(0, len(hidden), rows):
+    for i in range(0, n, rows):
         h = hidden[i:i + rows]
-        yield slice(i, i + len(h)), torch.mm(h, weight.T, out=buffer[:len(h), :len(weight)])
+        logits = torch.mm(h, weight.T, out=buffer[:len(h), :len(weight)])
+        yield slice(i, min(i + rows, n)), h, logits
 
 
 def logits_to_gradient(logits: Tensor, labels: Tensor) -> Tensor:
@@ -821,17 +862,17 @@ def init_bigrams(model: ChatLM, before: Tensor, after: Tensor) -> None:
 # --- LoRA -----------------------------------------------------------------------------------------
 
 
-class LoRALinear(nn.Linear):
+class LoRALinear(Linear):
     """W x + (alpha / rank) B A dropout(x): W (out, in) is frozen, A (rank, in) starts random and
     B (out, rank) at 0. Hu et al. 2021 (arXiv:2106.09685)."""
 
     def __init__(self, base: nn.Linear, rank: int, alpha: float, dropout: float = 0.0):
-        super().__init__(base.in_features, base.out_features, bias=False, device="meta")
+        super().__init__(base.in_features, base.out_features, device="meta")
         self.weight = base.weight
         self.scale, self.dropout = alpha / rank, dropout
         device, dtype = base.weight.device, base.weight.dtype
-        self.lora_A = nn.Linear(base.in_features, rank, False, device, dtype)
-        self.lora_B = nn.Linear(rank, base.out_features, False, device, dtype)
+        self.lora_A = Linear(base.in_features, rank, device, dtype)
+        self.lora_B = Linear(rank, base.out_features, device, dtype)
         nn.init.zeros_(self.lora_B.weight)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -880,7 +921,7 @@ def merge_lora(model: ChatLM) -> None:
         for name, child in list(parent.named_children()):
             if not isinstance(child, LoRALinear):
                 continue
-            plain = nn.Linear(child.in_features, child.out_features, bias=False, device="meta")
+            plain = Linear(child.in_features, child.out_features, device="meta")
             product = child.lora_B.weight.float() @ child.lora_A.weight.float()
             merged = (child.weight + child.scale * product).to(child.weight.dtype)
             plain.weight = nn.Parameter(merged.detach())

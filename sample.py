@@ -69,7 +69,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from chatlm import IGNORED, ChatLM, ChatLMConfig, FeedForward, RMSNorm, read_json
+from chatlm import IGNORED, ChatLM, ChatLMConfig, FeedForward, Linear, RMSNorm, read_json
 from data import (
     PAIR,
     SEP,
@@ -233,7 +233,7 @@ class Products:
 
     def side_by_side(self, *linears: Any) -> Product:
         """The outputs of several linear layers, concatenated."""
-        if not all(type(module) is nn.Linear for module in linears):  # LoRALinear
+        if not all(type(module) is Linear for module in linears):  # LoRALinear
             return lambda x: torch.cat([module(x) for module in linears], -1)
         weights = [module.weight for module in linears]
         whole = weights[0] if len(weights) == 1 else torch.cat(weights)
@@ -249,7 +249,7 @@ class Products:
 
     def feed_forward(self, module: FeedForward) -> Product:
         """The feed-forward layer; see feed_scale for the factor that float16 needs on a GPU."""
-        plain = type(getattr(module, "wi", None)) is nn.Linear and type(module.wo) is nn.Linear
+        plain = type(getattr(module, "wi", None)) is Linear and type(module.wo) is Linear
         if self.is_gpu and plain:
             return gpu_feed_forward(module)
         if not self.quick:

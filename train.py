@@ -110,7 +110,7 @@ MAX_BAD_STEPS = 10  # in a row, then training stops
 BF16_TERAFLOPS = {"H200": 989, "H100 PCIe": 756, "H100": 989, "A100": 312, "L40S": 362, "L40": 181,
                   "L4": 121, "A10": 125, "A5000": 111, "4090": 165, "3090": 71, "4060 Ti": 44}
 # limit oneDNN's per-shape kernel cache: variable lengths would fill gigabytes
-os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
+os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "256")
 
 
 # --- the loop -------------------------------------------------------------------------------------
@@ -1139,6 +1139,7 @@ def answer_tokens(settings: "Settings") -> int:
 # --- settings -------------------------------------------------------------------------------------
 
 GPU_BATCH_TOKENS = 65536  # of a step, by default
+CPU_BATCH_TOKENS = 2560
 LIMITS = ("max_steps", "epochs", "time_limit")
 PATHS = ("data", "valid", "tokenizer", "init_from")  # may differ between machines
 DEMO = {"preset": "demo", "max_steps": 1000, "micro_batch_tokens": 512, "max_len": 64,
@@ -1306,7 +1307,7 @@ def choose_defaults(s: Settings, ranks: Ranks) -> Settings:
         fits = default_micro_batch(s, ranks.device, len(s.columns), ranks.world_size)
         s = replace(s, micro_batch_tokens=min(ranks.all_gather(fits)))
     if not s.batch_tokens:
-        wanted = GPU_BATCH_TOKENS if ranks.device.type == "cuda" else 2560
+        wanted = GPU_BATCH_TOKENS if ranks.device.type == "cuda" else CPU_BATCH_TOKENS
         wanted = DEMO_BATCH_TOKENS if s.demo else wanted
         group = max(1, round(wanted / s.micro_batch_tokens))
         group = -(-group // ranks.world_size) * ranks.world_size  # equal shares
@@ -1340,16 +1341,18 @@ def report_unused(s: Settings) -> None:
 
 def default_micro_batch(s: Settings, device: torch.device, columns: int, ranks: int = 1) -> int:
     """Padded tokens B * (S + T) for one forward pass: a power of two that fits the GPU's free
-    memory, at most 65,536 over all ranks; 1,280 on a CPU; at least one row of max_len tokens in
-    every column. Raises ValueError if the model leaves no room for that."""
+    memory, at most 65,536 over all ranks; at least one row of max_len tokens in every column. On a
+    CPU a whole step, 2,560 over all ranks, if its activations fit in a gigabyte, else 1,280. Raises
+    ValueError if the model leaves no room on the GPU."""
     step = max(1, s.round_to)
     one_row = columns * -(-s.max_len // step) * step
-    if device.type != "cuda":
-        return max(one_row, 1280)
     if s.init_from:
         config = ChatLMConfig.from_pretrained(s.init_from)
     else:
         config = ChatLMConfig.preset(s.preset, vocab_size=s.vocab_size)
+    if device.type != "cuda":
+        is_small = CPU_BATCH_TOKENS * activation_bytes(config, s) < 1 << 30
+        return max(one_row, CPU_BATCH_TOKENS // ranks if is_small else CPU_BATCH_TOKENS // 2)
     free_bytes = torch.cuda.mem_get_info(device)[0]
     room_bytes = 0.85 * free_bytes - state_bytes(config, s)
     fits = int(room_bytes / activation_bytes(config, s))
@@ -1674,7 +1677,7 @@ def parser_for(kind: type[Settings], description: str, examples: str) -> Argumen
 
     group = parser.add_argument_group("memory")
     add("--micro_batch_tokens", "padded tokens per forward pass, B * (S + T); lower it if memory "
-        "runs out (default: up to 65536, as the GPU's memory allows; 1280 on a CPU)", **positive)
+        "runs out (default: up to 65536, as the GPU's memory allows; 1280 or 2560 on a CPU)", **positive)
     add("--checkpoint_activations", "recompute activations in backward: less memory, a quarter "
         "slower", action=argparse.BooleanOptionalAction)
     add("--dtype", "of the matrix products; auto: what the device is fast at",

@@ -398,12 +398,14 @@ def test_bad_input_ends_with_one_line(base, straight, tmp_path):
     pq.write_table(pa.table({"prompt": pa.array([], pa.string()), "response": pa.array([], pa.string())}), tmp_path / "empty.parquet")
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "config.json").write_text('{"model_type": "bert"}')
+    (tmp_path / "no_tokenizer").mkdir()
+    (tmp_path / "no_tokenizer" / "config.json").write_text('{"model_type": "t5"}')
     new = ["--out_dir", str(tmp_path / "new"), "--max_steps", "2"]
     big = tmp_path / "big"
     Tokenizer.train([chr(0x4e00 + i) for i in range(3000)], 4000).save_pretrained(big)
     cases = [(["--data", "none.parquet", *new], "none.parquet"), (["--data", str(tmp_path / "no_columns.parquet"), *new], "no column 'prompt'"),
              (["--data", str(tmp_path / "empty.parquet"), *new], "no text"), (["--data", str(tmp_path / "empty.parquet"), "--tokenizer", base[5], *new], "no rows"), (["--max_steps", "-1"], "--max_steps"), (["--lr", "0"], "--lr"), (["--lr", "-1"], "--lr"),
-             (["--max_steps", "3", "--epochs", "1"], "not allowed with"), (["--data", base[1], "--init_from", str(tmp_path / "model"), *new], "tokenizer.json"),
+             (["--max_steps", "3", "--epochs", "1"], "not allowed with"), (["--data", base[1], "--init_from", str(tmp_path / "no_tokenizer"), *new], "tokenizer.json"),
              (["--data", base[1], "--init_from", str(tmp_path / "model"), "--tokenizer", base[5], *new], "'bert'"),
              (["--data", base[1], "--init_from", str(straight), "--tokenizer", str(big), *new], "the tokenizer has"), (["--data", base[1], "--out_dir", str(straight / "best"), "--max_steps", "2"], "no checkpoint"),
              (["--data", base[1], "--freeze", "head", *new], "--freeze 'head'"), (["--data", base[1], "--tokenizer", base[5], "--resume", "nowhere", *new], "no checkpoint there"), (["--device", "tpu"], "--device tpu")]
@@ -645,7 +647,8 @@ def test_the_micro_batch_fits_the_free_memory(monkeypatch):
     assert train.state_bytes(config, args) + 640 * train.activation_bytes(config, args) < 4e9  # --micro_batch_tokens 640
     with pytest.raises(ValueError, match=r"2\.5 GB of GPU memory are free, too little .* --checkpoint_activations"):
         chosen(2.5)
-    assert train.default_micro_batch(gpu_args(), torch.device("cpu"), 2) == 1280
+    cpu = torch.device("cpu")
+    assert [train.default_micro_batch(gpu_args(preset=preset), cpu, 2, ranks) for preset in ("0.2b", "small") for ranks in (1, 2)] == [1280, 1280, 2560, 1280]
 
 
 @pytest.mark.quick
