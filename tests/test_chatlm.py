@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForSeq2SeqLM, T5Config, T5ForConditionalGeneration
 
-from chatlm import ChatLM, ChatLMConfig, LinearCrossEntropy, init_bigrams, relative_position_bucket
+from chatlm import ROW_BLOCK, ChatLM, ChatLMConfig, LinearCrossEntropy, LinearLogProbs, add_lora, init_bigrams, relative_position_bucket
 from sample import generate
 
 TINY = {"vocab_size": 300, "d_model": 64, "d_kv": 16, "d_ff": 128, "num_layers": 3, "num_decoder_layers": 2, "num_heads": 4}
@@ -323,6 +323,52 @@ def test_padding_of_the_logits_never_reaches_a_gradient(monkeypatch):
         with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
             LinearCrossEntropy.apply(hidden, weight, torch.arange(40)).backward()
         assert hidden.grad.isfinite().all() and weight.grad.isfinite().all()
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_products_on_cpus_have_few_shapes(dtype):
+    """oneDNN compiles 16-bit products for every number of rows: with any lengths, it is a multiple of ROW_BLOCK, or a width of the model."""
+    class Shapes(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            if function in (torch.ops.aten.mm.default, torch.ops.aten.mm.out):
+                seen.update(args[0].shape + args[1].shape)
+            return function(*args, **(kwargs or {}))
+
+    model = ChatLM(ChatLMConfig.preset("demo", vocab_size=300))
+    for lora in (False, True):
+        if lora:
+            add_lora(model, 8, 16.0, ["all"])
+        seen: set[int] = set()
+        for rows, source, target in ((3, 7, 5), (1, 1, 1), (9, 31, 17), (16, 8, 8)):
+            ids, mask, labels = make_batch(300, rows, 300, 250)
+            with Shapes(), torch.autocast("cpu", dtype):
+                model.loss_sum(ids[:, :source], mask[:, :source], labels[:, :target]).backward()
+        widths = {128, 512, 300} | ({8} if lora else set())
+        assert all(size in widths or size % ROW_BLOCK == 0 for size in seen) and len(seen) > len(widths), seen
+
+
+@pytest.mark.parametrize("rows", [1, 63, 64, 65, 130, 500])
+@pytest.mark.parametrize("function", [LinearCrossEntropy, LinearLogProbs])
+def test_padded_chunks_of_the_loss_are_the_loss(function, rows, monkeypatch):
+    """In bfloat16 on a CPU, where rows are padded, against float64: in one chunk and in several."""
+    torch.manual_seed(rows)
+    hidden, weight = torch.randn(rows, 96).bfloat16().float(), torch.randn(210, 96).bfloat16().float()
+    labels, scale = torch.randint(0, 210, (rows,)), torch.randn(rows)
+    exact_hidden, exact_weight = hidden.double().requires_grad_(), weight.double().requires_grad_()
+    logps = (exact_hidden @ exact_weight.T).log_softmax(-1).gather(1, labels[:, None])[:, 0]
+    total = -logps.sum() if function is LinearCrossEntropy else (logps * scale).sum()
+    total.backward()
+    for chunk_bytes in (1 << 26, 2 * 210 * 100, 1):
+        monkeypatch.setattr("chatlm.LOSS_CHUNK_BYTES", chunk_bytes)
+        h, w = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16):
+            result = function.apply(h, w, labels)
+        (result if function is LinearCrossEntropy else (result * scale).sum()).backward()
+        if function is LinearLogProbs:
+            torch.testing.assert_close(result.double(), logps, rtol=0.02, atol=0.2)
+        for ours, exact in ((h.grad, exact_hidden.grad), (w.grad, exact_weight.grad)):
+            assert (ours - exact).norm() < 0.02 * exact.norm()
 
 
 @pytest.mark.quick
