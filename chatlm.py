@@ -335,14 +335,10 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, keys: Tensor, values: Tensor, bias: Tensor) -> Tensor:
         """x (B, T, D), keys and values (B, H, S, K), bias (B or 1, H or 1, T or 1, S), which also
         masks: it is the lowest number where a query must not look -> (B, T, D)."""
-        q, dropout = self.split_heads(self.q(x)), self.config.dropout_rate if self.training else 0.0
-        if keys.is_cpu and keys.dtype == torch.bfloat16 and torch.is_grad_enabled():
-            # spelled out: backward through torch's function takes many times as long here
-            p = (q @ keys.mT + bias).softmax(-1, dtype=torch.float32).to(keys.dtype)
-            y = F.dropout(p, dropout) @ values
-        else:
-            y = F.scaled_dot_product_attention(q, keys, values, attn_mask=bias.to(keys.dtype),
-                                               scale=1.0, dropout_p=dropout)
+        dropout = self.config.dropout_rate if self.training else 0.0
+        y = F.scaled_dot_product_attention(
+            self.split_heads(self.q(x)), keys, values, attn_mask=bias.to(keys.dtype), scale=1.0,
+            dropout_p=dropout)
         return self.o(y.transpose(1, 2).flatten(2))
 
 

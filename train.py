@@ -1677,7 +1677,8 @@ def parser_for(kind: type[Settings], description: str, examples: str) -> Argumen
 
     group = parser.add_argument_group("memory")
     add("--micro_batch_tokens", "padded tokens per forward pass, B * (S + T); lower it if memory "
-        "runs out (default: up to 65536, as the GPU's memory allows; 1280 or 2560 on a CPU)", **positive)
+        "runs out (default: up to 65536, as the GPU's memory allows; on a CPU 1280 or 2560)",
+        **positive)
     add("--checkpoint_activations", "recompute activations in backward: less memory, a quarter "
         "slower", action=argparse.BooleanOptionalAction)
     add("--dtype", "of the matrix products; auto: what the device is fast at",
