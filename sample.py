@@ -1048,8 +1048,8 @@ def pick_device(name: str | None) -> torch.device:
 
 
 def load(folder: str, dtype: str | None, device: torch.device) -> ChatLM:
-    """A model for decoding. On a CPU, a dtype other than float32 is how the decoder's weights are
-    packed, and the rest is float32. Raises ValueError for int8 on a GPU."""
+    """A model for decoding. On a CPU its weights are float32, and dtype is how copies of the
+    decoder's are packed (see Products). Raises ValueError for int8 on a GPU."""
     if device.type == "cuda":
         if dtype == "int8":
             raise ValueError("--dtype int8 is for CPUs; on a GPU take float16 or bfloat16")
@@ -1188,8 +1188,6 @@ CHAT_HELP = """/set NAME VALUE   change a setting: {names}
 /new              forget the conversation so far
 /help             this
 /quit, Ctrl-D     leave; Ctrl-C stops an answer"""
-
-
 MAX_TURNS = 1000
 
 
