@@ -1283,21 +1283,27 @@ def find_source(name: str, fields: tuple[str, ...]) -> Source:
     return SOURCES[name]
 
 
-def clean_rows(job: CleanJob) -> tuple[list[dict], list[tuple[str, str]]]:
-    """The cleaned rows; and why and where the others were dropped."""
+SHORTENED = "prompt without its earliest turns, which do not fit in --max_chars"
+
+
+def clean_rows(job: CleanJob) -> tuple[list[dict], list[tuple[str, str]], list[str]]:
+    """The cleaned rows; why and where the others were dropped; and where prompts are SHORTENED."""
     source = find_source(job.source, job.fields)
     shortest = 1 if source.verbatim else job.min_chars
-    kept, dropped = [], []
+    kept, dropped, shortened = [], [], []
     for i, row in enumerate(job.rows, job.first):
         row = without_nan(row)
         split = job.turns > 1 and "conversations" in row
-        for texts in pairs_of_turns(row, job) if split else [source.convert(row)]:
+        where = f"{job.path}, row {i:,}"
+        pairs, count = pairs_of_turns(row, job) if split else ([source.convert(row)], 0)
+        shortened += [where] * count
+        for texts in pairs:
             cleaned = clean_row(texts, source, shortest, job)
             if isinstance(cleaned, str):
-                dropped.append((cleaned, f"{job.path}, row {i:,}"))
+                dropped.append((cleaned, where))
             else:
                 kept.append(dict(zip(PAIR if len(cleaned) == 2 else PREFERENCE, cleaned)))
-    return kept, dropped
+    return kept, dropped, shortened
 
 
 def clean_row(texts, source: Source, shortest: int, job: CleanJob) -> tuple[str, ...] | str:
@@ -1320,13 +1326,14 @@ def converted(text, job: CleanJob):
     return simplified(text) if job.to_simplified else text
 
 
-def pairs_of_turns(row: dict, job: CleanJob) -> list:
-    """A pair for every answer of a conversation, or the reason why there is none. The prompt is the
-    question, after up to job.turns - 1 earlier ones with their answers, joined with [SEP]: as many
-    as fit in job.max_chars. A turn without text is dropped, and the history begins anew."""
-    turns = read_turns(row)
+def pairs_of_turns(row: dict, job: CleanJob) -> tuple[list, int]:
+    """A pair for every answer of a conversation, or the reason why there is none; and how many
+    prompts were shortened. The prompt is the question, after up to job.turns - 1 earlier ones with
+    their answers, joined with [SEP]: as many as fit in job.max_chars. A turn without text is
+    dropped, and the history begins anew."""
+    turns, shortened = read_turns(row), 0
     if isinstance(turns, str):
-        return [turns]
+        return [turns], 0
     pairs: list = ["last question has no answer"] if len(row["conversations"]) % 2 else []
     history: list[str] = []  # question, answer, question, ...
     for question, answer in turns:
@@ -1339,13 +1346,14 @@ def pairs_of_turns(row: dict, job: CleanJob) -> list:
             pairs.append((question, answer))  # which is dropped, and counted
             history = []
             continue
-        asked = [*history[2 - 2 * job.turns:], question]
+        whole = asked = [*history[2 - 2 * job.turns:], question]
         while len(asked) > 1 and len(SEP.join(asked)) > job.max_chars:
             asked = asked[2:]
+        shortened += len(asked) < len(whole)
         pairs.append("translation or table" if is_foreign(question)
                      else (SEP.join(asked), answer))
         history += [question, answer]
-    return pairs
+    return pairs, shortened
 
 
 def without_nan(row: dict) -> dict:
@@ -1398,19 +1406,22 @@ def clean(inputs: list[str], source: str, out: str, fields: tuple[str, ...], min
                 first += len(rows)
 
     with Writer(out, PREFERENCE if source == "preference" else PAIR) as writer:
-        progress, rows_done = Progress(), 0
-        for kept, dropped in ordered_map(clean_rows, jobs(), workers):
+        progress, rows_done, left_out = Progress(), 0, Problems()
+        for kept, dropped, shortened in ordered_map(clean_rows, jobs(), workers):
             for row in kept:
                 writer.write(row)
             counts["kept"] += len(kept)
             for reason, where in dropped:
                 counts.note(reason, where)
+            for where in shortened:
+                left_out.note(SHORTENED, where)
             rows_done += len(kept) + len(dropped)
             progress.show(f"{rows_done:,} rows", problems.share())
         progress.clear()
         for reason in [r for r in problems if not r.startswith("character")]:
             counts.note(reason, problems.first[reason], problems.pop(reason))
         report(counts, problems)
+        left_out.warn()
         if not counts["kept"]:
             raise ValueError(f"no row was kept, and nothing was written; is {' '.join(inputs)} of "
                              f"the source {source}?")

@@ -67,7 +67,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from chatlm import IGNORED, ChatLM, ChatLMConfig, FeedForward, Linear, RMSNorm, read_json
 from data import (

@@ -10,7 +10,16 @@ from safetensors.torch import load_file, save_file
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForSeq2SeqLM, T5Config, T5ForConditionalGeneration
 
-from chatlm import ROW_BLOCK, ChatLM, ChatLMConfig, LinearCrossEntropy, LinearLogProbs, add_lora, init_bigrams, relative_position_bucket
+from chatlm import (
+    ROW_BLOCK,
+    ChatLM,
+    ChatLMConfig,
+    LinearCrossEntropy,
+    LinearLogProbs,
+    add_lora,
+    init_bigrams,
+    relative_position_bucket,
+)
 from sample import generate
 
 TINY = {"vocab_size": 300, "d_model": 64, "d_kv": 16, "d_ff": 128, "num_layers": 3, "num_decoder_layers": 2, "num_heads": 4}

@@ -21,7 +21,16 @@ from transformers.generation import logits_process
 import sample
 from chatlm import ChatLM, ChatLMConfig
 from data import locked, run
-from sample import Decoder, GenerationConfig, bleu4, float32_product, generate, pack, packed_product, triples
+from sample import (
+    Decoder,
+    GenerationConfig,
+    bleu4,
+    float32_product,
+    generate,
+    pack,
+    packed_product,
+    triples,
+)
 from tokenizer import Tokenizer
 
 GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -201,7 +210,7 @@ def test_products_of_few_rows_are_the_product(rows, columns):
         torch.testing.assert_close(float32_product(weight)(x), expected)
     rounded = weight.bfloat16().double()
     for has_bfloat16 in {False, sample.has_bfloat16(x.device)}:
-        with mock.patch("sample.has_bfloat16", lambda device: has_bfloat16):
+        with mock.patch("sample.has_bfloat16", mock.Mock(return_value=has_bfloat16)):
             y = packed_product(weight, torch.bfloat16)(x)
         exact = (x.bfloat16() if has_bfloat16 else x).double() @ rounded.T
         assert y.dtype == torch.float32

@@ -135,9 +135,11 @@ def test_a_pair_for_every_answer(tmp_path):
     assert cleaned(tmp_path, [conversation(TEXTS), conversation(TEXTS[:2])]) == [(a, b)]  # as the reference: one turn
 
 
-def test_history_that_is_too_long_is_left_out_from_its_beginning(tmp_path):
+def test_history_that_is_too_long_is_left_out_from_its_beginning_and_counted(tmp_path):
     pairs = cleaned(tmp_path, [conversation(TEXTS)], "--turns", "3", "--max_chars", "40")
     assert pairs[-1] == ("[SEP]".join(TEXTS[2:5]), TEXTS[5]) and all(len(prompt) <= 40 for prompt, _ in pairs)
+    done = run_script("data.py", "clean", "--source", "belle", tmp_path / "talks.jsonl", "--out", tmp_path / "again.parquet", "--turns", "3", "--max_chars", "40")
+    assert f"1 x prompt without its earliest turns, which do not fit in --max_chars (first in {tmp_path / 'talks.jsonl'}, row 1)" in done.stderr
 
 
 def test_odd_conversations(tmp_path):
