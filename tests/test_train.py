@@ -589,6 +589,7 @@ def test_another_launcher_than_torchrun_may_go(base, tmp_path):
         port = s.getsockname()[1]
     lines = [f"RANK={rank} WORLD_SIZE=2 MASTER_ADDR=localhost MASTER_PORT={port} " + shlex.join(command(*base, "--out_dir", str(tmp_path / "out"), "--max_steps", "3"))
              + f" > {tmp_path}/{rank}.txt 2>&1 &" for rank in range(2)]
+    (tmp_path / "0.txt").touch()  # the shell ends before its background processes have begun
     subprocess.run(["sh", "-c", "\n".join(lines)], env=ENV, check=True)
     end_s = time.monotonic() + 60
     while time.monotonic() < end_s and "finished:" not in (tmp_path / "0.txt").read_text():
