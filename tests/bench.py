@@ -217,8 +217,8 @@ def tokenizer_train(args: argparse.Namespace) -> None:
                 coverage = 1 - 1e-4 * chars / (chars + marks)  # so that the alphabet is the same: marks count as characters there
                 commands["sentencepiece, our pieces"] = child(
                     "sentencepiece", str(marked), models["sentencepiece, our pieces"], size, str(coverage))
-            if args.only_ours:
-                commands = {"ours": commands["ours"]}
+            chosen = [] if args.only_ours else args.peers or commands
+            commands = {name: command for name, command in commands.items() if name == "ours" or name in chosen}
             times, peaks = {name: [] for name in commands}, dict.fromkeys(commands, 0)
             for _ in range(args.runs):
                 for name, command in commands.items():
@@ -987,6 +987,7 @@ def parser() -> argparse.ArgumentParser:
         if task is tokenizer_train:
             sub.add_argument("--megabytes", type=float, nargs="+", default=[20, 180], help="sizes of the corpora made of the data")
             sub.add_argument("--same_pieces", action="store_true", help="sentencepiece also on our pieces, to compare compression")
+            sub.add_argument("--peers", nargs="+", choices=["tokenizers", "gigabpe", "sentencepiece"], help="only these")
         if task is dedup:
             sub.add_argument("--times", type=int, default=1, help="so many times the documents, each time changed")
         if task in (tokenizer_train, dedup, loader):
