@@ -245,8 +245,8 @@ class Linear(nn.Linear):
     """x -> x @ weight.T, without a bias.
 
     In 16 bits on a CPU, oneDNN compiles a kernel for every new number of rows, which takes longer
-    than the product, and keeps it. Batches have many different numbers of tokens, so autocast's
-    products pad them to a multiple of ROW_BLOCK: few kernels are compiled, and used again.
+    than the product. Batches have many different numbers of tokens, so under autocast rows of zeros
+    are added up to a multiple of ROW_BLOCK: few kernels are compiled, and used again.
     """
 
     def __init__(self, inputs: int, outputs: int, device=None, dtype=None):
@@ -256,9 +256,9 @@ class Linear(nn.Linear):
         """(..., I) -> (..., O)"""
         if not torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling():
             return F.linear(x, self.weight)
-        rows = x.flatten(0, -2)
+        rows = x.reshape(-1, x.size(-1))
         y = F.linear(pad_rows(rows, row_block(self.weight)), self.weight)
-        return y[:len(rows)].view(*x.shape[:-1], -1)
+        return y[:len(rows)].view(*x.shape[:-1], self.out_features)
 
 
 def pad_to_8(length: int) -> int:
@@ -627,7 +627,7 @@ class LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad: Tensor):
-        return *(None if x is None else x.mul_(grad) for x in ctx.saved_tensors), None
+        return *(None if x is None else x * grad for x in ctx.saved_tensors), None
 
 
 class LinearLogProbs(torch.autograd.Function):
@@ -672,8 +672,9 @@ class LinearLogProbs(torch.autograd.Function):
 
 def logit_chunks(hidden: Tensor, weight: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
     """hidden (N, D), weight (V, D) of one dtype -> for each chunk of n rows, their slice, their
-    hidden states (M, D) and their logits (M, V), which the next chunk overwrites. M - n rows of
-    zeros are padding (see Linear). Rows of the buffer start on a cache line: a third less time."""
+    hidden states (M, D) and their logits (M, V), which the next chunk overwrites. In the last chunk
+    M may be larger than n: those rows are zeros (see Linear), and must stay zeros. Rows of the
+    buffer start on a cache line: a third less time."""
     n, block = len(hidden), row_block(weight)
     rows = LOSS_CHUNK_BYTES // (weight.element_size() * len(weight)) // block * block or block
     hidden, width = pad_rows(hidden, block), -(-len(weight) // 64) * 64

@@ -1295,14 +1295,14 @@ def clean_rows(job: CleanJob) -> tuple[list[dict], list[tuple[str, str]], list[s
         row = without_nan(row)
         split = job.turns > 1 and "conversations" in row
         where = f"{job.path}, row {i:,}"
-        pairs, count = pairs_of_turns(row, job) if split else ([source.convert(row)], 0)
-        shortened += [where] * count
-        for texts in pairs:
+        pairs = pairs_of_turns(row, job) if split else [(source.convert(row), False)]
+        for texts, is_shortened in pairs:
             cleaned = clean_row(texts, source, shortest, job)
             if isinstance(cleaned, str):
                 dropped.append((cleaned, where))
             else:
                 kept.append(dict(zip(PAIR if len(cleaned) == 2 else PREFERENCE, cleaned)))
+                shortened += [where] if is_shortened else []
     return kept, dropped, shortened
 
 
@@ -1326,15 +1326,17 @@ def converted(text, job: CleanJob):
     return simplified(text) if job.to_simplified else text
 
 
-def pairs_of_turns(row: dict, job: CleanJob) -> tuple[list, int]:
-    """A pair for every answer of a conversation, or the reason why there is none; and how many
-    prompts were shortened. The prompt is the question, after up to job.turns - 1 earlier ones with
+def pairs_of_turns(row: dict, job: CleanJob) -> list[tuple[Any, bool]]:
+    """A pair for every answer of a conversation, or the reason why there is none; and whether its
+    prompt was shortened. The prompt is the question, after up to job.turns - 1 earlier ones with
     their answers, joined with [SEP]: as many as fit in job.max_chars. A turn without text is
     dropped, and the history begins anew."""
-    turns, shortened = read_turns(row), 0
+    turns = read_turns(row)
     if isinstance(turns, str):
-        return [turns], 0
-    pairs: list = ["last question has no answer"] if len(row["conversations"]) % 2 else []
+        return [(turns, False)]
+    pairs: list[tuple[Any, bool]] = []
+    if len(row["conversations"]) % 2:
+        pairs.append(("last question has no answer", False))
     history: list[str] = []  # question, answer, question, ...
     for question, answer in turns:
         texts = [converted(text, job) for text in (question, answer)]
@@ -1343,17 +1345,16 @@ def pairs_of_turns(row: dict, job: CleanJob) -> tuple[list, int]:
             question, answer = (clean_text(text.replace(SEP, " ")) for text in texts)
             answer = trim_unfinished(answer)
         if not usable or not question or not answer:
-            pairs.append((question, answer))  # which is dropped, and counted
+            pairs.append(((question, answer), False))  # which is dropped, and counted
             history = []
             continue
         whole = asked = [*history[2 - 2 * job.turns:], question]
         while len(asked) > 1 and len(SEP.join(asked)) > job.max_chars:
             asked = asked[2:]
-        shortened += len(asked) < len(whole)
-        pairs.append("translation or table" if is_foreign(question)
-                     else (SEP.join(asked), answer))
+        pair = "translation or table" if is_foreign(question) else (SEP.join(asked), answer)
+        pairs.append((pair, len(asked) < len(whole)))
         history += [question, answer]
-    return pairs, shortened
+    return pairs
 
 
 def without_nan(row: dict) -> dict:

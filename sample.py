@@ -69,7 +69,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from chatlm import IGNORED, ChatLM, ChatLMConfig, FeedForward, Linear, RMSNorm, read_json
+from chatlm import (
+    IGNORED,
+    ChatLM,
+    ChatLMConfig,
+    FeedForward,
+    Linear,
+    RMSNorm,
+    pad_rows,
+    read_json,
+)
 from data import (
     PAIR,
     SEP,
@@ -96,9 +105,9 @@ Product = Callable[[Tensor], Tensor]  # (N, in) -> (N, out), for few rows N
 def float32_product(weight: Tensor) -> Product:
     """x -> x @ weight.T in float32 on a CPU, for a weight (O, I).
 
-    oneDNN with a packed weight takes down to half the time of torch's own product. Only for 1 or 2
-    rows is that as fast, where it uses all threads: on CPUs with AMX, as far as we have measured.
-    The weight is packed when that is first needed, so a chat does not hold it twice.
+    With the weight packed for oneDNN, a product takes as little as half the time of torch's own.
+    For 1 or 2 rows torch's own is as fast where it uses all threads, which we have seen only on
+    CPUs with AMX: there, a chat packs nothing, and does not hold the weight twice.
     """
     if not torch.backends.mkldnn.is_available():
         return lambda x: F.linear(x, weight)
@@ -116,10 +125,16 @@ def float32_product(weight: Tensor) -> Product:
 
 def onednn_product(weight: Tensor) -> Product:
     """x -> x @ weight.T with a weight (O, I) of float32 or bfloat16, packed for oneDNN. x and the
-    result are float32."""
+    result are float32. oneDNN keeps a kernel for every number of rows, about a megabyte each, so
+    rows are padded to a multiple of 8 if there are more."""
     ops, dtype = torch.ops.mkldnn, weight.dtype
     packed = ops._reorder_linear_weight(weight.contiguous(), 16)  # rows of x that it expects
-    return lambda x: ops._linear_pointwise(x.to(dtype), packed, None, "none", [], "").float()
+
+    def product(x: Tensor) -> Tensor:
+        rows = pad_rows(x, 8) if len(x) > 8 else x
+        y = ops._linear_pointwise(rows.to(dtype), packed, None, "none", [], "")
+        return y[:len(x)].float()
+    return product
 
 
 def packed_product(weight: Tensor, dtype: torch.dtype) -> Product:
@@ -206,9 +221,10 @@ class LayerProducts(NamedTuple):
 
 class Products:
     """The decoder's layers and head as products for few rows. dtype: how the weights are packed on
-    a CPU; None: as they are. With bfloat16 and int8 the encoder computes in bfloat16, if the CPU can.
-    Later weight updates are not picked up. keeps_one_copy: the model's layers share the concatenated
-    weights, to save memory."""
+    a CPU; None: in their own dtype. Later weight updates are not picked up. keeps_one_copy: the
+    model's layers share the concatenated weights, to save memory.
+
+    With bfloat16 and int8 the encoder computes in bfloat16, if the CPU can: see Decoder.begin."""
 
     def __init__(self, model: ChatLM, dtype: torch.dtype | None = None,
                  keeps_one_copy: bool = False):
@@ -339,11 +355,13 @@ class Decoder:
               rows_per_source: int = 1) -> None:
         """Read prompts, and forget earlier ones. With static, graphs stay valid if there are as
         many sources as before, none longer."""
-        with torch.autocast("cpu", torch.bfloat16, self.products.encodes_in_bfloat16):
+        # for few tokens, casting the encoder's weights takes longer than it saves
+        rounds = self.products.encodes_in_bfloat16 and input_ids.numel() >= 64
+        with torch.autocast("cpu", torch.bfloat16) if rounds else contextlib.nullcontext():
             encoded, mask = self.model.encode(input_ids, attention_mask)
             sources = [block.layer[1].EncDecAttention.keys_values(encoded)  # (B, H, S, K) each
                        for block in self.model.decoder.block]
-        if self.products.encodes_in_bfloat16:
+        if rounds:
             mask, sources = mask.float(), [(k.float(), v.float()) for k, v in sources]
         length = mask.size(3)
         if not self.static:
@@ -1713,7 +1731,8 @@ def parse_args() -> argparse.Namespace:
     add = parser.add_argument_group("model").add_argument
     add("--model", default="out", metavar="DIR", help="model folder")
     add("--dtype", choices=["float32", "bfloat16", "float16", "int8"],
-        help="of the weights; the smaller, the faster on a CPU (default: as stored)")
+        help="of the weights; on a CPU int8 is the fastest, and bfloat16 for many prompts at a "
+        "time if the CPU has it (default: as stored)")
     add("--device", help="cpu, cuda or cuda:N (default: a GPU if there is one)")
     add("--batch_size", type=number(int, 1), help="prompts decoded together, of a file; lower it "
         "if memory runs out (default: 32)")

@@ -1340,10 +1340,10 @@ def report_unused(s: Settings) -> None:
 
 
 def default_micro_batch(s: Settings, device: torch.device, columns: int, ranks: int = 1) -> int:
-    """Padded tokens B * (S + T) for one forward pass: a power of two that fits the GPU's free
-    memory, at most 65,536 over all ranks; at least one row of max_len tokens in every column. On a
-    CPU a whole step, 2,560 over all ranks, if its activations fit in a gigabyte, else 1,280. Raises
-    ValueError if the model leaves no room on the GPU."""
+    """Padded tokens B * (S + T) for one forward pass, at least one row of max_len tokens in every
+    column. On a GPU a power of two that fits the free memory, at most 65,536 over all ranks. On a
+    CPU 2,560 over all ranks, a whole step, if its activations fit in a gigabyte, else 1,280 per
+    rank. Raises ValueError if the model leaves no room on the GPU."""
     step = max(1, s.round_to)
     one_row = columns * -(-s.max_len // step) * step
     if s.init_from:
@@ -1677,7 +1677,8 @@ def parser_for(kind: type[Settings], description: str, examples: str) -> Argumen
 
     group = parser.add_argument_group("memory")
     add("--micro_batch_tokens", "padded tokens per forward pass, B * (S + T); lower it if memory "
-        "runs out (default: up to 65536, as the GPU's memory allows; on a CPU 1280 or 2560)",
+        "runs out (default: up to 65536, as the GPU's memory allows; on a CPU 2560 over all "
+        "processes, or 1280 each for a large model)",
         **positive)
     add("--checkpoint_activations", "recompute activations in backward: less memory, a quarter "
         "slower", action=argparse.BooleanOptionalAction)

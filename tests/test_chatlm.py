@@ -353,6 +353,9 @@ def test_products_on_cpus_have_few_shapes(dtype):
             ids, mask, labels = make_batch(300, rows, 300, 250)
             with Shapes(), torch.autocast("cpu", dtype):
                 model.loss_sum(ids[:, :source], mask[:, :source], labels[:, :target]).backward()
+        with torch.autocast("cpu", dtype):
+            shapes = [model.encoder.block[0].layer[-1].DenseReluDense.wi(torch.randn(*shape, 128)).shape for shape in ((0, 3), (2, 0), (), (5,))]
+        assert shapes == [(0, 3, 512), (2, 0, 512), (512,), (5, 512)]
         widths = {128, 512, 300} | ({8} if lora else set())
         assert all(size in widths or size % ROW_BLOCK == 0 for size in seen) and len(seen) > len(widths), seen
 

@@ -139,6 +139,10 @@ def test_history_that_is_too_long_is_left_out_from_its_beginning_and_counted(tmp
     pairs = cleaned(tmp_path, [conversation(TEXTS)], "--turns", "3", "--max_chars", "40")
     assert pairs[-1] == ("[SEP]".join(TEXTS[2:5]), TEXTS[5]) and all(len(prompt) <= 40 for prompt, _ in pairs)
     done = run_script("data.py", "clean", "--source", "belle", tmp_path / "talks.jsonl", "--out", tmp_path / "again.parquet", "--turns", "3", "--max_chars", "40")
+    long = [*TEXTS[:2], "那么明天呢？" * 9, TEXTS[3]]  # dropped, so not counted as shortened
+    (tmp_path / "long.jsonl").write_text(json.dumps(conversation(long)) + "\n", "utf-8")
+    other = run_script("data.py", "clean", "--source", "belle", tmp_path / "long.jsonl", "--out", tmp_path / "again.parquet", "--turns", "3", "--max_chars", "40")
+    assert "over 40 characters" in other.stdout and "earliest turns" not in other.stderr
     assert f"1 x prompt without its earliest turns, which do not fit in --max_chars (first in {tmp_path / 'talks.jsonl'}, row 1)" in done.stderr
 
 
