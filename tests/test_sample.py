@@ -15,6 +15,7 @@ import pytest
 import sacrebleu
 import torch
 from conftest import run_script
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import T5Config, T5ForConditionalGeneration
 from transformers.generation import logits_process
 
@@ -215,6 +216,24 @@ def test_products_of_few_rows_are_the_product(rows, columns):
         exact = (x.bfloat16() if has_bfloat16 else x).double() @ rounded.T
         assert y.dtype == torch.float32
         torch.testing.assert_close(y.double(), exact, rtol=1e-2 if has_bfloat16 else 1e-4, atol=2e-3)
+
+
+@pytest.mark.quick
+def test_products_of_many_numbers_of_rows_need_few_kernels():
+    """oneDNN keeps one for every number of rows, about a megabyte each; a batch loses rows one by one."""
+    class Rows(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            if function is torch.ops.mkldnn._linear_pointwise.default:
+                seen.add(len(args[0]))
+            return function(*args, **(kwargs or {}))
+
+    if not torch.backends.mkldnn.is_available():
+        pytest.skip("torch without oneDNN")
+    product, x, seen = float32_product(torch.randn(24, 33)), torch.randn(160, 33), set[int]()
+    with Rows():
+        for rows in range(1, 161):
+            assert len(product(x[:rows])) == rows
+    assert 160 in seen and len(seen) <= 8 + 160 // 8, seen
 
 
 @pytest.mark.quick
