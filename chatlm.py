@@ -231,7 +231,7 @@ def compute_dtype(weight: Tensor) -> torch.dtype:
 
 
 def row_block(weight: Tensor) -> int:
-    """The number whose multiples a product's rows are padded to; see Linear."""
+    """Rows of a product with this weight are padded to a multiple of this; see Linear."""
     has_16_bits = compute_dtype(weight) in (torch.bfloat16, torch.float16)
     return ROW_BLOCK if weight.is_cpu and has_16_bits else 1
 
@@ -245,8 +245,8 @@ class Linear(nn.Linear):
     """x -> x @ weight.T, without a bias.
 
     In 16 bits on a CPU, oneDNN compiles a kernel for every new number of rows, which takes longer
-    than the product. Batches have many different numbers of tokens, so under autocast rows of zeros
-    are added up to a multiple of ROW_BLOCK: few kernels are compiled, and used again.
+    than the product. The number of tokens differs in every batch, so under autocast the rows are
+    padded with zeros to a multiple of ROW_BLOCK: few kernels are compiled, and used again.
     """
 
     def __init__(self, inputs: int, outputs: int, device=None, dtype=None):
@@ -607,7 +607,9 @@ class LinearCrossEntropy(torch.autograd.Function):
     def forward(ctx, hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
         dtype = compute_dtype(weight)
         grad_hidden = torch.empty_like(hidden) if hidden.requires_grad else None
-        grad_weight: Tensor | None = None
+        grad_weight = None
+        if weight.requires_grad:
+            grad_weight = torch.zeros_like(weight, dtype=torch.float32)
         loss = hidden.new_zeros((), dtype=torch.float32)
         with torch.autocast(hidden.device.type, enabled=False):
             w = weight.to(dtype)
@@ -616,11 +618,11 @@ class LinearCrossEntropy(torch.autograd.Function):
                 loss += logits_to_gradient(logits[:len(label)], label)
                 if grad_hidden is not None:
                     grad_hidden[part] = (logits @ w)[:len(label)]
-                if weight.requires_grad and grad_weight is None:
-                    grad_weight = (logits.T @ h).float()
-                elif grad_weight is not None and dtype == torch.float32:
+                if grad_weight is None:
+                    continue
+                if dtype == torch.float32:
                     grad_weight.addmm_(logits.T, h)
-                elif grad_weight is not None:
+                else:
                     grad_weight.add_(logits.T @ h)
         ctx.save_for_backward(grad_hidden, grad_weight)
         return loss

@@ -1302,7 +1302,8 @@ def clean_rows(job: CleanJob) -> tuple[list[dict], list[tuple[str, str]], list[s
                 dropped.append((cleaned, where))
             else:
                 kept.append(dict(zip(PAIR if len(cleaned) == 2 else PREFERENCE, cleaned)))
-                shortened += [where] if is_shortened else []
+                if is_shortened:
+                    shortened.append(where)
     return kept, dropped, shortened
 
 

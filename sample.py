@@ -44,6 +44,7 @@ Try next: ask the same question with --num_beams 5, with --do_sample --temperatu
 """
 import argparse
 import contextlib
+import functools
 import hmac
 import itertools
 import json
@@ -102,31 +103,32 @@ from tokenizer import Tokenizer
 Product = Callable[[Tensor], Tensor]  # (N, in) -> (N, out), for few rows N
 
 
-def float32_product(weight: Tensor) -> Product:
+class Float32Product:
     """x -> x @ weight.T in float32 on a CPU, for a weight (O, I).
 
     With the weight packed for oneDNN, a product takes as little as half the time of torch's own.
     For 1 or 2 rows torch's own is as fast where it uses all threads, which we have seen only on
     CPUs with AMX: there, a chat packs nothing, and does not hold the weight twice.
     """
-    if not torch.backends.mkldnn.is_available():
-        return lambda x: F.linear(x, weight)
-    plain_rows = 2 if torch.cpu._is_amx_tile_supported() else 0
-    packed: list[Product] = []
 
-    def product(x: Tensor) -> Tensor:
-        if len(x) <= plain_rows:
-            return F.linear(x, weight)
-        if not packed:
-            packed.append(onednn_product(weight))
-        return packed[0](x)
-    return product
+    def __init__(self, weight: Tensor):
+        self.weight = weight
+        self.plain_rows = 2.0 if torch.cpu._is_amx_tile_supported() else 0.0
+        if not torch.backends.mkldnn.is_available():
+            self.plain_rows = math.inf
+
+    @functools.cached_property
+    def packed(self) -> Product:
+        return onednn_product(self.weight)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight) if len(x) <= self.plain_rows else self.packed(x)
 
 
 def onednn_product(weight: Tensor) -> Product:
     """x -> x @ weight.T with a weight (O, I) of float32 or bfloat16, packed for oneDNN. x and the
-    result are float32. oneDNN keeps a kernel for every number of rows, about a megabyte each, so
-    rows are padded to a multiple of 8 if there are more."""
+    result are float32. oneDNN keeps a kernel of about a megabyte for every number of rows, so more
+    than 8 rows are padded to a multiple of 8."""
     ops, dtype = torch.ops.mkldnn, weight.dtype
     packed = ops._reorder_linear_weight(weight.contiguous(), 16)  # rows of x that it expects
 
@@ -140,10 +142,10 @@ def onednn_product(weight: Tensor) -> Product:
 def packed_product(weight: Tensor, dtype: torch.dtype) -> Product:
     """x -> x @ weight.T on a CPU, with the weight rounded to dtype and packed.
 
-    bfloat16: x is rounded too, if the CPU has instructions for that; else as float16, which is not
-    slower there. float16, for FBGEMM: the arithmetic is float32 (weights under 6e-5 lose some
-    digits). int8, for FBGEMM: each row of the weight is scaled to -127 .. 127, x is quantized to 8
-    bits at every call, and integers are summed.
+    bfloat16, by oneDNN: x is rounded too. A CPU without such instructions uses FBGEMM's float16.
+    float16, by FBGEMM: the arithmetic is float32 (weights under 6e-5 lose some digits).
+    int8, by FBGEMM: each row of the weight is scaled to -127 .. 127, x is quantized to 8 bits at
+    every call, and integers are summed.
     """
     ops = torch.ops.quantized
     if dtype == torch.bfloat16 and has_bfloat16(weight.device):
@@ -245,7 +247,7 @@ class Products:
     def of(self, weight: Tensor) -> Product:
         if self.dtype:
             return packed_product(weight.detach(), self.dtype)
-        return float32_product(weight.detach()) if self.quick else lambda x: F.linear(x, weight)
+        return Float32Product(weight.detach()) if self.quick else lambda x: F.linear(x, weight)
 
     def side_by_side(self, *linears: Any) -> Product:
         """The outputs of several linear layers, concatenated."""

@@ -109,7 +109,8 @@ MAX_BAD_STEPS = 10  # in a row, then training stops
 # dense, by NVIDIA's data sheets
 BF16_TERAFLOPS = {"H200": 989, "H100 PCIe": 756, "H100": 989, "A100": 312, "L40S": 362, "L40": 181,
                   "L4": 121, "A10": 125, "A5000": 111, "4090": 165, "3090": 71, "4060 Ti": 44}
-# limit oneDNN's per-shape kernel cache: variable lengths would fill gigabytes
+# limit oneDNN's per-shape kernel cache: a thousand kernels fill gigabytes, and padded rows (see
+# chatlm.Linear) need far fewer
 os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "256")
 
 
@@ -1138,8 +1139,7 @@ def answer_tokens(settings: "Settings") -> int:
 
 # --- settings -------------------------------------------------------------------------------------
 
-GPU_BATCH_TOKENS = 65536  # of a step, by default
-CPU_BATCH_TOKENS = 2560
+GPU_BATCH_TOKENS, CPU_BATCH_TOKENS = 65536, 2560  # of a step, by default
 LIMITS = ("max_steps", "epochs", "time_limit")
 PATHS = ("data", "valid", "tokenizer", "init_from")  # may differ between machines
 DEMO = {"preset": "demo", "max_steps": 1000, "micro_batch_tokens": 512, "max_len": 64,

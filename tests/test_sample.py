@@ -24,9 +24,9 @@ from chatlm import ChatLM, ChatLMConfig
 from data import locked, run
 from sample import (
     Decoder,
+    Float32Product,
     GenerationConfig,
     bleu4,
-    float32_product,
     generate,
     pack,
     packed_product,
@@ -204,11 +204,11 @@ def test_half_a_model_decodes_as_it_computes(tmp_path, device, dtype):
 def test_products_of_few_rows_are_the_product(rows, columns):
     """Also with one packed weight for several numbers of rows, and where torch has no oneDNN."""
     weight, x = torch.randn(columns, 33), torch.randn(33, rows).T
-    product, expected = float32_product(weight), x @ weight.T
+    product, expected = Float32Product(weight), x @ weight.T
     for n in (rows, 1, rows):
         torch.testing.assert_close(product(x[:n]), expected[:n])
     with mock.patch("torch.backends.mkldnn.is_available", lambda: False):
-        torch.testing.assert_close(float32_product(weight)(x), expected)
+        torch.testing.assert_close(Float32Product(weight)(x), expected)
     rounded = weight.bfloat16().double()
     for has_bfloat16 in {False, sample.has_bfloat16(x.device)}:
         with mock.patch("sample.has_bfloat16", mock.Mock(return_value=has_bfloat16)):
@@ -229,7 +229,7 @@ def test_products_of_many_numbers_of_rows_need_few_kernels():
 
     if not torch.backends.mkldnn.is_available():
         pytest.skip("torch without oneDNN")
-    product, x, seen = float32_product(torch.randn(24, 33)), torch.randn(160, 33), set[int]()
+    product, x, seen = Float32Product(torch.randn(24, 33)), torch.randn(160, 33), set[int]()
     with Rows():
         for rows in range(1, 161):
             assert len(product(x[:rows])) == rows
