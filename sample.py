@@ -139,31 +139,71 @@ def onednn_product(weight: Tensor) -> Product:
     return product
 
 
-def packed_product(weight: Tensor, dtype: torch.dtype) -> Product:
-    """x -> x @ weight.T on a CPU, with the weight rounded to dtype and packed.
+class BFloat16Product:
+    """x -> x @ weight.T on a CPU, for a weight (O, I) rounded to bfloat16. x and the result are
+    float32.
 
-    bfloat16, by oneDNN: x is rounded too. A CPU without such instructions uses FBGEMM's float16.
-    float16, by FBGEMM: the arithmetic is float32 (weights under 6e-5 lose some digits).
-    int8, by FBGEMM: each row of the weight is scaled to -127 .. 127, x is quantized to 8 bits at
-    every call, and integers are summed.
+    One row is most of what a chat needs. Its product is the sum of the columns of the weight, each
+    times a number of x: what an embedding bag computes. FBGEMM's reads ahead in memory, so it takes
+    two thirds of the time of oneDNN's product. The weight is kept transposed, a part per thread:
+
+        table (parts * I, O / parts):    row p * I + i is column i of the p-th part of the weight
+
+    The first call with several rows packs the weight for oneDNN, or as float16 on a CPU without
+    such instructions, and drops the table.
     """
-    ops = torch.ops.quantized
-    if dtype == torch.bfloat16 and has_bfloat16(weight.device):
-        return onednn_product(weight.bfloat16())
-    if dtype == torch.bfloat16:
-        weight, dtype = weight.bfloat16().float(), torch.float16
-    if dtype == torch.float16:
-        packed = ops.linear_prepack_fp16(weight, None)
-        return lambda x: ops.linear_dynamic_fp16(x, packed)
-    if dtype != torch.int8:
-        raise ValueError(f"weights cannot be packed as {dtype}")
+
+    def __init__(self, weight: Tensor):
+        out, width = weight.shape
+        parts = torch.get_num_threads()
+        padding = (0, 0, 0, -out % parts)
+        table = F.pad(weight.bfloat16(), padding).view(parts, -1, width).transpose(1, 2)
+        self.out, self.table = out, table.flatten(0, 1).contiguous()
+        self.index = torch.arange(parts * width, dtype=torch.int32)
+        self.begins = self.index[::width]  # one bag per part
+
+    def weight(self) -> Tensor:
+        """The weight (O, I) that the table was made of."""
+        parts = self.table.unflatten(0, (len(self.begins), -1))
+        return parts.transpose(1, 2).flatten(0, 1)[:self.out]
+
+    @functools.cached_property
+    def packed(self) -> Product:
+        weight = self.weight()
+        self.table = self.table.new_empty(0)
+        if has_bfloat16(weight.device):
+            return onednn_product(weight)
+        return float16_product(weight.float())
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if len(x) != 1 or not len(self.table):
+            return self.packed(x)
+        x = x.bfloat16().expand(len(self.begins), -1).reshape(-1)
+        y = F.embedding_bag(self.index, self.table, self.begins, mode="sum", per_sample_weights=x)
+        return y.view(1, -1)[:, :self.out].float()
+
+
+def float16_product(weight: Tensor) -> Product:
+    """x -> x @ weight.T with the weight packed as float16 by FBGEMM. The arithmetic is float32;
+    weights under 6e-5 lose some digits."""
+    packed = torch.ops.quantized.linear_prepack_fp16(weight, None)
+    return lambda x: torch.ops.quantized.linear_dynamic_fp16(x, packed)
+
+
+def int8_product(weight: Tensor) -> Product:
+    """x -> x @ weight.T with 8-bit integers, by FBGEMM: each row of the weight is scaled to
+    -127 .. 127, x is quantized to 8 bits at every call, and integers are summed."""
     with warnings.catch_warnings():  # quantized tensors are deprecated; 2.11 to 2.13 have them
         warnings.simplefilter("ignore")
         scale = weight.abs().amax(1).clamp(min=1e-30) / 127
         zero = torch.zeros(len(weight), dtype=torch.int64)
         quantized = torch.quantize_per_channel(weight, scale, zero, 0, torch.qint8)
-        packed = ops.linear_prepack(quantized)
-    return lambda x: ops.linear_dynamic(x, packed, True)
+        packed = torch.ops.quantized.linear_prepack(quantized)
+    return lambda x: torch.ops.quantized.linear_dynamic(x, packed, True)
+
+
+PACKED_PRODUCTS: dict[torch.dtype, Callable[[Tensor], Product]] = {
+    torch.bfloat16: BFloat16Product, torch.float16: float16_product, torch.int8: int8_product}
 
 
 def has_bfloat16(device: torch.device) -> bool:
@@ -226,7 +266,7 @@ class Products:
     a CPU; None: in their own dtype. Later weight updates are not picked up. keeps_one_copy: the
     model's layers share the concatenated weights, to save memory.
 
-    With bfloat16 and int8 the encoder computes in bfloat16, if the CPU can: see Decoder.begin."""
+    With bfloat16 and int8, if the CPU can, attention is in bfloat16, and the encoder too."""
 
     def __init__(self, model: ChatLM, dtype: torch.dtype | None = None,
                  keeps_one_copy: bool = False):
@@ -235,7 +275,8 @@ class Products:
         self.dtype, self.quick = dtype, weight.is_cpu and weight.dtype == torch.float32
         self.is_gpu = weight.is_cuda
         rounds = dtype in (torch.bfloat16, torch.int8)
-        self.encodes_in_bfloat16 = weight.is_cpu and rounds and has_bfloat16(weight.device)
+        self.rounds = weight.is_cpu and rounds and has_bfloat16(weight.device)
+        self.attention_dtype = torch.bfloat16 if self.rounds else weight.dtype
         self.head = self.of(model.head_weight())
         self.layers = [self.layer(*block.layer) for block in model.decoder.block]
         self.to_head: Product = model.to_head
@@ -246,7 +287,7 @@ class Products:
 
     def of(self, weight: Tensor) -> Product:
         if self.dtype:
-            return packed_product(weight.detach(), self.dtype)
+            return PACKED_PRODUCTS[self.dtype](weight.detach())
         return Float32Product(weight.detach()) if self.quick else lambda x: F.linear(x, weight)
 
     def side_by_side(self, *linears: Any) -> Product:
@@ -303,11 +344,9 @@ def pack(model: ChatLM, dtype: torch.dtype | None = None) -> None:
     weight = model.shared.weight
     if dtype and (weight.dtype != torch.float32 or not weight.is_cpu):
         raise ValueError(f"{dtype} weights are for decoding on a CPU, from a model in float32")
-    try:
-        packed_models[model] = Products(model, dtype, weight.is_cuda)
-    except (RuntimeError, AttributeError) as e:
-        raise ValueError(f"this processor, or this torch, has no products with {dtype} weights: "
-                         f"{str(e).partition(chr(10))[0]}") from None
+    if dtype and "fbgemm" not in torch.backends.quantized.supported_engines:
+        raise ValueError(f"{dtype} weights need torch with FBGEMM and a processor with AVX2")
+    packed_models[model] = Products(model, dtype, weight.is_cuda)
 
 
 class StepGraph(NamedTuple):
@@ -316,6 +355,12 @@ class StepGraph(NamedTuple):
     ids: Tensor
     logits: Tensor
     hidden: Tensor
+
+
+def attend(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> Tensor:
+    """Attention in the dtype of keys and values; the result has the dtype of q."""
+    y = F.scaled_dot_product_attention(q.to(keys.dtype), keys, values, attn_mask=mask, scale=1.0)
+    return y.to(q.dtype)
 
 
 class Decoder:
@@ -347,8 +392,9 @@ class Decoder:
         self.step_counts: Counter = Counter()
         self.graphs: dict[int, StepGraph] = {}
         self.sources: list[tuple[Tensor, Tensor]] = []
-        # keys and values in turn for each layer: (2 * layers, rows, capacity, H * K)
-        self.cache = model.shared.weight.new_empty(2 * layers, 0, 0, c.num_heads * c.d_kv)
+        # keys and values in turn for each layer: (2 * layers, rows, H, capacity, K)
+        self.cache = model.shared.weight.new_empty(2 * layers, 0, c.num_heads, 0, c.d_kv,
+                                                   dtype=self.products.attention_dtype)
         self.bias = self.visible = self.cache.new_empty(0)  # (1, H, 1, capacity); visible is masked
         self.begin(input_ids, attention_mask, rows_per_source)
 
@@ -358,16 +404,17 @@ class Decoder:
         """Read prompts, and forget earlier ones. With static, graphs stay valid if there are as
         many sources as before, none longer."""
         # for few tokens, casting the encoder's weights takes longer than it saves
-        rounds = self.products.encodes_in_bfloat16 and input_ids.numel() >= 64
+        rounds = self.products.rounds and input_ids.numel() >= 64
         with torch.autocast("cpu", torch.bfloat16) if rounds else contextlib.nullcontext():
             encoded, mask = self.model.encode(input_ids, attention_mask)
             sources = [block.layer[1].EncDecAttention.keys_values(encoded)  # (B, H, S, K) each
                        for block in self.model.decoder.block]
-        if rounds:
-            mask, sources = mask.float(), [(k.float(), v.float()) for k, v in sources]
-        length = mask.size(3)
+        length, dtype = mask.size(3), self.cache.dtype
+        mask = mask.clamp(min=torch.finfo(dtype).min).to(dtype)
+        sources = [(k.to(dtype), v.to(dtype)) for k, v in sources]
         if not self.static:
-            self.mask, self.sources = mask, sources  # mask: (B, 1, 1, S)
+            self.mask = mask  # (B, 1, 1, S)
+            self.sources = [(k.contiguous(), v.contiguous()) for k, v in sources]
         elif self.sources and len(mask) == len(self.mask) and length <= self.mask.size(3):
             self.mask[..., :length], self.mask[..., length:] = mask, torch.finfo(mask.dtype).min
             for own, new in zip(self.sources, sources):
@@ -381,8 +428,9 @@ class Decoder:
             self.forget_graphs()
         self.rows, self.length = len(input_ids) * rows_per_source, 0
         if self.rows > self.cache.size(1):
-            self.cache = self.cache.new_empty(len(self.cache), self.rows, 0, self.cache.size(3))
-        elif self.cache.size(2):
+            layers, _, heads, _, width = self.cache.shape
+            self.cache = self.cache.new_empty(layers, self.rows, heads, 0, width)
+        elif self.cache.size(3):
             self.cache.zero_()
             self.visible.fill_(torch.finfo(self.bias.dtype).min)
             self.visible[..., 0] = self.bias[..., -1]
@@ -393,9 +441,9 @@ class Decoder:
         capacity = 32 << max(0, math.ceil(math.log2(max(1, length) / 32)))
         if self.static:
             capacity = max(320, capacity)
-        old, self.cache = self.cache, self.cache.new_zeros(
-            len(self.cache), rows, capacity, self.cache.size(3))
-        self.cache[:, :old.size(1), :old.size(2)] = old
+        old = self.cache
+        self.cache = old.new_zeros(len(old), rows, old.size(2), capacity, old.size(4))
+        self.cache[:, :old.size(1), :, :old.size(3)] = old
         positions = torch.arange(capacity, device=self.cache.device)
         bias = self.model.decoder.position_bias(positions[-1:], positions)
         self.bias = bias.to(self.cache.dtype)  # of distances capacity - 1 .. 0
@@ -411,7 +459,7 @@ class Decoder:
     def step(self, ids: Tensor) -> tuple[Tensor, Tensor]:
         """The newest ids (rows,) -> float32 logits (rows, V) of the next, hidden (rows, D)."""
         place = self.length + self.static
-        if place >= self.cache.size(2):
+        if place >= self.cache.size(3):
             self.grow_cache(self.cache.size(1), place + 1)
         self.length += 1
         if not self.static:
@@ -421,8 +469,8 @@ class Decoder:
         if replays and Decoder.graph_owner() in (None, self):
             logits, hidden = self.replay(ids)
         else:
-            logits, hidden = self.forward(ids, 0, self.cache.size(2), self.visible)
-        self.cache[:, :self.rows, place] = self.cache[:, :self.rows, 0]
+            logits, hidden = self.forward(ids, 0, self.cache.size(3), self.visible)
+        self.cache[:, :self.rows, :, place] = self.cache[:, :self.rows, :, 0]
         self.step_counts[self.rows] += 1
         return logits, hidden
 
@@ -434,7 +482,7 @@ class Decoder:
             # thread_local: other threads, such as TensorBoard's, may use the GPU meanwhile
             with torch.cuda.device(ids.device), torch.cuda.graph(
                     graph, capture_error_mode="thread_local"):
-                result = self.forward(graph_ids, 0, self.cache.size(2), self.visible)
+                result = self.forward(graph_ids, 0, self.cache.size(3), self.visible)
             self.graphs[self.rows] = StepGraph(graph, graph_ids, *result)
         step = self.graphs[self.rows]
         step.ids.copy_(ids)
@@ -444,23 +492,21 @@ class Decoder:
     def forward(self, ids: Tensor, place: int, end: int, bias: Tensor) -> tuple[Tensor, Tensor]:
         """Run ids (rows,) through the decoder. Their keys and values go to `place` in the cache,
         and they attend to the positions before `end` with bias (1, H, 1, end)."""
-        rows, attend = self.rows, F.scaled_dot_product_attention
-        heads = (rows, self.heads[0], 1, self.heads[1])  # (rows, H, 1, K)
-        newest = self.cache[:, :rows, place].unflatten(0, (-1, 2)).transpose(1, 2)
-        past = self.cache[:, :rows, :end].unflatten(-1, self.heads).transpose(2, 3).unbind()
+        rows = self.rows
+        newest = self.cache[:, :rows, :, place].unflatten(0, (-1, 2)).transpose(1, 2)
+        past = self.cache[:, :rows, :, :end].unbind()
         x = self.model.shared(ids)  # (rows, D)
         if x.dtype == torch.float16:  # sums of many layers can pass its 65,504
             x = x.float()
         for i, layer in enumerate(self.products.layers):
-            qkv = layer.qkv(layer.norm(x)).view(rows, 3, -1)
-            newest[i].copy_(qkv[:, 1:])  # (rows, 2, H * K)
-            q, keys, values = qkv[:, 0].view(heads), past[2 * i], past[2 * i + 1]
-            y = attend(q, keys, values, attn_mask=bias, scale=1.0)
+            qkv = layer.qkv(layer.norm(x)).view(rows, 3, *self.heads)
+            newest[i].copy_(qkv[:, 1:])  # (rows, 2, H, K)
+            q, keys, values = qkv[:, 0].unsqueeze(2), past[2 * i], past[2 * i + 1]
+            y = attend(q, keys, values, bias)  # (rows, H, 1, K)
             x = x + layer.out(y.view(rows, -1))
             q = layer.cross_q(layer.cross_norm(x)).view(len(self.mask), -1, *self.heads)
             q = q.transpose(1, 2)  # (B, H, N, K): the N rows of a source are its queries
-            keys, values = self.sources[i]
-            y = attend(q, keys, values, attn_mask=self.mask, scale=1.0)
+            y = attend(q, *self.sources[i], self.mask)
             x = x + layer.cross_out(y.transpose(1, 2).reshape(rows, -1))
             x = torch.add(x, layer.feed_forward(layer.feed_norm(x)), alpha=layer.feed_scale)
         hidden = self.products.to_head(x)
@@ -481,12 +527,12 @@ class Decoder:
         if len(rows) > self.cache.size(1):
             self.grow_cache(len(rows), used)
         if rows.is_cuda:
-            self.cache[:, :len(rows), :used] = self.cache[:, rows, :used]
+            self.cache[:, :len(rows), :, :used] = self.cache[:, rows, :, :used]
         else:  # copy only the rows that move
             moved = [(to, row) for to, row in enumerate(rows.tolist()) if to != row]
-            copies = [self.cache[:, row, :used].clone() for _, row in moved]
+            copies = [self.cache[:, row, :, :used].clone() for _, row in moved]
             for (to, _), copy in zip(moved, copies):
-                self.cache[:, to, :used] = copy
+                self.cache[:, to, :, :used] = copy
         self.rows = len(rows)
         if sources is not None:
             self.forget_graphs()

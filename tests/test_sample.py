@@ -23,13 +23,13 @@ import sample
 from chatlm import ChatLM, ChatLMConfig
 from data import locked, run
 from sample import (
+    BFloat16Product,
     Decoder,
     Float32Product,
     GenerationConfig,
     bleu4,
     generate,
     pack,
-    packed_product,
     triples,
 )
 from tokenizer import Tokenizer
@@ -209,13 +209,19 @@ def test_products_of_few_rows_are_the_product(rows, columns):
         torch.testing.assert_close(product(x[:n]), expected[:n])
     with mock.patch("torch.backends.mkldnn.is_available", lambda: False):
         torch.testing.assert_close(Float32Product(weight)(x), expected)
-    rounded = weight.bfloat16().double()
-    for has_bfloat16 in {False, sample.has_bfloat16(x.device)}:
-        with mock.patch("sample.has_bfloat16", mock.Mock(return_value=has_bfloat16)):
-            y = packed_product(weight, torch.bfloat16)(x)
-        exact = (x.bfloat16() if has_bfloat16 else x).double() @ rounded.T
-        assert y.dtype == torch.float32
-        torch.testing.assert_close(y.double(), exact, rtol=1e-2 if has_bfloat16 else 1e-4, atol=2e-3)
+    rounded = weight.bfloat16()
+    for has_bfloat16, threads in itertools.product({False, sample.has_bfloat16(x.device)}, (1, 2, 3)):
+        with (mock.patch("sample.has_bfloat16", mock.Mock(return_value=has_bfloat16)),
+              mock.patch("torch.get_num_threads", lambda: threads)):
+            product = BFloat16Product(weight)
+            assert torch.equal(product.weight(), rounded)
+            for n in (1, rows, 1):
+                y = product(x[:n])
+                is_rounded = has_bfloat16 or n == 1 and len(product.table) > 0
+                exact = (x[:n].bfloat16() if is_rounded else x[:n]).double() @ rounded.double().T
+                assert y.dtype == torch.float32 and y.shape == (n, columns)
+                torch.testing.assert_close(y.double(), exact, rtol=1e-2 if is_rounded else 1e-4, atol=2e-3)
+            assert len(product.table) == 0 or rows == 1  # the weight is never kept twice
 
 
 @pytest.mark.quick
