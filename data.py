@@ -173,19 +173,23 @@ class Rows:
         """How much of the files the current pass has read, 0 to 1."""
         return self.problems.share()
 
+    def place(self) -> str:
+        """Where the current row is."""
+        return f"{self.path}, row {self.row:,}"
+
     def __iter__(self) -> Iterator[dict]:
         self.problems = Problems(self.files)
         for path in self.files:
             for i, row in enumerate(read_file(path, self.problems, self.skip), 1):
+                self.path, self.row = path, i
                 missing = [c for c in self.columns if not isinstance(row.get(c), str)]
                 if not missing:
                     yield row
                 elif not self.skip or i == 1 and missing[0] not in row:
-                    raise ValueError(f"{path}, row {i:,} has no text in {missing[0]!r}; its "
-                                     f"columns are {', '.join(map(str, row))}")
+                    raise ValueError(f"{self.place()} has no text in {missing[0]!r}; its columns "
+                                     f"are {', '.join(map(str, row))}")
                 else:
-                    self.problems.note(f"row without text in {missing[0]!r}, skipped",
-                                       f"{path}, row {i:,}")
+                    self.problems.note(f"row without text in {missing[0]!r}, skipped", self.place())
         if not self.skip:
             self.problems.warn()
 

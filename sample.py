@@ -35,9 +35,7 @@ one answer at a time is limited by memory bandwidth; answers in a batch share ea
                 x += feed_forward(x)
     logits      x @ embedding.T                                      a fifth of all that is read
 
-generate() has transformers' argument names with their meaning, and returns its tokens for greedy
-and beam search. Finished rows leave the batch: at once on a CPU, when half of it has finished on a
-GPU.
+generate() takes transformers' arguments and returns its tokens for greedy and beam search.
 
 Try next: ask the same question with --num_beams 5, with --do_sample --temperature 1.5, and with
 --penalty_alpha 0.6 --top_k 4.
@@ -61,7 +59,7 @@ import warnings
 import weakref
 from collections import Counter, deque
 from collections.abc import Callable, Generator, Iterable, Iterator
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -74,7 +72,6 @@ from chatlm import (
     IGNORED,
     ChatLM,
     ChatLMConfig,
-    FeedForward,
     Linear,
     RMSNorm,
     pad_rows,
@@ -238,16 +235,6 @@ def gpu_norm(norm: RMSNorm, scale: float = 1.0) -> Product:
     return normalize
 
 
-def gpu_feed_forward(module: Any) -> Product:
-    """wo(relu(wi x)) for a GPU: relu is part of the first product's kernel."""
-    up, down = module.wi.weight.t(), module.wo.weight
-    zeros = up.new_zeros(up.size(1))
-    return lambda x: F.linear(torch._addmm_activation(zeros, x, up), down)
-
-
-FLOAT16_SCALE = 16.0  # the feed-forward layer's result can pass float16's 65,504
-
-
 class LayerProducts(NamedTuple):
     """What one decoder block applies to its rows."""
     norm: Product
@@ -256,9 +243,7 @@ class LayerProducts(NamedTuple):
     cross_norm: Product
     cross_q: Product
     cross_out: Product
-    feed_norm: Product
-    feed_forward: Product
-    feed_scale: float  # multiply the result by this; feed_norm has divided by it
+    feed: Product  # x -> x + feed-forward(norm(x))
 
 
 class Products:
@@ -306,30 +291,29 @@ class Products:
             return gpu_norm(module)
         return quick_norm(module) if self.quick else module
 
-    def feed_forward(self, module: FeedForward) -> Product:
-        """The feed-forward layer; see feed_scale for the factor that float16 needs on a GPU."""
-        plain = type(getattr(module, "wi", None)) is Linear and type(module.wo) is Linear
-        if self.is_gpu and plain:
-            return gpu_feed_forward(module)
+    def feed(self, layer: Any) -> Product:
+        """x -> x + feed-forward(norm(x)). On a GPU the first product's kernel includes relu, and the
+        second product, which could pass float16's 65,504, is of an input divided by 16."""
+        norm, module = self.norm(layer.layer_norm), layer.DenseReluDense
+        if self.is_gpu and not module.gated and type(module.wi) is type(module.wo) is Linear:
+            norm = gpu_norm(layer.layer_norm, 1 / 16)
+            wi, wo = module.wi.weight.t(), module.wo.weight
+            zeros = wi.new_zeros(wi.size(1))
+            return lambda x: torch.add(
+                x, F.linear(torch._addmm_activation(zeros, norm(x), wi), wo), alpha=16)
         if not self.quick:
-            return module
+            return lambda x: x + module(norm(x))
         names = ("wi_0", "wi_1") if module.gated else ("wi",)
         up = self.side_by_side(*(getattr(module, name) for name in names))
         down = self.side_by_side(module.wo)
-        return lambda x: down(module.activation(up(x)))
+        return lambda x: x + down(module.activation(up(norm(x))))
 
     def layer(self, own: Any, cross: Any, feed: Any) -> LayerProducts:
         a, c = own.SelfAttention, cross.EncDecAttention
-        feed_norm, scale = self.norm(feed.layer_norm), 1.0
-        feed_forward = self.feed_forward(feed.DenseReluDense)
-        is_half = feed.layer_norm.weight.dtype == torch.float16
-        if self.is_gpu and is_half and feed_forward is not feed.DenseReluDense:
-            scale = FLOAT16_SCALE
-            feed_norm = gpu_norm(feed.layer_norm, 1 / scale)  # wo(relu(wi x)) scales with x
         return LayerProducts(
             self.norm(own.layer_norm), self.side_by_side(a.q, a.k, a.v), self.side_by_side(a.o),
             self.norm(cross.layer_norm), self.side_by_side(c.q), self.side_by_side(c.o),
-            feed_norm, feed_forward, scale)
+            self.feed(feed))
 
 
 packed_models: weakref.WeakKeyDictionary[ChatLM, Products] = weakref.WeakKeyDictionary()
@@ -370,20 +354,17 @@ class Decoder:
     which are computed once. The keys and values of earlier answer tokens are in the KV cache. The
     position bias depends on the distance only, so each step uses a slice of one table.
 
-        on a CPU   p0 p1 p2 new                 the cache grows, and a step attends to all of it
-        on a GPU   new p0 p1 p2 --  --  --      a step attends to the whole cache, with the empty
-                                                part masked: every step runs the same kernels on the
-                                                same memory, so a CUDA graph can replay it; then the
-                                                newest keys and values move to their place
+        on a CPU   p0 p1 p2 --  --  --      a step attends to the part that is filled
+        on a GPU   p0 p1 p2 --  --  --      a step attends to the whole cache, with the empty part
+                                            masked: every step runs the same kernels on the same
+                                            memory, so a CUDA graph can replay it
     """
-    # weakref to the one Decoder that may capture graphs: the memory of several would add up
-    graph_owner: Callable = staticmethod(lambda: None)
 
     @torch.inference_mode()
     def __init__(self, model: ChatLM, input_ids: Tensor, attention_mask: Tensor | None = None,
                  rows_per_source: int = 1, static: bool | None = None):
         """input_ids, attention_mask: (B, S); None: no padding. rows_per_source: N answers per
-        prompt, such as beams. static: the GPU's layout; None: on a GPU."""
+        prompt, such as beams. static: attend as on a GPU; None: if the model is on one."""
         c, layers = model.config, len(model.decoder.block)
         self.model, self.heads = model, (c.num_heads, c.d_kv)
         self.static = input_ids.is_cuda if static is None else static
@@ -396,6 +377,7 @@ class Decoder:
         self.cache = model.shared.weight.new_empty(2 * layers, 0, c.num_heads, 0, c.d_kv,
                                                    dtype=self.products.attention_dtype)
         self.bias = self.visible = self.cache.new_empty(0)  # (1, H, 1, capacity); visible is masked
+        self.place = torch.zeros_like(input_ids[0, :1])  # of the newest keys and values
         self.begin(input_ids, attention_mask, rows_per_source)
 
     @torch.inference_mode()
@@ -433,14 +415,11 @@ class Decoder:
         elif self.cache.size(3):
             self.cache.zero_()
             self.visible.fill_(torch.finfo(self.bias.dtype).min)
-            self.visible[..., 0] = self.bias[..., -1]
 
     def grow_cache(self, rows: int, length: int) -> None:
         """Make room for so many rows and positions. The capacity is a power of two of at least 32;
         of at least 320 with static, where empty positions cost less than another graph."""
-        capacity = 32 << max(0, math.ceil(math.log2(max(1, length) / 32)))
-        if self.static:
-            capacity = max(320, capacity)
+        capacity = max(320 if self.static else 32, 1 << (length - 1).bit_length())
         old = self.cache
         self.cache = old.new_zeros(len(old), rows, old.size(2), capacity, old.size(4))
         self.cache[:, :old.size(1), :, :old.size(3)] = old
@@ -448,7 +427,6 @@ class Decoder:
         bias = self.model.decoder.position_bias(positions[-1:], positions)
         self.bias = bias.to(self.cache.dtype)  # of distances capacity - 1 .. 0
         self.visible = torch.full_like(self.bias, torch.finfo(self.bias.dtype).min)
-        self.visible[..., 0] = self.bias[..., -1]
         self.forget_graphs()
 
     def forget_graphs(self) -> None:
@@ -458,49 +436,45 @@ class Decoder:
     @torch.inference_mode()
     def step(self, ids: Tensor) -> tuple[Tensor, Tensor]:
         """The newest ids (rows,) -> float32 logits (rows, V) of the next, hidden (rows, D)."""
-        place = self.length + self.static
-        if place >= self.cache.size(3):
-            self.grow_cache(self.cache.size(1), place + 1)
+        if self.length == self.cache.size(3):
+            self.grow_cache(self.cache.size(1), self.length + 1)
+        self.place.fill_(self.length)
         self.length += 1
+        bias = self.bias[..., -self.length:]
         if not self.static:
-            return self.forward(ids, place, self.length, self.bias[..., -self.length:])
-        self.visible[..., 1:self.length] = self.bias[..., -self.length:-1]
-        replays = ids.is_cuda and self.step_counts[self.rows] > 8
-        if replays and Decoder.graph_owner() in (None, self):
-            logits, hidden = self.replay(ids)
-        else:
-            logits, hidden = self.forward(ids, 0, self.cache.size(3), self.visible)
-        self.cache[:, :self.rows, :, place] = self.cache[:, :self.rows, :, 0]
+            return self.forward(ids, bias)
+        self.visible[..., :self.length] = bias
         self.step_counts[self.rows] += 1
-        return logits, hidden
+        if ids.is_cuda and self.step_counts[self.rows] > 9:
+            return self.replay(ids)
+        return self.forward(ids, self.visible)
 
     def replay(self, ids: Tensor) -> tuple[Tensor, Tensor]:
         """The static step as a CUDA graph, captured at the first call for this number of rows."""
         if self.rows not in self.graphs:
             graph, graph_ids = torch.cuda.CUDAGraph(), ids.clone()
-            Decoder.graph_owner = weakref.ref(self)
             # thread_local: other threads, such as TensorBoard's, may use the GPU meanwhile
             with torch.cuda.device(ids.device), torch.cuda.graph(
                     graph, capture_error_mode="thread_local"):
-                result = self.forward(graph_ids, 0, self.cache.size(3), self.visible)
+                result = self.forward(graph_ids, self.visible)
             self.graphs[self.rows] = StepGraph(graph, graph_ids, *result)
         step = self.graphs[self.rows]
         step.ids.copy_(ids)
         step.graph.replay()
         return step.logits.clone(), step.hidden.clone()
 
-    def forward(self, ids: Tensor, place: int, end: int, bias: Tensor) -> tuple[Tensor, Tensor]:
-        """Run ids (rows,) through the decoder. Their keys and values go to `place` in the cache,
-        and they attend to the positions before `end` with bias (1, H, 1, end)."""
+    def forward(self, ids: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+        """Run ids (rows,) through the decoder. Their keys and values go to self.place in the cache,
+        and they attend to its first L positions, which bias (1, H, 1, L) is for."""
         rows = self.rows
-        newest = self.cache[:, :rows, :, place].unflatten(0, (-1, 2)).transpose(1, 2)
-        past = self.cache[:, :rows, :, :end].unbind()
+        past = self.cache[:, :rows, :, :bias.size(3)].unbind()
         x = self.model.shared(ids)  # (rows, D)
         if x.dtype == torch.float16:  # sums of many layers can pass its 65,504
             x = x.float()
         for i, layer in enumerate(self.products.layers):
             qkv = layer.qkv(layer.norm(x)).view(rows, 3, *self.heads)
-            newest[i].copy_(qkv[:, 1:])  # (rows, 2, H, K)
+            newest = qkv[:, 1:].transpose(0, 1).unsqueeze(3).to(self.cache.dtype)
+            self.cache[2 * i:2 * i + 2, :rows].index_copy_(3, self.place, newest)
             q, keys, values = qkv[:, 0].unsqueeze(2), past[2 * i], past[2 * i + 1]
             y = attend(q, keys, values, bias)  # (rows, H, 1, K)
             x = x + layer.out(y.view(rows, -1))
@@ -508,7 +482,7 @@ class Decoder:
             q = q.transpose(1, 2)  # (B, H, N, K): the N rows of a source are its queries
             y = attend(q, *self.sources[i], self.mask)
             x = x + layer.cross_out(y.transpose(1, 2).reshape(rows, -1))
-            x = torch.add(x, layer.feed_forward(layer.feed_norm(x)), alpha=layer.feed_scale)
+            x = layer.feed(x)
         hidden = self.products.to_head(x)
         return self.products.head(hidden).float(), hidden
 
@@ -520,19 +494,18 @@ class Decoder:
     @torch.inference_mode()
     def select(self, rows: Tensor, sources: Tensor | None = None) -> None:
         """Keep these rows, in this order, some perhaps several times; and these sources."""
-        used = self.length + self.static
         if sources is not None:
             self.mask = self.mask[sources]
             self.sources = [(k[sources], v[sources]) for k, v in self.sources]
         if len(rows) > self.cache.size(1):
-            self.grow_cache(len(rows), used)
+            self.grow_cache(len(rows), self.length)
         if rows.is_cuda:
-            self.cache[:, :len(rows), :, :used] = self.cache[:, rows, :, :used]
+            self.cache[:, :len(rows), :, :self.length] = self.cache[:, rows, :, :self.length]
         else:  # copy only the rows that move
             moved = [(to, row) for to, row in enumerate(rows.tolist()) if to != row]
-            copies = [self.cache[:, row, :, :used].clone() for _, row in moved]
+            copies = [self.cache[:, row, :, :self.length].clone() for _, row in moved]
             for (to, _), copy in zip(moved, copies):
-                self.cache[:, to, :, :used] = copy
+                self.cache[:, to, :, :self.length] = copy
         self.rows = len(rows)
         if sources is not None:
             self.forget_graphs()
@@ -540,7 +513,6 @@ class Decoder:
 
 # --- strategies -----------------------------------------------------------------------------------
 
-NO_TOKEN = "no token is left to choose: lower --no_repeat_ngram_size or --min_new_tokens"
 FINISHED = -1e9  # added to the score of a beam that may not go on: finite, as in transformers
 RANGES = {
     "max_new_tokens": (1, 1 << 20), "min_new_tokens": (0, 1 << 20), "num_beams": (1, 1000),
@@ -627,6 +599,8 @@ class GenerationConfig:
             lower = torch.where(seen < 0, seen * self.repetition_penalty,
                                 seen / self.repetition_penalty)
             scores = scores.scatter(1, ids, lower)
+        if ids.size(1) - 1 < self.min_new_tokens:
+            scores[:, eos] = -math.inf
         n = self.no_repeat_ngram_size
         if 0 < n <= ids.size(1):
             grams = ids.unfold(1, n, 1)  # (N, L - n + 1, n)
@@ -635,9 +609,8 @@ class GenerationConfig:
             forbidden = scores.new_tensor(-math.inf)
             scores = scores.index_put((rows, grams[rows, at, -1]), forbidden)
             if bool(scores.amax(-1).isneginf().any()):  # nonzero has waited for the device anyway
-                raise ValueError(NO_TOKEN)
-        if ids.size(1) - 1 < self.min_new_tokens:
-            scores[:, eos] = -math.inf
+                raise ValueError("no token is left to choose: lower --no_repeat_ngram_size or "
+                                 "--min_new_tokens")
         return self.filter(scores / self.temperature) if self.do_sample else scores
 
     def filter(self, scores: Tensor) -> Tensor:
@@ -678,15 +651,6 @@ def generate(model: ChatLM, input_ids: Tensor, attention_mask: Tensor | None = N
     return ids.clone()  # an ordinary tensor, usable outside of inference mode
 
 
-def draw(scores: Tensor, count: int) -> Tensor:
-    """Sample indices (N, count) from scores (N, V). Raises ValueError if every token is forbidden.
-    """
-    try:
-        return torch.multinomial(scores.softmax(-1), count)
-    except RuntimeError:  # on a CPU; a GPU would fail later, so process checks before it
-        raise ValueError(NO_TOKEN) from None
-
-
 @torch.inference_mode()
 def steps(model: ChatLM, input_ids: Tensor, attention_mask: Tensor | None,
           config: GenerationConfig, idle: list[Decoder] | None = None) -> Iterator[Tensor]:
@@ -717,7 +681,10 @@ def decode(decoder: Decoder, input_ids: Tensor, config: GenerationConfig) -> Ite
     for length in range(1, config.max_new_tokens + 1):
         logits = decoder.step(ids[rows, length - 1])[0]
         scores = config.process(logits, ids[rows, :length], c.eos_token_id)
-        chosen = draw(scores, 1)[:, 0] if config.do_sample else scores.argmax(-1)
+        if config.do_sample:
+            chosen = scores.softmax(-1).multinomial(1)[:, 0]
+        else:
+            chosen = scores.argmax(-1)
         chosen = torch.where(alive, chosen, c.pad_token_id)
         ids[rows, length] = chosen
         yield ids[:, :length + 1]
@@ -760,7 +727,7 @@ class Beams:
         prompts, n, vocab = scores.shape
         total = (scores + self.scores[:, :, None]).flatten(1)
         if config.do_sample:
-            index = draw(total, 2 * n)
+            index = total.softmax(-1).multinomial(2 * n)
             best = total.gather(1, index)
         else:
             best, index = total.topk(2 * n)
@@ -953,8 +920,7 @@ def triples(text: str) -> set[str]:
 
 def losses(model: ChatLM, tokenizer: Tokenizer, rows: list[dict], max_len: int,
            batch_size: int = 16) -> tuple[float, int, int]:
-    """The responses' sum of nats, number of tokens, and characters that these stand for; each
-    response cut to max_len tokens."""
+    """Nats, tokens and characters of the responses, each cut to max_len tokens, summed."""
     nats, tokens, chars = 0.0, 0, 0
     device, progress = model.shared.weight.device, Progress("losses", total=len(rows))
     for begin in range(0, len(rows), batch_size):
@@ -995,16 +961,17 @@ def score(model: ChatLM, tokenizer: Tokenizer, rows: list[dict], max_len: int = 
 # --- multiple choice ------------------------------------------------------------------------------
 
 CHOICES = "ABCD"
+CHOICE_COLUMNS = ("question", *CHOICES.lower(), "answer")  # in any case
 
 
 def read_choices(path: Path) -> list[dict[str, str]]:
-    """Rows with question, a, b, c, d and answer, in any case, as C-Eval and CMMLU publish them.
-    Raises ValueError for a row without one of them."""
+    """Questions with four choices, as C-Eval and CMMLU publish them. Raises ValueError for a row
+    without one of the columns."""
     found = []
     for i, row in enumerate(Rows(path), 1):
         row = {str(name).lower(): str(value).strip() for name, value in row.items()
                if value is not None}
-        missing = [name for name in ("question", *CHOICES.lower(), "answer") if not row.get(name)]
+        missing = [name for name in CHOICE_COLUMNS if not row.get(name)]
         if missing:
             raise ValueError(f"{path}, row {i:,} has no {missing[0]}")
         row["answer"] = row["answer"].upper()
@@ -1012,11 +979,6 @@ def read_choices(path: Path) -> list[dict[str, str]]:
             raise ValueError(f"{path}, row {i:,}: answer {row['answer']!r} is not A, B, C or D")
         found.append(row)
     return found
-
-
-def is_choices(row: dict) -> bool:
-    """Whether a row is a question with four choices."""
-    return {"question", *CHOICES.lower(), "answer"} <= {str(name).lower() for name in row}
 
 
 @torch.no_grad()
@@ -1071,13 +1033,11 @@ def score_subjects(model: ChatLM, tokenizer: Tokenizer, files: list[Path], max_l
         rows = read_choices(path)
         if not rows:
             note_once(f"note: {path} has no questions and is skipped")
-        else:
-            right = score_choices(model, tokenizer, rows, max_len, batch_size)
-            shares.append([n / len(rows) for n in right])
-            letter, text = (100 * share for share in shares[-1])
-            print(f"{len(rows):>10,}  {letter:>5.1f} %  {text:>5.1f} %  {path.stem}")
-    if not shares:
-        raise ValueError(f"{files[0]} has no questions")
+            continue
+        right = score_choices(model, tokenizer, rows, max_len, batch_size)
+        shares.append([n / len(rows) for n in right])
+        letter, text = (100 * share for share in shares[-1])
+        print(f"{len(rows):>10,}  {letter:>5.1f} %  {text:>5.1f} %  {path.stem}")
     letter, text = (sum(column) / len(shares) for column in zip(*shares))
     print(f"{'mean':>10}  {100 * letter:>5.1f} %  {100 * text:>5.1f} %")
     return {"subjects": len(shares), "accuracy_letter": letter, "accuracy_text": text,
@@ -1147,12 +1107,12 @@ MAX_WINDOW = 4096  # prompts of a file that are sorted by length together
 
 
 def read_prompts(rows: Rows) -> Iterator[str]:
-    """The column prompt, or text, such as the lines of a .txt file, of which blank ones are
-    skipped. Raises ValueError for a row without."""
-    for i, row in enumerate(rows, 1):
+    """Yield the column prompt, or text: a line of a .txt file, unless it is blank. Raises
+    ValueError for a row without either."""
+    for row in rows:
         prompt = row.get("prompt", row.get("text"))
         if type(prompt) is not str:
-            raise ValueError(f"{rows.files[0]}, row {i:,} has no text in prompt; its columns are "
+            raise ValueError(f"{rows.place()} has no text in prompt; its columns are "
                              f"{', '.join(map(str, row))}")
         if prompt.strip() or row.keys() != {"text"}:
             yield prompt
@@ -1195,9 +1155,9 @@ def answer_file(model: ChatLM, tokenizer: Tokenizer, source: str, target: str, b
     """Append {"prompt", "response"} lines to target, in the order of source, after the answers that
     it has already; with num_return_sequences "responses", a list.
 
-    made_by: model and settings; they are kept in a hidden file next to target, so answers of others
-    are never mixed. outputs: more files not to read. Returns the number of rows written. Raises
-    ValueError if target is another file.
+    made_by: model and settings. They are kept in a hidden file next to target; a run with others is
+    refused. outputs: more files not to read. Returns the number of new rows. Raises ValueError if
+    target is another file.
     """
     out = Path(target)
     record = out.with_name(f".{out.name}.settings")
@@ -1238,7 +1198,7 @@ def write_answers(model: ChatLM, tokenizer: Tokenizer, prompts: Iterator[str], t
             mine = answers[i * n:(i + 1) * n]
             row = {"response": mine[0]} if n == 1 else {"responses": mine}
             lines.append(json.dumps({"prompt": prompt, **row}, ensure_ascii=False) + "\n")
-        # half a surrogate pair, which JSON may escape, is escaped again
+        # a lone surrogate, which JSON can escape, is written as its escape
         with write_errors(out), open(out, "a", encoding="utf-8", errors="backslashreplace") as f:
             f.writelines(lines)
             f.flush()
@@ -1268,8 +1228,8 @@ def known_turns(model: ChatLM) -> int:
 
 
 def with_history(tokenizer: Tokenizer, texts: list[str], turns: int, max_len: int) -> str:
-    """The prompt for the last of `texts`: question, answer, ..., question. It has as many of the
-    last questions as `turns`, with the answers between them, and as fit in max_len tokens."""
+    """Join the last `turns` questions of `texts` (question, answer, ..., question) and the answers
+    between them; fewer if they do not fit in max_len tokens."""
     texts = texts[1 - 2 * turns:]
     if turns > 1:
         texts = [text.replace(SEP, " ") for text in texts]
@@ -1455,12 +1415,10 @@ ROLES = ("user", "assistant")
 def read_messages(messages: Any) -> list[str]:
     """The texts of a conversation: question, answer, ..., question. Only the last messages in which
     user and assistant take turns count. Raises BadRequest."""
-    if type(messages) is not list or not messages:
+    if type(messages) is not list or not messages or any(type(m) is not dict for m in messages):
         raise BadRequest("messages must be a list of objects with role and content")
     texts: list[str] = []
     for message in reversed(messages):
-        if type(message) is not dict:
-            raise BadRequest("messages must be a list of objects with role and content")
         content = message.get("content")
         if type(content) is list:  # parts, of which text is understood
             texts_of = (part.get("text") for part in content if type(part) is dict)
@@ -1491,26 +1449,23 @@ class ChatRequest:
         self.answers = 1 if body.get("n") is None else body["n"]
         if type(self.answers) is not int or not 1 <= self.answers <= 16:
             raise BadRequest("n must be a whole number from 1 to 16")
-        options = defaults | STREAMING
-        limit = body.get("max_completion_tokens", body.get("max_tokens"))
-        for name, value in (("max_new_tokens", limit), ("temperature", body.get("temperature")),
-                            ("top_p", body.get("top_p"))):
-            if value is not None:
-                options[name] = value
-                options["do_sample"] = options["do_sample"] or name != "max_new_tokens"
-        if options["temperature"] == 0:
-            options["do_sample"] = False
-        options["min_new_tokens"] = min(options["min_new_tokens"], options["max_new_tokens"])
+        names = {"max_tokens": "max_new_tokens", "max_completion_tokens": "max_new_tokens",
+                 "temperature": "temperature", "top_p": "top_p"}
+        given = {names[name]: body[name] for name in names if body.get(name) is not None}
+        options = defaults | STREAMING | given
+        options["do_sample"] |= "temperature" in given or "top_p" in given
         try:
-            self.config = GenerationConfig(**options)
-        except (ValueError, TypeError) as e:
+            self.config = GenerationConfig(**options | {"min_new_tokens": 0})
+            least = min(options["min_new_tokens"], self.config.max_new_tokens)
+            self.config = replace(self.config, min_new_tokens=least)
+        except ValueError as e:
             raise BadRequest(str(e).replace("max_new_tokens", "max_tokens")) from None
         usage = body.get("stream_options")
         self.with_usage = type(usage) is dict and usage.get("include_usage") is True
 
 
 def until_stop(parts: Iterable[str], stops: list[str]) -> Iterator[str]:
-    """The text before the first of `stops`. What may be the beginning of one is held back."""
+    """Yield the text before the first of `stops`. Text that may begin one is held back."""
     held, longest = "", max(map(len, stops), default=1) - 1
     for part in parts:
         held += part
@@ -1540,18 +1495,19 @@ class ChatHandler(BaseHTTPRequestHandler):
         """Requests are not logged: prompts are private."""
 
     def do_GET(self) -> None:
-        if self.path.partition("?")[0] == "/":
+        path = self.path.partition("?")[0]
+        if path == "/":
             seen = self.server.turns
             about = f"模型能看到最近 {seen} 个问题。" if seen > 1 else "每个问题单独回答，模型不记得前文。"
             page = PAGE.replace("ABOUT", about).replace("TURNS", str(seen))
             self.reply(200, page.encode(), "text/html; charset=utf-8")
-        elif self.path == "/health":
+        elif path == "/health":
             self.reply(200, {"status": "ok"})
-        elif self.path == "/v1/models" and self.is_allowed():
+        elif path != "/v1/models":
+            self.refuse(404, f"there is no {path}")
+        elif self.is_allowed():
             model = {"id": self.server.name, "object": "model", "created": 0, "owned_by": "ChatLM"}
             self.reply(200, {"object": "list", "data": [model]})
-        elif self.path != "/v1/models":
-            self.refuse(404, f"there is no {self.path}")
 
     def do_POST(self) -> None:
         if self.path != "/v1/chat/completions":
@@ -1706,10 +1662,8 @@ def serve(model: ChatLM, tokenizer: Tokenizer, args: argparse.Namespace, options
         server = ChatServer(address, model, tokenizer, name, args.max_len, options, args.api_key)
     except OSError as e:
         raise ValueError(f"--serve {args.serve}: {e.strerror or e}") from None
-    seen = f"the last {server.turns} questions" if server.turns > 1 else "only the last message"
     print(f"http://{args.host}:{server.server_port}/ is a chat page; programs use "
-          f"http://{args.host}:{server.server_port}/v1. The model sees {seen} of a request. "
-          "Ctrl-C stops.", flush=True)
+          f"http://{args.host}:{server.server_port}/v1. Ctrl-C stops.", flush=True)
     try:
         server.serve_forever()
     except KeyboardInterrupt:
@@ -1837,10 +1791,8 @@ def parse_args() -> argparse.Namespace:
 
 
 def main() -> None:
-    args = parse_args()
-    flags = "--max_new_tokens or --num_beams (--batch_size is for files)"
-    with memory_hint("--batch_size" if args.input or args.score else flags):
-        run_command(args)
+    with memory_hint("--batch_size, --num_beams or --max_new_tokens"):
+        run_command(parse_args())
 
 
 def run_command(args: argparse.Namespace) -> None:
@@ -1882,7 +1834,7 @@ def score_file(args: argparse.Namespace, model: ChatLM, tokenizer: Tokenizer,
                options: dict) -> None:
     """Print scores on a file of pairs, or on files of multiple choice."""
     rows = Rows(args.score)
-    if is_choices(next(iter(rows), {})):
+    if {str(name).lower() for name in next(iter(rows), {})} >= set(CHOICE_COLUMNS):
         for field in fields(GenerationConfig):
             if getattr(args, field.name, None) is not None:
                 note_once(f"note: --{field.name} has no effect on multiple choice")
@@ -1892,6 +1844,7 @@ def score_file(args: argparse.Namespace, model: ChatLM, tokenizer: Tokenizer,
         pairs = list(rows)
         if not pairs:
             raise ValueError(f"{args.score} has no rows")
+        options = options | {"num_return_sequences": 1}
         result, _ = score(model, tokenizer, pairs, args.max_len, args.batch_size, **options)
         for name, value in result.items():
             shown = f"{value:,.4f}" if isinstance(value, float) else f"{value:,}"
