@@ -57,6 +57,7 @@ import re
 import shlex
 import sys
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -81,7 +82,6 @@ T5_DEFAULTS = {"vocab_size": 32128, "d_model": 512, "d_kv": 64, "d_ff": 2048, "n
                "num_heads": 8}  # what transformers assumes where a config.json leaves a field out
 T5_ALIASES = {"hidden_size": "d_model", "num_attention_heads": "num_heads",
               "num_hidden_layers": "num_layers", "head_dim": "d_kv"}
-FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 IGNORED = -100  # the label of padding
 LOSS_CHUNK_BYTES = 1 << 26  # logits that the loss holds at once
 CACHE_BYTES = 1 << 23  # logits that stay in a CPU's cache while several operations pass over them
@@ -153,9 +153,7 @@ class ChatLMConfig:
     @classmethod
     def from_pretrained(cls, folder) -> "ChatLMConfig":
         """Read config.json, and token ids from generation_config.json, which transformers prefers.
-
-        Raises FileNotFoundError without a config.json, ValueError if it is not a T5's or a value
-        means nothing here.
+        Raises FileNotFoundError without a config.json, ValueError for an unsupported model.
         """
         path = Path(folder) / "config.json"
         if not path.is_file() and (Path(folder) / "adapter_config.json").is_file():
@@ -207,8 +205,8 @@ class ChatLMConfig:
 
 
 def empty_embedding(rows: int, width: int) -> nn.Embedding:
-    """An nn.Embedding without initial values. nn.Embedding's own initialization imports torch's
-    compiler when the device is "meta", which takes a second."""
+    """An nn.Embedding without initial values: on "meta", filling them would import torch's compiler
+    and take a second."""
     return nn.Embedding.from_pretrained(torch.empty(rows, width), freeze=False)
 
 
@@ -245,8 +243,7 @@ class Linear(nn.Linear):
     """x -> x @ weight.T, without a bias.
 
     In 16 bits on a CPU, oneDNN compiles a kernel for every new number of rows, which takes longer
-    than the product. The number of tokens differs in every batch, so under autocast the rows are
-    padded with zeros to a multiple of ROW_BLOCK: few kernels are compiled, and used again.
+    than the product. So under autocast the rows are padded with zeros to a multiple of ROW_BLOCK.
     """
 
     def __init__(self, inputs: int, outputs: int, device=None, dtype=None):
@@ -260,10 +257,6 @@ class Linear(nn.Linear):
         y = F.linear(pad_rows(rows, row_block(self.weight)), self.weight)
         return y[:len(rows)].view(*x.shape[:-1], self.out_features)
 
-
-def pad_to_8(length: int) -> int:
-    """The next multiple of 8: the row length at which attention kernels on GPUs can read a mask."""
-    return length + -length % 8
 
 
 class RMSNorm(nn.Module):
@@ -308,9 +301,8 @@ def relative_position_bucket(distance: Tensor, bidirectional: bool, num_buckets:
 
 
 class Attention(nn.Module):
-    """Multi-head attention without biases, and without the scale 1/sqrt(K): T5 makes q smaller
-    at initialization instead. has_position_bias: True in a stack's first layer; its bias serves all
-    layers."""
+    """Multi-head attention without biases. There is no scale 1/sqrt(K): T5 makes q smaller at
+    initialization instead. has_position_bias: for the first layer of a stack."""
 
     def __init__(self, config: ChatLMConfig, has_position_bias: bool = False):
         super().__init__()
@@ -451,8 +443,8 @@ class Stack(nn.Module):
         return bias.permute(2, 0, 1)[None].contiguous()  # as GPU kernels need it
 
     def forward(self, x: Tensor, *context: Tensor) -> Tensor:
-        """x (B, L, D) through all blocks. With checkpoint_activations, only the input of each block
-        is kept for backward, which computes the rest again."""
+        """x (B, L, D) through all blocks. With checkpoint_activations, backward runs each block
+        again instead of keeping its activations."""
         for block in self.block:
             if self.checkpoint_activations and torch.is_grad_enabled():
                 x = checkpoint(block, x, *context, use_reentrant=False)
@@ -488,8 +480,8 @@ class ChatLM(nn.Module):
             attention_mask = torch.ones_like(input_ids)
         x = self.encoder.dropout(self.shared(input_ids))
         length, dtype = input_ids.size(1), compute_dtype(self.shared.weight)
-        positions = torch.arange(pad_to_8(length), device=x.device)
-        # cast once for all layers; rows are padded to a multiple of 8, then sliced, to be aligned
+        # attention on GPUs reads masks whose rows begin at multiples of 8: pad, then slice
+        positions = torch.arange(length + -length % 8, device=x.device)
         padded = F.pad(attention_mask, (0, len(positions) - length))
         mask = (padded[:, None, None, :] == 0).to(dtype) * torch.finfo(dtype).min
         bias = self.encoder.position_bias(positions[:length], positions).to(dtype) + mask
@@ -502,7 +494,7 @@ class ChatLM(nn.Module):
         norm and scale: times head_weight they are logits."""
         x = self.decoder.dropout(self.shared(decoder_input_ids))
         length, dtype = decoder_input_ids.size(1), compute_dtype(self.shared.weight)
-        keys = torch.arange(pad_to_8(length), device=x.device)
+        keys = torch.arange(length + -length % 8, device=x.device)  # as in encode
         queries = keys[:length]
         bias = self.decoder.position_bias(queries, keys).to(dtype)
         bias = bias.masked_fill(keys > queries[:, None], torch.finfo(dtype).min)
@@ -548,10 +540,8 @@ class ChatLM(nn.Module):
 
     def loss_sum(self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor,
                  targets: Tensor | None = None) -> Tensor:
-        """The loss for training, (): summed over the labels, without holding all logits.
-
-        targets: (N,) int64, flat positions of the labels that are not -100. Pass them to avoid a
-        device sync; None: find them here.
+        """The loss for training, (): summed over the labels, without holding all logits. targets:
+        (N,) int64, flat positions of labels that are not -100; if given, there is no device sync.
         """
         encoded, mask = self.encode(input_ids, attention_mask)
         hidden = self.decode(self.shift_right(labels), encoded, mask)
@@ -594,37 +584,18 @@ def find_targets(labels: Tensor) -> Tensor:
 
 
 class LinearCrossEntropy(torch.autograd.Function):
-    """sum_i -log softmax(hidden_i @ weight.T)[labels_i], one chunk of rows at a time.
+    """sum_i -log softmax(hidden_i @ weight.T)[labels_i].
 
-    hidden (N, D), weight (V, D), labels (N,) -> () float32. The gradient with respect to the logits
-    is softmax minus one-hot, so each chunk's gradients are computed while its logits are at hand,
-    and backward only scales them. This needs three matrix products, as many as without chunks, and
-    LOSS_CHUNK_BYTES of memory instead of N * V logits. Matrix products run in the autocast dtype;
-    the sum and the weight's gradient are float32.
+    hidden (N, D), weight (V, D), labels (N,) -> () float32. forward computes the gradients too, and
+    backward only scales them: three matrix products, as many as without chunks, and
+    LOSS_CHUNK_BYTES of memory instead of N * V logits.
     """
 
     @staticmethod
     def forward(ctx, hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
-        dtype = compute_dtype(weight)
-        grad_hidden = torch.empty_like(hidden) if hidden.requires_grad else None
-        grad_weight = None
-        if weight.requires_grad:
-            grad_weight = torch.zeros_like(weight, dtype=torch.float32)
-        loss = hidden.new_zeros((), dtype=torch.float32)
-        with torch.autocast(hidden.device.type, enabled=False):
-            w = weight.to(dtype)
-            for part, h, logits in logit_chunks(hidden.to(dtype), w):
-                label = labels[part]
-                loss += logits_to_gradient(logits[:len(label)], label)
-                if grad_hidden is not None:
-                    grad_hidden[part] = (logits @ w)[:len(label)]
-                if grad_weight is None:
-                    continue
-                if dtype == torch.float32:
-                    grad_weight.addmm_(logits.T, h)
-                else:
-                    grad_weight.add_(logits.T @ h)
-        ctx.save_for_backward(grad_hidden, grad_weight)
+        loss, *gradients = head_gradients(hidden, weight, labels, compute_dtype(weight),
+                                          hidden.requires_grad, weight.requires_grad)
+        ctx.save_for_backward(*gradients)
         return loss
 
     @staticmethod
@@ -633,12 +604,8 @@ class LinearCrossEntropy(torch.autograd.Function):
 
 
 class LinearLogProbs(torch.autograd.Function):
-    """log softmax(hidden_i @ weight.T)[labels_i], one chunk of rows at a time.
-
-    hidden (N, D), weight (V, D), labels (N,) -> (N,) float32. The gradient with respect to the
-    logits is one-hot minus softmax, times the gradient of each row, which is known only in
-    backward: so that computes the logits of each chunk again. Otherwise like LinearCrossEntropy.
-    """
+    """log softmax(hidden_i @ weight.T)[labels_i] -> (N,) float32. Like LinearCrossEntropy, but the
+    gradient of each row is known only in backward, so that computes the logits again."""
 
     @staticmethod
     def forward(ctx, hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
@@ -657,26 +624,41 @@ class LinearLogProbs(torch.autograd.Function):
     def backward(ctx, grad: Tensor):
         hidden, weight, labels = ctx.saved_tensors
         needs_hidden, needs_weight, _ = ctx.needs_input_grad
-        grad_hidden = torch.empty_like(hidden) if needs_hidden else None
-        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if needs_weight else None
-        with torch.autocast(hidden.device.type, enabled=False):
-            w = weight.to(ctx.dtype)
-            for part, h, logits in logit_chunks(hidden.to(ctx.dtype), w):
-                label = labels[part]
-                logits_to_gradient(logits[:len(label)], label)
-                logits[:len(label)] *= -grad[part, None]
-                if grad_hidden is not None:
-                    grad_hidden[part] = (logits @ w)[:len(label)]
-                if grad_weight is not None:
-                    grad_weight += logits.T @ h
-        return grad_hidden, grad_weight, None
+        _, *gradients = head_gradients(hidden, weight, labels, ctx.dtype, needs_hidden,
+                                       needs_weight, -grad)
+        return *gradients, None
+
+
+def head_gradients(hidden: Tensor, weight: Tensor, labels: Tensor, dtype: torch.dtype,
+                   needs_hidden: bool, needs_weight: bool, scale: Tensor | None = None
+                   ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """The loss of LinearCrossEntropy, (), and its gradients, one chunk of rows at a time. dtype: of
+    the matrix products; the loss and the weight's gradient are float32. scale: (N,), a factor for
+    each row's gradient. The gradient of the logits is softmax minus one-hot."""
+    grad_hidden = torch.empty_like(hidden) if needs_hidden else None
+    grad_weight = torch.zeros_like(weight, dtype=torch.float32) if needs_weight else None
+    loss = hidden.new_zeros((), dtype=torch.float32)
+    with torch.autocast(hidden.device.type, enabled=False):
+        w = weight.to(dtype)
+        for part, h, logits in logit_chunks(hidden.to(dtype), w):
+            label = labels[part]
+            loss += logits_to_gradient(logits[:len(label)], label)
+            if scale is not None:
+                logits[:len(label)] *= scale[part, None]
+            if grad_hidden is not None:
+                grad_hidden[part] = (logits @ w)[:len(label)]
+            if grad_weight is not None and dtype == torch.float32:
+                grad_weight.addmm_(logits.T, h)  # without a temporary as large as the weight
+            elif grad_weight is not None:
+                grad_weight += logits.T @ h
+    return loss, grad_hidden, grad_weight
 
 
 def logit_chunks(hidden: Tensor, weight: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
-    """hidden (N, D), weight (V, D) of one dtype -> for each chunk of n rows, their slice, their
-    hidden states (M, D) and their logits (M, V), which the next chunk overwrites. In the last chunk
-    M may be larger than n: those rows are zeros (see Linear), and must stay zeros. Rows of the
-    buffer start on a cache line: a third less time."""
+    """hidden (N, D), weight (V, D) of one dtype -> for each chunk of n rows: their slice, hidden
+    states (M, D) and logits (M, V), which the next chunk overwrites. M >= n: a CPU needs rows in
+    multiples (see Linear), so the last chunk ends with rows of zeros, which must stay zeros. Logits
+    start on a cache line, which saves a third of the time."""
     n, block = len(hidden), row_block(weight)
     rows = LOSS_CHUNK_BYTES // (weight.element_size() * len(weight)) // block * block or block
     hidden, width = pad_rows(hidden, block), -(-len(weight) // 64) * 64
@@ -769,14 +751,14 @@ def init_weights(model: ChatLM) -> None:
 class Bigrams:
     """Counts of which token follows which, and their best approximation of low rank.
 
-    Bigrams are the first thing that training learns, and they can be counted instead. How much
-    likelier v is after u than anywhere is the positive pointwise mutual information (Levy and
-    Goldberg 2014 show that word2vec factors it)
+    Bigrams are the first thing that training learns, but they can be counted. The positive
+    pointwise mutual information says how much likelier v is after u than elsewhere (word2vec
+    factors it too: Levy and Goldberg 2014):
 
         M[u, v] = max(0, log p(u, v) / (p(u) p(v)))  ~  a_u . b_v
 
-    a and b (V, R) are a singular value decomposition of M in which the pair (u, v) has weight
-    p(u) p(v). Both have mean square 1 under p; M is spread times their product.
+    a and b (V, R) are the singular value decomposition of M, with weight p(u) p(v) for each pair.
+    Both are scaled to mean square 1 under p; M is `spread` times their product.
     """
 
     def __init__(self, before: Tensor, after: Tensor, vocab_size: int, rank: int):
@@ -785,8 +767,7 @@ class Bigrams:
         u, v = pairs // vocab_size, pairs % vocab_size
         counts = torch.stack([torch.bincount(x, minlength=vocab_size) for x in (before, after)])
         self.counted = counts.any(0)  # (V,)
-        # add 0.3 to each count, so that no probability is 0, and take 0.5 from pairs, which
-        # chance overstates where a pair was seen once
+        # smoothing: no probability is 0, and a pair that was seen once counts half
         smooth = (counts + 0.3).double() / (len(after) + 0.3 * vocab_size)
         self.p_before, self.p_after = smooth  # (V,) each
         weight = (self.p_before[u] * self.p_after[v]).sqrt()
@@ -795,8 +776,7 @@ class Bigrams:
             warnings.simplefilter("ignore")
             matrix = torch.sparse_coo_tensor(torch.stack([u, v]), information * weight,
                                              (vocab_size, vocab_size)).to_sparse_csr()
-            # float64: close singular values make float32's rounding, which depends on the number
-            # of threads, visible in the vectors
+            # float64, or the vectors would depend visibly on the number of threads
             left, values, right = torch.svd_lowrank(matrix, rank, niter=1)
         self.spread = values.square().mean().sqrt()
         self.a = left / self.p_before.sqrt()[:, None]  # (V, R)
@@ -805,11 +785,11 @@ class Bigrams:
 
 @torch.no_grad()
 def init_bigrams(model: ChatLM, before: Tensor, after: Tensor) -> None:
-    """Initialize from unigram and bigram counts, so that the first logits are about
+    """Initialize from unigram and bigram counts, so that at first about
 
         logits[v after u] = log p(v) + a_u . b_v            (see Bigrams for a and b)
 
-    before, after: (N,) int64 on a CPU; each token of the answers, and the one in front of it.
+    before, after: (N,) int64 on a CPU, from answers: each token and the one that follows it.
 
     Row v of the embedding, which is the head too, is [constant | log p(v) | a_v | b_v]. The last
     feed-forward layer of the decoder reads the row of token u from the stream and adds
@@ -818,10 +798,11 @@ def init_bigrams(model: ChatLM, before: Tensor, after: Tensor) -> None:
         row of u    constant   log p(u)   a_u   b_u        what the head multiplies
         carried         0      constant    0    a_u        with [constant | log p(v) | a_v | b_v]
 
-    It also subtracts the row itself, or each token would predict its like. relu(x) - relu(-x) = x
-    makes a ReLU layer linear. The other layers start smaller, by 1/sqrt(their number) as in GPT-2:
-    larger ones hide the counts, smaller ones learn late. Tokens that were not counted keep random
-    values. Raises ValueError for an untied head, and gated or narrow feed-forward layers.
+    It also subtracts the row itself; otherwise each token would predict tokens like itself. As
+    relu(x) - relu(-x) = x, the ReLU layer is linear here. The other layers start smaller, by
+    1/sqrt(their number) as in GPT-2: larger ones hide the counts, smaller ones learn late. Tokens
+    that were not counted keep random values. Raises ValueError for an untied head, and for gated or
+    narrow feed-forward layers.
     """
     c, last = model.config, model.decoder.block[-1].layer[-1].DenseReluDense
     tied = c.tie_word_embeddings and c.scale_decoder_outputs
@@ -1035,7 +1016,8 @@ def load_model(cls: type[ChatLM], folder, dtype: torch.dtype | None, device) -> 
         if name in weights and not torch.equal(weights[name], shared):
             raise ValueError(f"{folder}: {name} differs from the shared embedding: such models are "
                              "not supported")
-    dtype = dtype or common_dtype(weights, folder)
+    stored = common_dtype(weights, folder)
+    dtype = dtype or stored
     head = weights.get("lm_head.weight")
     config.tie_word_embeddings = head is None or torch.equal(head, shared)
     weights["shared.weight"] = shared
@@ -1057,14 +1039,14 @@ def load_model(cls: type[ChatLM], folder, dtype: torch.dtype | None, device) -> 
 
 def common_dtype(weights: dict[str, Tensor], folder) -> torch.dtype:
     """The dtype of most numbers: transformers keeps some weights of half a model in float32. Raises
-    ValueError for weights that are not floats of 16 bits or more."""
-    numbers: dict[torch.dtype, int] = {}
+    ValueError for quantized weights."""
+    numbers: Counter[torch.dtype] = Counter()
     for name, w in weights.items():
-        if w.dtype not in FLOATS:
+        if not w.is_floating_point() or w.element_size() < 2:
             raise ValueError(f"{folder}: {name} has dtype {w.dtype}: quantized weights are not "
                              "read")
-        numbers[w.dtype] = numbers.get(w.dtype, 0) + w.numel()
-    return max(numbers, key=numbers.__getitem__)
+        numbers[w.dtype] += w.numel()
+    return numbers.most_common(1)[0][0]
 
 
 def read_weights(folder: Path) -> dict[str, Tensor]:

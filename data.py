@@ -152,14 +152,12 @@ class Rows:
     """The rows of files and folders, as dicts. It can be iterated over many times.
 
     Files are .parquet, .jsonl, .json (lines or one list), .csv or .txt, the text formats also .gz.
-    A line of a .txt file is {"text": line}. In folders, links are followed; hidden files, files of
-    unknown types and the command's own outputs are skipped, which is reported once.
+    A line of a .txt file is {"text": line}. Folders: see folder_files.
 
-    columns: every row must have text in these. A bad row raises ValueError, which names file and
-    row; with skip=True it is skipped and counted in `problems`, which restarts with every pass. Two
-    errors are never skipped: a first row without one of the columns, and an item of a JSON list
-    that is not an object. Raises FileNotFoundError, or ValueError for a damaged file or an unknown
-    type.
+    columns: every row must have text in these. Otherwise ValueError names file and row; with
+    skip=True, such rows and bad lines are skipped and counted in `problems`, which restarts with
+    every pass. Always an error: a first row without one of the columns, a damaged file, an item of
+    a JSON list that is not an object. A missing file raises FileNotFoundError.
     """
 
     def __init__(self, paths, columns: tuple[str, ...] = (), skip: bool = False,
@@ -521,8 +519,8 @@ def hash_files(paths: Iterable[str | Path]) -> str:
 
 @contextlib.contextmanager
 def atomic_write(path) -> Iterator[Path]:
-    """Yield a temporary path to write to; then sync it to disk and rename it to `path`, which is
-    thus always either the old file or the whole new one. After an error it is deleted."""
+    """Yield a temporary path to write to, then sync it and rename it to `path`. Readers see the old
+    file or the complete new one. After an error the temporary file is deleted."""
     temporary = Path(f"{path}.{os.getpid()}.tmp")
     try:
         yield temporary
@@ -571,7 +569,7 @@ def locked(path, message: str, patience_s: float = 0.0) -> Iterator[None]:
                 if time.monotonic() - begin_s >= patience_s:
                     raise ValueError(message) from None
                 time.sleep(0.1)
-            except OSError:  # a file system without locks
+            except OSError:  # this file system has no locks: go on without one
                 break
         yield
     finally:
@@ -596,7 +594,6 @@ class Writer:
         self.path, self.columns, self.total = Path(path), columns, 0
         self.batch: list[dict] = []
         check_parquet_path(self.path)
-        check_folder(self.path.parent)
 
     def __enter__(self) -> Self:
         pa = arrow()
@@ -616,20 +613,20 @@ class Writer:
 
     def flush(self) -> None:
         pa = arrow()
-        values = {c: [row[c] for row in self.batch] for c in self.columns}
         try:
-            table = pa.table(values, self.schema)
+            table = pa.Table.from_pylist(self.batch, self.schema)
         except UnicodeEncodeError:  # JSON may hold a lone surrogate, which is no character
-            values = {c: [v.encode("utf-8", "replace").decode() for v in column]
-                      for c, column in values.items()}
-            table = pa.table(values, self.schema)
+            rows = [{c: row[c].encode("utf-8", "replace").decode() for c in self.columns}
+                    for row in self.batch]
+            table = pa.Table.from_pylist(rows, self.schema)
         with write_errors(self.path, pa.ArrowException):
             self.parquet.write_table(table)
         self.total += len(self.batch)
         self.batch = []
 
     def finish(self) -> None:
-        """Write what is left; the file is not renamed yet."""
+        """Write the remaining rows and close the file, which gets its name when the `with` block
+        ends."""
         if self.batch:
             self.flush()
         with write_errors(self.path, arrow().ArrowException):
@@ -680,10 +677,9 @@ def write_pairs(path, rows: Iterable[dict], columns: tuple[str, ...] = PAIR) -> 
     return writer.total
 
 
-def refuse_empty(rows: int, inputs: list[str], problems: Problems) -> None:
+def refuse_empty(rows: int, inputs: list[str]) -> None:
     """Raise ValueError if there is nothing to write; an existing output stays."""
     if not rows:
-        problems.warn()
         names = ", ".join(map(str, inputs))
         raise ValueError(f"{names}: no row can be used, and nothing was written")
 
@@ -886,7 +882,7 @@ def is_sum(prompt: str) -> bool:
 def make_demo(seed: int = 0) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
     """(prompt, response) pairs for training and held-out ones.
 
-    For every fact one wording is held out; its template still occurs in training, with other facts.
+    For every fact, one wording is held out. Training has that wording with other facts.
     One in 20 sums is held out in every wording.
     """
     rng = random.Random(seed)
@@ -1012,8 +1008,8 @@ def clean_pair(prompt, response, min_chars: int, max_chars: int,
 
 
 # --- clean: sources -------------------------------------------------------------------------------
-# Each takes a raw row and returns (prompt, response), for preferences (prompt, chosen, rejected),
-# or the reason why the row is dropped.
+# Each function turns a raw row into (prompt, response), or (prompt, chosen, rejected) for
+# preferences, or returns why the row is dropped.
 
 
 def dice(a: str, b: str) -> float:
@@ -1039,8 +1035,8 @@ def from_webtext(row: dict):
 
 
 def read_turns(row: dict) -> list[tuple] | str:
-    """The questions and answers of a conversation as BELLE and ShareGPT publish them; a last
-    question without an answer is left out. Or why it is none."""
+    """The (question, answer) pairs of a BELLE or ShareGPT conversation, or why it is not one. A last
+    question without an answer is left out."""
     try:
         turns = [(str(turn["from"]), turn["value"]) for turn in row["conversations"]]
     except (TypeError, KeyError):
@@ -1119,17 +1115,14 @@ def from_wiki(row: dict):
         return "entry without a title"
     first, _, rest = text.strip().partition("\n")
     text = rest.strip() if first.strip() == title else text.strip()  # the title is repeated there
-    answer = ""
-    for sentence in re.findall(r"[^。！？\n]*[。！？\n]?", text):
-        if len(answer) + len(sentence) > 512:
-            break
-        answer += sentence
+    end = 1 + max(text.rfind(mark, 0, 512) for mark in "。！？\n")
+    answer = text[:end] if len(text) > 512 else text
     choice = xxhash.xxh3_64_intdigest(title.encode("utf-8", "replace")) % len(WIKI_PROMPTS)
     return WIKI_PROMPTS[choice] % title, answer
 
 
 class Source(NamedTuple):
-    """A public data set. fields: a row has those of one alternative."""
+    """A public data set. fields: alternatives; a row must have all fields of one of them."""
     convert: Callable
     fields: tuple[str, ...]  # alternatives, fields separated by spaces
     verbatim: bool = False  # do not change responses, however short
@@ -1448,7 +1441,7 @@ SHINGLE, BINS = 5, 128  # characters per shingle, values per signature
 EMPTY_BIN, FACTOR = np.uint32(0xFFFFFFFF), 0x9E3779B97F4A7C15
 DONORS = np.random.default_rng(1).permuted(np.tile(np.arange(BINS), (64, 1)), axis=1)
 BATCH_CHARS = 1 << 18  # texts are compared in batches of about this many characters
-# in a bucket, a text is compared with the first 4 and with the 2 before it; 32 in all buckets
+# a text is compared with the first 4 of its bucket and the 2 before it, and with 32 in all buckets
 COMPARE_FIRST, COMPARE_PREVIOUS, MAX_CANDIDATES = 4, 2, 32
 EQUAL, NEAR = "equal to an earlier one", "near-duplicate of an earlier one"
 
@@ -1472,6 +1465,7 @@ def compared_chars() -> np.ndarray:
     table = np.ones(0x110000, dtype=bool)
     table[:0x20000] = [not unicodedata.category(chr(c)).startswith(ignored)
                        for c in range(0x20000)]
+    table[0] = True  # the gaps of `shingles`
     return table
 
 
@@ -1482,31 +1476,24 @@ def shingles(texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
     Punctuation and spaces are left out. A shorter text is one shingle, padded with zeros; an empty
     one has none.
     """
+    gap = "\0" * (SHINGLE - 1)  # after every text: no shingle reads into the next one
+    texts = [text.replace("\0", "") + gap for text in texts]
     codes = to_codepoints("".join(texts))
     kept = compared_chars()[codes]
     text_ends = np.cumsum([0] + [len(text) for text in texts])
     ends = np.concatenate([[0], np.cumsum(kept)])[text_ends]
-    codes = np.append(codes[kept].astype(np.uint64), np.zeros(SHINGLE - 1, np.uint64))
-    begins, sizes = ends[:-1], np.diff(ends)
+    begins, sizes = ends[:-1], np.diff(ends) - len(gap)
+    counts = np.where(sizes > 0, np.maximum(sizes - SHINGLE + 1, 1), 0)
+    codes = codes[kept].astype(np.uint64)
     # a polynomial in the factor, of the 5 characters from each position on
     factor, square = np.uint64(FACTOR), np.uint64(FACTOR * FACTOR % 2 ** 64)
     pair = codes[:-1] * factor + codes[1:]
     hashes = (pair[:-3] * square + pair[2:-1]) * factor + codes[4:]
-    short = np.flatnonzero((sizes > 0) & (sizes < SHINGLE))
-    value = np.zeros(len(short), np.uint64)
-    for i in range(SHINGLE):
-        code = codes[np.minimum(begins[short] + i, len(codes) - 1)]
-        value = value * factor + np.where(i < sizes[short], code, np.uint64(0))
-    hashes[begins[short]] = value
-    inside = np.ones(len(hashes), dtype=bool)
-    for i in range(1, SHINGLE):  # the last positions of a text would read into the next one
-        inside[ends[1:][sizes >= i] - i] = False
-    inside[begins[short]] = True
-    hashes = hashes[inside]
+    hashes = hashes[joined_ranges(begins, counts)]
     hashes ^= hashes >> np.uint64(29)
     hashes *= np.uint64(0xBF58476D1CE4E5B9)
     hashes ^= hashes >> np.uint64(32)
-    return hashes, np.where(sizes > 0, np.maximum(sizes - SHINGLE + 1, 1), 0)
+    return hashes, counts
 
 
 def minhash(texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
@@ -1573,19 +1560,21 @@ def bucket_pairs(keys: np.ndarray, rows: np.ndarray) -> np.ndarray:
     begins = np.flatnonzero(np.append(True, key[1:] != key[:-1]))
     place = np.arange(len(members)) - np.repeat(begins, np.diff(np.append(begins, len(members))))
     members &= np.uint64(0xFFFFFFFF)
-    distances = chain((np.full(len(place), i) for i in range(1, COMPARE_PREVIOUS + 1)),
-                      (place - i for i in range(COMPARE_FIRST)))
-    found = []
-    for distance in distances:
-        later = np.flatnonzero((distance > 0) & (distance <= place))
-        found.append(members[later] << np.uint64(32) | members[later - distance[later]])
-    return np.concatenate(found)
+    pairs = []
+    for distance in range(1, COMPARE_PREVIOUS + 1):
+        later = np.flatnonzero(place >= distance)
+        pairs.append((later, later - distance))
+    for first in range(COMPARE_FIRST):
+        later = np.flatnonzero(place > first)
+        pairs.append((later, later - place[later] + first))
+    return np.concatenate([members[later] << np.uint64(32) | members[earlier]
+                           for later, earlier in pairs])
 
 
 def find_candidates(exact: np.ndarray,
                     bands: Iterable[np.ndarray]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """exact (N,) hashes of texts, and the keys (N,) of every band -> True (N,) for the first of
-    equal texts; and the candidate pairs as later (M,) and earlier (M,) int64, sorted."""
+    """exact: (N,) hashes of texts; then the keys (N,) of every band. Returns first (N,), True for the
+    first of equal texts, and candidate pairs: later (M,) and earlier (M,) int64, sorted."""
     first = np.zeros(len(exact), dtype=bool)
     first[np.unique(exact, return_index=True)[1]] = True
     rows, pairs = np.flatnonzero(first).astype(np.uint64), np.empty(0, np.uint64)
@@ -1663,7 +1652,7 @@ def find_duplicates(items: Iterable, text_of: Callable, threshold: float = 0.85,
 
 def drop_near(keep: np.ndarray, later: np.ndarray, earlier: np.ndarray,
               sets: dict[int, np.ndarray], threshold: float, begin: int) -> None:
-    """Set keep[i] to False for texts i of `later` (sorted) that are near to an earlier one that
+    """Set keep[i] to False for a text i of `later` (sorted) that is near to an earlier text that
     stays. begin: the first text of this batch."""
     is_first = np.append(True, np.diff(later) > 0)[:len(later)]
     # cheap pass: one candidate per text, from before this batch, settles most duplicates
@@ -1714,8 +1703,8 @@ def dedup(inputs: list[str], out: str, threshold: float, against: str | None, wo
             raise ValueError(f"--against {against} has {', '.join(other_rows.columns)}, and the "
                              f"input has {', '.join(rows.columns)}: they cannot be compared")
         others = [row_text(row, other_rows.columns) for row in other_rows]
-        refuse_empty(len(others), [against], other_rows.problems)
         other_rows.problems.warn()
+        refuse_empty(len(others), [against])
     found = find_duplicates(Progress("rows", rows, passes=2),
                             lambda row: row_text(row, rows.columns), threshold, others, workers)
     with Writer(out, rows.columns) as writer:
@@ -1723,8 +1712,8 @@ def dedup(inputs: list[str], out: str, threshold: float, against: str | None, wo
             counts[reason or "kept"] += 1
             if not reason:
                 writer.write(row)
-        refuse_empty(counts["kept"], inputs, rows.problems)
-    report(counts, rows.problems)
+        report(counts, rows.problems)
+        refuse_empty(counts["kept"], inputs)
 
 
 # --- split, stats ---------------------------------------------------------------------------------
@@ -1753,8 +1742,8 @@ def split(inputs: list[str], out: str, valid: float, test: float) -> None:
         for writer in writers.values():
             writer.finish()  # all of them, before the first one is renamed
             counts[str(writer.path)] = writer.total
-        refuse_empty(counts.total(), inputs, rows.problems)
-    report(counts, rows.problems)
+        report(counts, rows.problems)
+        refuse_empty(counts.total(), inputs)
     for side in {"valid", "test"} - writers.keys():
         if paths[side].exists():
             note_once(f"warning: {paths[side]} is of an earlier split, and its rows may be in "
@@ -1803,25 +1792,6 @@ SLICE_ROWS = 1024  # rows that are read and tokenized at a time
 MAX_CHARS_PER_TOKEN = 16  # texts are cut to max_len times this before they are tokenized
 
 
-def is_text(kind) -> bool:
-    """Whether a column of this pyarrow type holds text: any string type, or a dictionary of one."""
-    types = arrow().types
-    if types.is_dictionary(kind):
-        kind = kind.value_type
-    return types.is_string(kind) or types.is_large_string(kind) or types.is_string_view(kind)
-
-
-def text_column(column):
-    """A text column (pyarrow Array or ChunkedArray, see is_text) as large_string, the type that
-    every function of pyarrow takes."""
-    pa = arrow()
-    if isinstance(column, pa.ChunkedArray):
-        return pa.chunked_array([text_column(c) for c in column.chunks], pa.large_string())
-    if pa.types.is_dictionary(column.type):
-        return column.dictionary.cast(pa.large_string()).take(column.indices)
-    return column.cast(pa.large_string())
-
-
 def open_parquet(path, columns: tuple[str, ...]):
     """A pyarrow ParquetFile. Raises FileNotFoundError, or ValueError for a damaged file or one that
     does not have the columns as text."""
@@ -1840,7 +1810,8 @@ def open_parquet(path, columns: tuple[str, ...]):
         if names.count(column) > 1:
             raise ValueError(f"{path} has the column {column!r} twice")
         kind = file.schema_arrow.field(column).type
-        if not is_text(kind):
+        text = kind.value_type if pa.types.is_dictionary(kind) else kind
+        if text not in (pa.string(), pa.large_string(), pa.string_view()):
             raise ValueError(f"{path}: column {column!r} holds {kind}, not text")
     return file
 
@@ -1896,7 +1867,7 @@ def read_slice(piece: Slice, columns: tuple[str, ...]):
     readers.clear()  # one is enough: slices of a row group are read in order
     readers[key] = at, batches
     table = pa.Table.from_batches(taken).slice(0, piece.rows)
-    return pa.table({column: text_column(table[column]) for column in columns})
+    return pa.table({column: table[column].cast("large_string") for column in columns})
 
 
 def read_window(job: WindowJob) -> Window:
@@ -1932,10 +1903,10 @@ def tokenize_column(column, job: WindowJob) -> tuple[np.ndarray, np.ndarray]:
     """Ids of all texts, each cut to max_len with [EOS] at its end, and offsets (rows + 1,)."""
     dtype = np.uint16 if len(job.tokenizer) <= 1 << 16 else np.int32
     ids, sizes = [np.empty(0, dtype)], [np.zeros(1, np.int64)]
+    limit = MAX_CHARS_PER_TOKEN * job.max_len
     for at in range(0, len(column), SLICE_ROWS):
-        texts = arrow().compute.utf8_slice_codeunits(column.slice(at, SLICE_ROWS), 0,
-                                                     MAX_CHARS_PER_TOKEN * job.max_len)
-        flat, lengths = job.tokenizer.encode_arrays(texts.to_pylist())
+        texts = [text[:limit] for text in column.slice(at, SLICE_ROWS).to_pylist()]
+        flat, lengths = job.tokenizer.encode_arrays(texts)
         cut = np.minimum(lengths, job.max_len)
         flat = flat[joined_ranges(np.cumsum(lengths) - lengths, cut)]
         flat[np.cumsum(cut) - 1] = EOS
@@ -1990,21 +1961,19 @@ class PairStream:
     """An endless sequence of batches, epoch after epoch: dicts of int64 tensors.
 
     input_ids and attention_mask (B, S), padding 0; labels (B, T), padding -100;
-    B * (S + T) <= micro_batch_tokens. With columns prompt, chosen, rejected there are
-    chosen_labels and rejected_labels instead, which both count, and rows (B,), their numbers in all
-    files. S and T are rounded up to multiples of round_to, for compiled kernels.
+    B * (S + T) <= micro_batch_tokens. With columns prompt, chosen, rejected: chosen_labels and
+    rejected_labels in place of labels, both within the limit, and rows (B,), their numbers in all
+    files. S and T are multiples of round_to, for compiled kernels.
 
-    The sequence is a function of (files, seed, epoch): row groups are shuffled and gathered into
-    windows; the rows of a window are shuffled and divided into batches of similar lengths, in
-    random order. A training step takes a group of G batches; rank r of W gets those numbered
-    r, r + W, ... within the group. Every rank tokenizes every window, so ranks never wait for
-    each other here, and a rank without a batch still moves on.
+    The sequence is a function of (files, seed, epoch): see the top of this file. A training step
+    takes a group of G batches; rank r of W takes numbers r, r + W, ... of it. Every rank tokenizes
+    every window, so ranks never wait for each other here.
 
-        row groups  3 0 2 | 5 1 4     windows     | b b b b b | b b b b     batches
-                                                  | 0 1 0 1 | 0 1 0 1 ...   ranks; G = 4, W = 2
+        batches  b b b b | b b b b | ...        G = 4, W = 2
+        rank     0 1 0 1 | 0 1 0 1 | ...
 
     state is the place of the next group, {"epoch", "window", "batch"}. It advances before the last
-    batch of a group is yielded, so a checkpoint taken after the step does not repeat the group.
+    batch of a group is yielded: a checkpoint after the step does not repeat the group.
     Rows without text in a column are skipped and reported once. Raises FileNotFoundError or
     ValueError (see open_parquet), and ChildProcessError if a background process was killed.
     """
@@ -2118,8 +2087,8 @@ class PairStream:
                   f"{unusable})", file=sys.stderr)
 
     def locate(self, epoch: int, window: int, batch: int) -> tuple[int, int, int]:
-        """Normalize a place: a batch number past the end of its window moves on to the next ones.
-        """
+        """The same place with `batch` inside its window: a larger number counts on into the next
+        windows."""
         empty = 0
         while batch >= (n := len(self.window(epoch, window).batches)):
             batch, (epoch, window) = batch - n, self._after(epoch, window)
@@ -2245,7 +2214,7 @@ def ordered_map(function: Callable, jobs: Iterable, workers: int,
 
 def start_worker() -> None:
     """In a background process: run at low priority, leave Ctrl-C to the parent, and exit when the
-    parent has gone, even by kill -9."""
+    parent exits, even after kill -9."""
     if hasattr(os, "nice"):
         os.nice(19)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -2279,7 +2248,7 @@ def main_module_hidden(function: Callable) -> Iterator[None]:
 
 
 def batches(items: Iterable, chars: int, length: Callable = len) -> Iterator[list]:
-    """Lists of items with about so many characters each, by length(item)."""
+    """Group items into lists of about so many characters each, by length(item)."""
     batch, size = [], 0
     for item in items:
         batch.append(item)
@@ -2344,8 +2313,7 @@ def number(kind: type, low: float, high: float = float("inf"), above: bool = Fal
 
 
 class AgreedError(ValueError):
-    """An error that every process of a distributed run raises: the first one on each machine prints
-    it."""
+    """An error that every rank raises. The first rank of each machine prints it."""
 
 
 @contextlib.contextmanager
@@ -2393,7 +2361,7 @@ def leave(text: str, status: int) -> None:
         line = " ".join(map(str.strip, text.splitlines()))
         print(f"{clear}{Path(sys.argv[0]).name}: {line}", file=sys.stderr)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        # at a normal exit, the threads of a process group would abort or wait for other processes
+        # do not exit normally: threads of the process group would abort, or wait for other ranks
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)

@@ -51,9 +51,8 @@ from torch import Tensor
 import data
 import sample
 import train
-from chatlm import IGNORED, ChatLM, LinearLogProbs, find_targets, load_adapter, merge_lora
+from chatlm import IGNORED, ChatLM, LinearLogProbs, load_adapter, merge_lora
 from data import (
-    AgreedError,
     ArgumentParser,
     PairStream,
     Progress,
@@ -98,12 +97,10 @@ def dpo_loss(policy_chosen: Tensor, policy_rejected: Tensor, ref_chosen: Tensor,
 
 
 def sequence_logps(model: ChatLM, encoded: Tensor, mask: Tensor, labels: Tensor,
-                   targets: Tensor | None = None) -> Tensor:
-    """Summed log-probabilities (B,) of labels (B, T), -100 ignored. targets: see ChatLM.loss_sum.
-    Logits exist for one chunk at a time, also in backward, which recomputes them."""
+                   targets: Tensor) -> Tensor:
+    """Summed log-probabilities (B,) of labels (B, T). targets: (N,), see train.to_device. Logits
+    exist for one chunk at a time, also in backward, which recomputes them."""
     hidden = model.decode(model.shift_right(labels), encoded, mask)  # (B, T, D)
-    if targets is None:
-        targets = find_targets(labels)
     label = labels.flatten().index_select(0, targets)
     logps = LinearLogProbs.apply(hidden.flatten(0, 1).index_select(0, targets),
                                  model.head_weight(), label)
@@ -112,11 +109,11 @@ def sequence_logps(model: ChatLM, encoded: Tensor, mask: Tensor, labels: Tensor,
 
 
 def pair_logps(model: ChatLM, batch: dict) -> tuple[Tensor, Tensor]:
-    """Log-probabilities (B,) of the chosen and of the rejected answers. batch: from PairStream or
+    """Log-probabilities (B,) of the chosen and of the rejected answers. batch: from
     train.to_device."""
     encoded, mask = model.encode(batch["input_ids"], batch["attention_mask"])
     chosen, rejected = (sequence_logps(model, encoded, mask, batch[f"{name}_labels"],
-                                       batch.get(f"{name}_targets"))
+                                       batch[f"{name}_targets"])
                         for name in ("chosen", "rejected"))
     return chosen, rejected
 
@@ -142,43 +139,67 @@ class Settings(train.Settings):
     def find_files(self, paths: list[str], ranks: train.Ranks) -> list[str]:
         return find_triples(paths, ranks, Path(self.out_dir))
 
+    def check(self) -> None:
+        if self.demo or not self.init_from:
+            raise ValueError("--init_from and --data are needed")
+        if self.label_smoothing and self.loss == "ipo":
+            raise ValueError("--label_smoothing has no effect with --loss ipo")
+        super().check()
+
 
 class Preference(train.Objective):
     """The DPO loss, against stored log-probabilities of the reference."""
     extra, shown = METRICS, ("loss", "margin", "accuracy")
 
-    def __init__(self, settings: train.Settings, ranks: train.Ranks, model: ChatLM,
-                 tokenizer: Tokenizer, init_hash: str | None):
+    def __init__(self, settings: Settings, ranks: train.Ranks, model: ChatLM,
+                 tokenizer: Tokenizer):
         super().__init__(settings, ranks, model, tokenizer)
-        self.references = {"data": self.reference(settings.data_files, "data", init_hash)}
-        self.batches: list[dict] = []
-        if settings.valid:
-            valid = self.reference(settings.valid_files, "valid", init_hash)
-            self.references["valid"] = valid
-            self.batches = list(self.stream(settings.valid_files).one_epoch())
-            own = sum(len(batch["rows"]) for batch in self.batches)
-            if not sum(ranks.all_gather(own)):
-                raise AgreedError(f"{settings.valid} has no usable row")
+        files = {"data": settings.data_files, "valid": settings.valid_files}
+        self.references = {name: self.reference(name, paths)
+                           for name, paths in files.items() if paths}
 
-    def stream(self, files: tuple[str, ...]) -> PairStream:
-        s = self.settings
-        return PairStream(files, self.tokenizer, s.micro_batch_tokens, s.max_len, 0,
-                          self.ranks.rank, self.ranks.world_size, columns=COLUMNS,
-                          round_to=s.round_to)
-
-    def reference(self, files: tuple[str, ...], name: str, init_hash: str | None) -> Tensor:
-        s, stream = self.settings, self.stream(files)
+    def reference(self, name: str, files: tuple[str, ...]) -> Tensor:
+        """Log-probabilities (rows, 2) of chosen and rejected under the starting model, on every
+        rank. They are read from checkpoint/ if they were computed of the same files with the same
+        settings. Otherwise the ranks share the work, and the first one writes them."""
+        s, ranks = self.settings, self.ranks
         path = Path(s.out_dir) / "checkpoint" / f"reference_{name}.safetensors"
         tokenizer_hash = xxhash.xxh3_64_hexdigest(self.tokenizer.to_json().encode())
-        identity = {"data": hash_files(files), "weights": str(init_hash), "max_len": str(s.max_len),
-                    "dtype": s.dtype, "tokenizer": tokenizer_hash}
-        return reference_logps(self.ranks, self.model, stream, path, identity)
+        identity = {"data": hash_files(files), "model": sample.model_hash(s.init_from),
+                    "max_len": str(s.max_len), "dtype": s.dtype, "tokenizer": tokenizer_hash}
+        stream = train.make_stream(s, ranks, self.tokenizer, files)
+        logps = torch.zeros(stream.rows, 2, device=ranks.device)
+        stored = read_reference(path, identity) if ranks.is_main else None
+        is_stored = ranks.all_gather(stored is not None)[0]
+        if stored is not None:
+            logps.copy_(stored)
+        elif not is_stored:
+            self.compute_reference(stream, logps)
+        ranks.all_reduce(logps)  # each row was filled by one rank, and is 0 on the others
+        if ranks.is_main and not is_stored:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with atomic_write(path) as temporary, write_errors(path, SafetensorError):
+                save_file({"logps": logps.cpu()}, temporary, identity)
+        return logps
 
-    def loss(self, batch: dict, source: str = "data") -> tuple[Tensor, ...]:
+    @torch.no_grad()
+    def compute_reference(self, stream: PairStream, logps: Tensor) -> None:
+        """Fill the rows (of logps, (rows, 2)) that are this rank's."""
+        progress = Progress("reference log-probabilities", total=stream.rows)
+        self.model.eval()
+        for batch in stream.one_epoch():
+            batch = train.to_device(batch, self.ranks.device)
+            with self.autocast():
+                logps[batch["rows"]] = torch.stack(pair_logps(self.model, batch), 1)
+            if self.ranks.is_main:
+                progress.add(len(batch["rows"]) * self.ranks.world_size)
+        progress.clear()
+
+    def loss(self, batch: dict, part: str = "data") -> tuple[Tensor, ...]:
         """Loss sum, number of pairs, and the sums of METRICS; () each."""
         s = self.settings
         chosen, rejected = pair_logps(self.model, batch)
-        ref_chosen, ref_rejected = self.references[source][batch["rows"]].unbind(1)
+        ref_chosen, ref_rejected = self.references[part][batch["rows"]].unbind(1)
         mean, chosen_rewards, rejected_rewards = dpo_loss(
             chosen, rejected, ref_chosen, ref_rejected, s.beta, s.label_smoothing, s.loss)
         if s.sft_alpha:
@@ -190,58 +211,18 @@ class Preference(train.Objective):
         return (mean * pairs, pairs, margins.sum(), (margins > 0).sum(), chosen.sum(),
                 rejected.sum(), log_ratio.sum())
 
-    def evaluate(self) -> dict:
-        sums = torch.zeros(2 + len(METRICS), dtype=torch.float64, device=self.ranks.device)
-        for batch in self.batches:
-            batch = train.to_device(batch, self.ranks.device)
-            sums += torch.stack([x.double() for x in self.loss(batch, "valid")])
-        total, pairs, *metrics = self.ranks.all_reduce(sums).tolist()
-        means = {f"val_{name}": x / pairs for name, x in zip(METRICS, metrics)}
-        return {"val_loss": total / pairs, **means}
-
-
-# --- the reference --------------------------------------------------------------------------------
-
-
-def reference_logps(ranks: train.Ranks, model: ChatLM, stream: PairStream, path: Path,
-                    identity: dict[str, str]) -> Tensor:
-    """Log-probabilities (rows, 2) of chosen and rejected under the starting model, on every rank.
-
-    They are read from path if they were computed with the same identity: data, weights, tokenizer
-    and settings. Otherwise the ranks share the work, and the first one writes path.
-    """
-    logps = torch.zeros(stream.rows, 2, device=ranks.device)
-    stored = read_reference(path, identity) if ranks.is_main else None
-    if ranks.all_gather(stored is not None)[0]:
-        if stored is not None:
-            logps.copy_(stored)
-        ranks.broadcast([logps])
-        return logps
-    if ranks.is_main:
-        print(f"computing the reference's log-probabilities of {stream.rows:,} triples", flush=True)
-    model.eval()
-    progress = Progress("triples", total=stream.rows)
-    dtype = getattr(torch, identity["dtype"])
-    autocast = torch.autocast(ranks.device.type, dtype, enabled=dtype != torch.float32)
-    with torch.no_grad(), autocast:
-        for batch in stream.one_epoch():
-            batch = train.to_device(batch, ranks.device)
-            logps[batch["rows"]] = torch.stack(pair_logps(model, batch), 1)
-            if ranks.is_main:
-                progress.add(len(batch["rows"]) * ranks.world_size)
-    progress.clear()
-    ranks.all_reduce(logps)  # each row was computed by one rank, and is 0 on the others
-    if ranks.is_main:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_write(path) as temporary, write_errors(path, SafetensorError):
-            save_file({"logps": logps.cpu()}, temporary, identity)
-    ranks.barrier()
-    return logps
+    def report(self, state: train.State) -> None:
+        s = self.settings
+        print(f"finished: {s.out_dir} ({state.step:,} steps, {data.duration(state.elapsed_s)}); "
+              "loss.svg in it is the curve")
+        if s.lora_rank:
+            base, adapter, out = map(shlex.quote, (s.init_from, s.out_dir, s.out_dir + "/merged"))
+            print(f"  python dpo.py merge --model {base} --adapter {adapter} --out {out}")
 
 
 def read_reference(path: Path, identity: dict[str, str]) -> Tensor | None:
-    """The stored log-probabilities. None if there is no file, or, with a note, if it is damaged or
-    has another identity."""
+    """The log-probabilities of the reference in a file. None if there is no file, or, with a note,
+    if it is damaged or has another identity."""
     if not path.is_file():
         return None
     try:
@@ -273,7 +254,7 @@ def find_triples(paths: list[str], ranks: train.Ranks, out_dir: Path) -> list[st
             if ranks.is_main and not Path(target).is_file():
                 rows = Rows(path, COLUMNS, outputs=[out_dir])
                 written = data.write_pairs(target, rows, COLUMNS)
-                data.refuse_empty(written, [path], data.Problems())
+                data.refuse_empty(written, [path])
             ranks.barrier()
             ranks.check(None if Path(target).is_file() else
                         f"{target} is not on this machine: --out_dir must be on a file system that "
@@ -287,7 +268,7 @@ def check_triples(file: str, shown: str) -> None:
     """Raise ValueError for the first row of a Parquet file that teaches nothing."""
     row = 0
     for batch in data.open_parquet(file, COLUMNS).iter_batches(8192, columns=list(COLUMNS)):
-        prompt, chosen, rejected = (data.text_column(batch[column]) for column in COLUMNS)
+        prompt, chosen, rejected = (batch[column].cast("large_string") for column in COLUMNS)
         wrong = {"prompt is empty": pc.equal(prompt, ""),
                  "chosen and rejected are the same": pc.equal(chosen, rejected)}
         for problem, rows in wrong.items():
@@ -313,31 +294,7 @@ def tune(argv: list[str]) -> None:
         help="share of pairs assumed to be labeled the wrong way round (default: 0)")
     add("--sft_alpha", type=number(float, 0),
         help="weight of an extra SFT loss on chosen answers (default: 0)")
-    args = parser.parse_args(argv)
-    ranks = train.Ranks.join(args.device)
-    with memory_hint(train.MEMORY_HINT), train.claimed(Path(args.out_dir), ranks):
-        saved = train.find_checkpoint(args.out_dir, args.resume, ranks)
-        if not saved and not (args.data and args.init_from):
-            parser.error("--init_from and --data are needed")
-        stored = saved["settings"] if saved else {}
-        if args.label_smoothing and (args.loss or stored.get("loss")) == "ipo":
-            raise ValueError("--label_smoothing has no effect with --loss ipo")
-        settings = train.resolve(Settings, args, ranks, saved)
-        tokenizer = train.find_tokenizer(settings, ranks, saved)
-        model, init_hash = train.make_model(settings, ranks, tokenizer)
-        identity = train.run_identity(settings, model, tokenizer, init_hash)
-        train.check_identity(identity, saved, settings.out_dir, ranks)
-        stream = train.make_stream(settings, ranks, tokenizer)
-        preference = Preference(settings, ranks, model, tokenizer, init_hash)
-        state = train.Trainer(settings, ranks, model, stream, preference, identity).fit(saved)
-        ranks.leave()
-    if ranks.is_main:
-        print(f"finished: {settings.out_dir} ({state.step:,} steps, "
-              f"{data.duration(state.elapsed_s)}); loss.svg in it is the curve")
-        if settings.lora_rank:
-            folders = (settings.init_from, settings.out_dir, settings.out_dir + "/merged")
-            base, adapter, out = map(shlex.quote, folders)
-            print(f"  python dpo.py merge --model {base} --adapter {adapter} --out {out}")
+    train.run_training(parser.parse_args(argv), Settings, Preference)
 
 
 def reject(argv: list[str]) -> None:
@@ -373,7 +330,7 @@ def reject(argv: list[str]) -> None:
         if candidates:
             worst = min(candidates, key=lambda a: sample.bleu4([a], [row["response"]]))
             triples.append({"prompt": row["prompt"], "chosen": row["response"], "rejected": worst})
-    data.refuse_empty(len(triples), [args.data], data.Problems())
+    data.refuse_empty(len(triples), [args.data])
     data.write_pairs(args.out, triples, COLUMNS)
     print(f"{args.out}: {len(triples):,} triples; {len(rows) - len(triples):,} rows dropped, "
           "because every answer was empty or the chosen one")

@@ -87,9 +87,8 @@ BEGINS, ENDS = 1, 2  # classes of characters: a piece begins at it; a piece ends
 
 def piece_starts(codes: np.ndarray, text_begins: np.ndarray,
                  classes: np.ndarray | None = None) -> np.ndarray:
-    """True (N,) where a piece begins: at the beginning of a text, at and after a punctuation mark
-    or digit, and at a space. codes: (N,) codepoints; text_begins: (M,) indices into codes; classes:
-    see character_classes."""
+    """True (N,) where a piece begins: at the beginning of a text, at a space, and at and after a
+    punctuation mark or digit. codes: (N,) codepoints; text_begins: (M,) indices into codes."""
     kinds = (CLASSES if classes is None else classes)[codes]
     starts = (kinds & BEGINS).astype(bool)
     starts[1:] |= (kinds[:-1] & ENDS).astype(bool)
@@ -107,9 +106,9 @@ class Merger:
     pair of lowest rank first, of equal ones the leftmost.
 
     Two neighboring symbols c d can end up in one token only if some merge joins a token that ends
-    in c with a token that begins with d. Where none does, a piece is cut, and its parts are merged
-    independently. `joins` holds these c d by a hash of 21 bits; a false positive only means that a
-    cut is missed. What remains are short runs; each becomes a row of a matrix.
+    in c with a token that begins with d. Elsewhere a piece is cut, and its parts are merged alone.
+    `joins` is the set of all such c d, by a hash of 21 bits; a collision only misses a cut. What
+    remains are short runs; each becomes a row of a matrix.
     """
     HASH_BITS = 21
     MAX_WIDTH = 128  # longer runs are merged one by one, with a heap
@@ -146,7 +145,7 @@ class Merger:
 
     def merge(self, symbols: np.ndarray, starts: np.ndarray) -> None:
         """Merge in place. symbols: (N,) int32; starts: (N,) bool, True where a piece begins. The
-        tokens of each run are written at its beginning; the cells left over become -1."""
+        tokens of a run move to its beginning; the rest of its cells become -1."""
         codes = symbols.view(np.uint32)
         cut = starts.copy()
         cut[1:] |= ~self.joins[self.hashes(codes[:-1], codes[1:])]
@@ -163,8 +162,8 @@ class Merger:
 
     def merge_rows(self, symbols: np.ndarray, begins: np.ndarray, sizes: np.ndarray,
                    width: int) -> None:
-        """Merge R runs of up to `width` symbols in place. In each round every row merges its best
-        pair, and what follows moves left. Rows without a merge leave."""
+        """Merge R runs of up to `width` symbols in place. In each round, every row merges its best
+        pair and closes the gap. Finished rows drop out."""
         columns = np.arange(width)
         inside = columns < sizes[:, None]
         places = joined_ranges(begins, sizes)
@@ -359,8 +358,7 @@ class Tokenizer:
     # --- decoding
 
     def decode(self, ids: Iterable[int], skip_special_tokens: bool = True) -> str:
-        """The text of ids (any iterable of int). Numbers that are not ids are ignored, as
-        tokenizers does."""
+        """The text of ids. As in tokenizers, numbers that are not ids are ignored."""
         return "".join(self.stream(ids, skip_special_tokens))
 
     def stream(self, ids: Iterable[int], skip_special_tokens: bool = True) -> Iterator[str]:
@@ -432,22 +430,19 @@ class Tokenizer:
 
     @classmethod
     def from_pretrained(cls, folder, append_eos: bool | None = None) -> "Tokenizer":
-        """Read folder/tokenizer.json. append_eos: end every text with [EOS] or not; None: as the
-        file says.
-
-        Raises FileNotFoundError, or ValueError for a damaged file or an unsupported form, naming
-        the part.
-        """
+        """Read folder/tokenizer.json. append_eos: end texts with [EOS] or not; None: as the file
+        says. Raises FileNotFoundError, or ValueError for a damaged file or an unsupported form."""
         path = Path(folder) / "tokenizer.json"
         if not path.is_file():
             raise FileNotFoundError(f"{folder} has no tokenizer.json")
         refuse_pointer(path)
         try:
             tokenizer = cls(**parse_tokenizer(json.loads(path.read_text("utf-8"))))
-        except Unsupported as e:
-            raise ValueError(f"{path}: {e}") from None
-        except (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError) as e:
+        except (json.JSONDecodeError, UnicodeDecodeError, RecursionError, KeyError, TypeError,
+                IndexError, AttributeError) as e:
             raise ValueError(f"{path} is damaged: {type(e).__name__}: {e}") from None
+        except ValueError as e:
+            raise ValueError(f"{path}: {e}") from None
         if append_eos is not None:
             tokenizer.append_eos = append_eos
         check_added_tokens(Path(folder) / "tokenizer_config.json", tokenizer)
@@ -489,35 +484,30 @@ class MergeLearner:
     """Learns the merges of textbook BPE, which is:
 
         while len(vocab) < vocab_size:
-            counts = Counter()
-            for piece, frequency in pieces:
-                for pair in zip(piece, piece[1:]):
-                    counts[pair] += frequency
+            counts = how often each adjacent pair occurs in all pieces
             best = min(counts, key=lambda pair: (-counts[pair], pair))
             if counts[best] < min_frequency:
                 break
             replace `best` by a new token in all pieces, from the left
-
-    All pieces are in one array, with -1 around each. A token is at the place of its first
-    character, and ~token at that of its last one, so the next token is found by adding a token's
-    length, and the one before by reading the previous cell. A merge changes only its own cells:
+    All pieces are in one array, with -1 around each. A token's id is in the cell of its first
+    character and ~id in that of its last one. So its length leads to the next token, and the cell
+    before it names the previous one. A merge changes only its own cells:
 
         -1 天 气 预 报 -1    merge (天, 气):   -1 [天气] ~[天气] 预 报 -1
 
-    Counting all pairs for every merge would be slow, so there is a heap of (-count, left, right)
-    with the most frequent pairs, and the places where each one occurs. Its counts can be too high,
-    because merges remove occurrences, but never too low. So:
+    Counting all pairs for every merge would be slow. So a heap of (-count, left, right) holds the
+    most frequent pairs, and `places` where each occurs. Merges remove occurrences, so a count in
+    the heap can be too high, but never too low:
 
-    1. count_pairs counts the whole corpus and fills the heap with all pairs that come before a
-       `bound`, one such triple. It is called when the heap is empty, with a farther bound.
-    2. pop_best takes the first pair and counts it again. If the count is still right, no other pair
-       comes before it; otherwise it goes back with its true count.
-    3. merge replaces the pair. The pairs that this creates are new; they enter the heap if they
-       come before the bound.
+    1. count_pairs counts the whole corpus and fills the heap with all pairs up to a `bound`, which
+       is such a triple too. It is called again, with a farther bound, when the heap is empty.
+    2. pop_best takes the first pair and counts it again. If its count is still right, it is the
+       best pair. Otherwise it goes back with its true count.
+    3. merge replaces the pair, and pushes the new pairs that are within the bound.
 
-    A merge may make a token that exists already in another way (ab + c, when a + bc is known).
-    Then known pairs can become more frequent, and all pairs are counted again (`stale`). Hugging
-    Face's trainer differs here: its queue holds such a pair twice, each with a part of its places.
+    A merge can make a token that exists already (ab + c after a + bc). Then known pairs can become
+    more frequent, and everything is counted again (`stale`). Hugging Face's trainer differs here:
+    its queue holds such a pair twice, each time with a part of its places.
     """
 
     def __init__(self, corpus: np.ndarray, weight: np.ndarray, vocab: list[str], vocab_size: int,
@@ -567,12 +557,9 @@ class MergeLearner:
         return merges
 
     def count_pairs(self) -> bool:
-        """Fill the heap with about twice as many pairs as there are tokens to come. Returns False
-        if no pair is left.
-
-        Pairs are first counted in 2^22 slots by a hash, several pairs per slot, so a slot's count
-        is at least that of each of its pairs. Only pairs in frequent slots are sorted.
-        """
+        """Fill the heap with about twice as many pairs as there are tokens to come; False if no
+        pair is left. Pairs are first counted in 2^22 slots by a hash, so a slot's count is at least
+        that of each of its pairs. Only pairs in frequent slots are sorted."""
         slots = np.zeros(1 << self.slot_bits)
         for found, slot in self.occurrences():
             slots += np.bincount(slot, self.times(found & self.place_mask), len(slots))
@@ -971,10 +958,6 @@ MODEL_DEFAULTS = {"type": "BPE", "dropout": None, "unk_token": None,
                   "fuse_unk": False, "byte_fallback": False, "ignore_merges": False}
 
 
-class Unsupported(ValueError):
-    """A tokenizer.json that is correct and of a form that this program does not have."""
-
-
 def metaspace(mark: str, prefix: str) -> dict:
     return {"type": "Metaspace", "replacement": mark, "prepend_scheme": prefix, "split": True}
 
@@ -1005,17 +988,15 @@ def tokenizer_json(tokenizer: Tokenizer) -> dict:
 
 
 def parse_tokenizer(form: dict) -> dict:
-    """The arguments of Tokenizer from the content of tokenizer.json.
-
-    Raises Unsupported for another form. A damaged file raises ValueError, KeyError, TypeError,
-    IndexError or AttributeError.
+    """The arguments of Tokenizer from the content of tokenizer.json. Raises ValueError for a form
+    that is not supported, and KeyError, TypeError, IndexError or AttributeError for a damaged one.
     """
     kind, added = form["model"].get("type"), form["added_tokens"]
     if kind != "BPE":
-        raise Unsupported(f"this kind of model is not supported: {kind}")
+        raise ValueError(f"this kind of model is not supported: {kind}")
     ids = form["model"]["vocab"] | {token["content"]: token["id"] for token in added}
     if [ids.get(token) for token in SPECIAL_TOKENS] != list(range(len(SPECIAL_TOKENS))):
-        raise Unsupported(f"the vocabulary does not begin with {' '.join(SPECIAL_TOKENS)}")
+        raise ValueError(f"the vocabulary does not begin with {' '.join(SPECIAL_TOKENS)}")
     vocab = sorted(ids, key=ids.__getitem__)
     if [ids[token] for token in vocab] != list(range(len(vocab))) or "" in ids:
         raise ValueError("the ids are not 0, 1, 2, ..., one for each token")
@@ -1026,7 +1007,7 @@ def parse_tokenizer(form: dict) -> dict:
     found = canonical(form)
     changed = [t["content"] for t in added if normalize(t["content"]) != t["content"]]
     if found["normalizer"] and changed:
-        raise Unsupported(f"the added token {changed[0]!r}, which NFKC changes, is not supported")
+        raise ValueError(f"the added token {changed[0]!r}, which NFKC changes, is not supported")
     arguments: dict[str, Any] = {"vocab": vocab, "merges": [(ids[a], ids[b]) for a, b in pairs],
                  "nfkc": found["normalizer"] is not None,
                  "append_eos": found["post_processor"] is not None,
@@ -1036,15 +1017,15 @@ def parse_tokenizer(form: dict) -> dict:
     for part in known:
         if found[part] != known[part]:
             shown = json.dumps(found[part], ensure_ascii=False)[:200]
-            raise Unsupported(f"this kind of {part} is not supported: {shown}")
+            raise ValueError(f"this kind of {part} is not supported: {shown}")
     if not arguments["spaced"] and vocab[FIRST_BYTE:FIRST_CHAR] != BYTE_TOKENS:
-        raise Unsupported("the 256 bytes do not follow the special tokens")
+        raise ValueError("the 256 bytes do not follow the special tokens")
     return arguments
 
 
 def canonical(form: dict) -> dict:
-    """The content of tokenizer.json without vocabulary and merges, and without what differs between
-    versions of tokenizers: a sequence of one step, and fields that once had a default."""
+    """The parts of tokenizer.json except vocabulary and merges, in one form for all versions of
+    tokenizers: a sequence of one step is that step, and missing fields get their defaults."""
     def part(value):
         if not isinstance(value, dict):
             return value
@@ -1088,10 +1069,9 @@ def check_added_tokens(path: Path, tokenizer: Tokenizer) -> None:
 
 # --- Unicode --------------------------------------------------------------------------------------
 
-# The Rust crates behind tokenizers know Unicode's punctuation of version 8 (two marks have moved to
-# other categories since), its numerals of version 17, and NFKC of version 9. These are the
-# characters that they treat differently from Python, or from a later Python. They were found by
-# trying every character of Unicode 18 with both, alone and between punctuation marks.
+# tokenizers knows the punctuation of Unicode 8 (two marks have moved to other categories since), the
+# numerals of Unicode 17 and the NFKC of Unicode 9. These are the characters that Python treats
+# differently; tests compare every character.
 LATER_PUNCTUATION = """\
 61d 9fd a76 c77 c84 1b4e-1b4f 1b7d-1b7f 2e43-2e4f 2e52-2e63 10d6e 10ead 10ed0 10f55-10f59
 10f86-10f89 113d4-113d8 1144b-1144f 1145a-1145d 11660-1166c 116b9 1183b 11944-11946 119e2

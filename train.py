@@ -44,7 +44,6 @@ import datetime
 import gc
 import html
 import importlib
-import itertools
 import json
 import math
 import os
@@ -86,6 +85,7 @@ from data import (
     AgreedError,
     ArgumentParser,
     PairStream,
+    Progress,
     Rows,
     Texts,
     atomic_write,
@@ -103,7 +103,7 @@ from data import (
 )
 from tokenizer import Tokenizer
 
-# ranks wait this long while the first one trains a tokenizer; a rank that dies ends all at once
+# long: the other ranks wait while the first one trains a tokenizer
 TIMEOUT = datetime.timedelta(days=2)
 MAX_BAD_STEPS = 10  # in a row, then training stops
 # dense, by NVIDIA's data sheets
@@ -123,19 +123,40 @@ class Objective:
     shown: tuple[str, ...] = ("loss",)  # the values in the progress line
 
     def __init__(self, settings: Any, ranks: "Ranks", model: ChatLM, tokenizer: Tokenizer):
-        """settings: Settings, or a subclass."""
+        """settings: Settings, or a subclass. Raises ValueError if --valid has no usable row."""
         self.settings, self.ranks, self.model, self.tokenizer = settings, ranks, model, tokenizer
+        self.batches: list[dict] = []  # this rank's share of --valid
+        if settings.valid:
+            stream = make_stream(settings, ranks, tokenizer, settings.valid_files)
+            self.batches = list(stream.one_epoch())
+            if not any(ranks.all_gather(len(self.batches))):
+                raise AgreedError(f"{settings.valid} has no usable row")
 
-    def loss(self, batch: dict) -> tuple[Tensor, ...]:
-        """Loss sum, normalizer and extra sums of a batch from to_device, () each, on its device."""
+    def autocast(self) -> torch.autocast:
+        dtype = getattr(torch, self.settings.dtype)
+        return torch.autocast(self.ranks.device.type, dtype, enabled=dtype != torch.float32)
+
+    def loss(self, batch: dict, part: str = "data") -> tuple[Tensor, ...]:
+        """Loss sum, normalizer and extra sums, () each, of a batch from to_device. part: data or
+        valid."""
         raise NotImplementedError
 
     def evaluate(self) -> dict:
-        """Values on --valid to log, val_loss among them."""
-        raise NotImplementedError
+        """Means over --valid to log: val_loss, and val_NAME of each extra sum."""
+        sums = torch.zeros(2 + len(self.extra), dtype=torch.float64, device=self.ranks.device)
+        for batch in self.batches:
+            values = self.loss(to_device(batch, self.ranks.device), "valid")
+            sums += torch.stack([x.double() for x in values])
+        total, normalizer, *extra = self.ranks.all_reduce(sums).tolist()
+        means = {f"val_{name}": x / normalizer for name, x in zip(self.extra, extra)}
+        return {"val_loss": total / normalizer, **means}
 
     def score(self) -> dict:
         """Scores of answers to held-out prompts, on the first rank."""
+        raise NotImplementedError
+
+    def report(self, state: "State") -> None:
+        """Print the results of a finished run, on the first rank."""
         raise NotImplementedError
 
     def initialize(self, stream: PairStream) -> None:
@@ -167,43 +188,37 @@ class Trainer:
     result does not depend on how the group is split. Dropout is seeded by seed, step and place.
     """
 
-    def __init__(self, settings: "Settings", ranks: "Ranks", model: ChatLM, stream: PairStream,
-                 objective: Objective, identity: dict):
-        self.settings, self.ranks, self.model, self.stream = settings, ranks, model, stream
-        self.objective, self.identity = objective, identity
-        self.out_dir, self.device = Path(settings.out_dir), ranks.device
-        self.dtype = getattr(torch, settings.dtype)
-        self.optimizers = make_optimizers(model, settings.optimizer, settings.lr,
-                                          settings.weight_decay)
-        self.state = State(stream=dict(stream.state))
+    def __init__(self, objective: Objective, stream: PairStream, identity: dict):
+        self.objective, self.stream, self.identity = objective, stream, identity
+        self.settings, self.ranks, self.model = objective.settings, objective.ranks, objective.model
+        self.out_dir, self.device = Path(self.settings.out_dir), self.ranks.device
+        self.optimizers = make_optimizers(self.model, self.settings.optimizer, self.settings.lr,
+                                          self.settings.weight_decay)
+        self.state = State()
         self.bad_in_a_row = 0
         flops = (1e12 * tera for name, tera in BF16_TERAFLOPS.items()
                  if name in device_name(self.device))
-        self.peak_flops = ranks.world_size * next(flops, 0)
+        self.peak_flops = self.ranks.world_size * next(flops, 0)
         self.kernels = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
         if self.device.type == "cpu":  # where the backward pass of flash attention is slower
             self.kernels = [SDPBackend.MATH]
 
-    def autocast(self) -> torch.autocast:
-        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
-
     def start(self, saved: dict | None) -> None:
         """Resume from the content of a checkpoint, or initialize a new run."""
         if saved:
-            self.state = load_checkpoint(saved, self.model, self.optimizers)
-            if saved["settings"].get("valid_hash") != self.settings.valid_hash:
-                self.state.best_val = math.inf  # of another --valid
-            self.stream.state = dict(self.state.stream)
+            load_checkpoint(saved, self)
+        else:
+            self.objective.initialize(self.stream)
         self.ranks.barrier()
-        if self.ranks.is_main:
-            drop_checkpoints_after(self.out_dir / "checkpoint", self.state.step if saved else -1)
+        if self.ranks.is_main:  # later checkpoints would be taken for the newest of this run
+            for path in list_checkpoints(self.out_dir / "checkpoint"):
+                if int(path.name.split("-")[1]) > self.state.step:
+                    path.unlink()
         self.report = Report(self.out_dir, self.ranks.is_main, self.state.step)
         if saved:
             self.report.say(f"resuming from {saved['path']}: step {self.state.step:,}, "
                             f"{self.state.tokens:,} tokens")
             saved.clear()
-        else:
-            self.objective.initialize(self.stream)
         keep_freed_memory()  # only now, so that the memory of initialization is returned first
         # one flat gradient (P,), of which every p.grad is a view: one all-reduce, one norm
         parameters = [p for p in self.model.parameters() if p.requires_grad]
@@ -218,10 +233,9 @@ class Trainer:
         state; exits with status 128 + N after signal N."""
         settings, stop = self.settings, Stop()
         self.start(saved)
-        done = self.progress()
+        first = done = self.progress()
         if done >= 1 and self.ranks.is_main:  # killed after the last checkpoint, before its export
             self.objective.export(self.out_dir)
-        done_before, elapsed_before_s = done, self.state.elapsed_s
         self.tick_s = time.perf_counter()
         stopping = False
         while done < 1 and not stopping:
@@ -229,12 +243,9 @@ class Trainer:
             done = self.progress()
             if done >= 1 and self.bad_in_a_row:
                 self.fail()
-            if values["loss"] is not None:
-                self.report.average(values, (*self.objective.shown, "tok_per_s"))
-                if self.report.is_due():
-                    elapsed_s = self.state.elapsed_s - elapsed_before_s
-                    left_s = (1 - done) * elapsed_s / max(done - done_before, 1e-9)
-                    self.report.show(values, self.stream.epoch, left_s)
+            if not self.bad_in_a_row:
+                share = min(1.0, (done - first) / (1 - first))
+                self.report.show(values, self.objective.shown, self.stream.epoch, share)
             if settings.valid and (self.due(settings.eval_every) or done >= 1):
                 self.evaluate()
             if settings.valid and self.due(settings.bleu_every) and done < 1:
@@ -273,14 +284,15 @@ class Trainer:
                 group["lr"] = lr
         # float16 needs a loss of moderate size: batch_tokens stands in for the normalizer, which is
         # known only after the step
-        scale = (state.loss_scale if self.dtype == torch.float16 else 1.0) / s.batch_tokens
+        is_half = s.dtype == "float16"
+        scale = (state.loss_scale if is_half else 1.0) / s.batch_tokens
         total = self.accumulate(scale, stop)
         normalizer = max(1.0, total["normalizer"])
         finite, overflow = math.isfinite(total["loss"]), not math.isfinite(total["norm"])
         if finite and not overflow:
             for optimizer in self.optimizers:
                 optimizer.step()
-        if self.dtype == torch.float16 and finite:
+        if is_half and finite:
             self.adapt_loss_scale(overflow)
         tokens = int(total["source"] + total["target"])
         state.step += 1
@@ -296,32 +308,31 @@ class Trainer:
             flops = self.model.train_flops(total["source"], total["target"])
             values["mfu"] = flops / step_s / self.peak_flops
         self.report.log(values)
-        can_adapt = self.dtype == torch.float16 and state.loss_scale >= 1
+        can_adapt = is_half and state.loss_scale >= 1
         self.count_bad_steps(not finite or overflow and not can_adapt)
         return values, total["stops"] > 0
 
     def accumulate(self, scale: float, stop: bool) -> dict[str, float]:
-        """Run this rank's share of the next group, and all-reduce. Leaves in self.gradient the mean
-        gradient over all ranks, clipped. Returns sums over the ranks (loss, normalizer, extras,
-        source and target tokens, seconds, ranks asked to stop) and the gradient's norm. The one
-        device sync is at the end. scale: of the loss, to stay within float16."""
+        """Run this rank's micro-batches of the next group, and all-reduce. self.gradient becomes
+        the clipped mean gradient. Returns sums over the ranks (see `names`) and the gradient's
+        norm. scale: of the loss, to stay within float16."""
         self.model.train()
         self.gradient.zero_()
         names = ["loss", "normalizer", *self.objective.extra]
         sums = torch.zeros(len(names), dtype=torch.float64, device=self.device)
         source = target = 0
-        ranks, share = self.ranks, with_last(self.stream.next_group())
-        places = itertools.count(ranks.rank, ranks.world_size)  # of this rank's share in the group
-        for place, (batch, is_last) in zip(places, share):
-            if is_last:
+        ranks, batches = self.ranks, list(self.stream.next_group())
+        for i, batch in enumerate(batches):
+            if i == len(batches) - 1:
                 self.reducer.start()
             tensors = to_device(batch, self.device)
             source += int(batch["attention_mask"].sum())
             target += sum(len(x) for name, x in tensors.items() if name.endswith("targets"))
+            place = ranks.rank + i * ranks.world_size  # in the group
             seed = f"{self.settings.seed} {self.state.step} {place}".encode()
             torch.manual_seed(xxhash.xxh3_64_intdigest(seed) >> 1)
             with sdpa_kernel(self.kernels):  # also for backward, which may recompute activations
-                with self.autocast():
+                with self.objective.autocast():
                     loss, *others = self.objective.loss(tensors)
                 (loss * scale).backward()
             sums += torch.stack([x.detach().double() for x in (loss, *others)])
@@ -363,7 +374,7 @@ class Trainer:
     def evaluate(self) -> None:
         """Validate, and export the model to best/ if its loss is the lowest so far."""
         self.model.eval()
-        with torch.no_grad(), self.autocast():
+        with torch.no_grad(), self.objective.autocast():
             values = self.objective.evaluate()
         step = self.state.step
         self.report.log({"step": step, **values, "elapsed": self.state.elapsed_s})
@@ -388,8 +399,7 @@ class Trainer:
     def save(self) -> None:
         """Save a checkpoint, then export: a model without a checkpoint could not be resumed."""
         if self.ranks.is_main:
-            save_checkpoint(self.out_dir / "checkpoint", self.settings.keep, self.model,
-                            self.optimizers, self.state, self.identity, self.settings.stored())
+            save_checkpoint(self)
             self.objective.export(self.out_dir)
         self.ranks.barrier()
 
@@ -404,16 +414,6 @@ def to_device(batch: dict, device: torch.device) -> dict:
     if device.type == "cuda":
         tensors = {name: x.pin_memory() for name, x in tensors.items()}
     return {name: x.to(device, non_blocking=True) for name, x in tensors.items()}
-
-
-def with_last(items: Iterable) -> Iterator[tuple[dict, bool]]:
-    """(item, whether it is the last one). Reads one item ahead."""
-    items = iter(items)
-    item = next(items, None)
-    while item is not None:
-        following = next(items, None)
-        yield item, following is None
-        item = following
 
 
 class Stop:
@@ -439,15 +439,15 @@ class Stop:
 
 @dataclass
 class Ranks:
-    """This process among those that train together, and the device that it computes on."""
+    """This process's rank, the number of ranks, and its device."""
     rank: int
     world_size: int
     device: torch.device
 
     @classmethod
     def join(cls, device: str | None) -> "Ranks":
-        """Take this process's place, as torchrun's environment variables say. Raises ValueError for
-        a device that is not there, or one GPU for several processes."""
+        """Join the processes that torchrun started. Raises ValueError for a missing device, or one
+        GPU for several processes."""
         env = os.environ
         rank, world_size = int(env.get("RANK", 0)), int(env.get("WORLD_SIZE", 1))
         local, local_size = int(env.get("LOCAL_RANK", 0)), int(env.get("LOCAL_WORLD_SIZE", 1))
@@ -493,7 +493,7 @@ class Ranks:
         return values
 
     def check(self, error: str | None) -> None:
-        """Raise on every rank if one has an error: its own, or else that of the first that has."""
+        """Raise AgreedError on every rank if any rank passes an error."""
         if errors := [e for e in self.all_gather(error) if e]:
             raise AgreedError(error or errors[0])
 
@@ -508,7 +508,7 @@ class Ranks:
             self.all_reduce(torch.zeros(1, device=self.device)).item()
 
     def leave(self) -> None:
-        """End communication; the ranks go on alone."""
+        """Leave the process group."""
         if self.world_size > 1:
             dist.destroy_process_group()
             gc.collect()  # end gloo's threads: one that outlives the interpreter would abort it
@@ -528,28 +528,23 @@ class GradientReducer:
 
     def __init__(self, parameters: list[nn.Parameter], gradient: Tensor, ranks: Ranks):
         """gradient: (P,), with the gradient of each parameter in turn as a view."""
-        self.ranks = ranks
         self.slices: list[Tensor] = []
-        self.waiting: list[int] = []  # per slice: gradients still to come in this pass
         self.slice_of: dict[nn.Parameter, int] = {}
+        self.waiting: Counter[int] = Counter()  # per slice: gradients still to come in this pass
         self.works: list = []
         self.counting = False
         end = begin = len(gradient)
-        for p in reversed(parameters):
+        for p in reversed(parameters if ranks.world_size > 1 else []):
             begin -= p.numel()
             self.slice_of[p] = len(self.slices)
+            p.register_post_accumulate_grad_hook(self.count)
             if (end - begin) * gradient.element_size() >= self.SLICE_BYTES or begin == 0:
                 self.slices.append(gradient[begin:end])
                 end = begin
-        if ranks.world_size > 1:
-            for p in parameters:
-                p.register_post_accumulate_grad_hook(self.count)
 
     def start(self) -> None:
         """Call before the last backward pass of a step: from then on, complete slices are sent."""
-        self.waiting = [0] * len(self.slices)
-        for i in self.slice_of.values():
-            self.waiting[i] += 1
+        self.waiting = Counter(self.slice_of.values())
         self.counting = True
 
     def count(self, p: nn.Parameter) -> None:
@@ -565,8 +560,6 @@ class GradientReducer:
     def finish(self) -> None:
         """Send the slices that are left, and wait for all."""
         self.counting = False
-        if self.ranks.world_size == 1:
-            return
         while len(self.works) < len(self.slices):
             self.send()
         for work in self.works:
@@ -613,14 +606,11 @@ def device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
 
 
-def pick_dtype(name: str, device: torch.device) -> torch.dtype:
-    """auto: bfloat16 if the device multiplies it natively, else float16 on a GPU and float32 on a
-    CPU."""
-    if name != "auto":
-        return getattr(torch, name)
+def best_dtype(device: torch.device) -> str:
+    """bfloat16 if the device has instructions for it, else float16 on a GPU, float32 on a CPU."""
     if sample.has_bfloat16(device):
-        return torch.bfloat16
-    return torch.float16 if device.type == "cuda" else torch.float32
+        return "bfloat16"
+    return "float16" if device.type == "cuda" else "float32"
 
 
 # --- optimizer and schedule -----------------------------------------------------------------------
@@ -760,8 +750,7 @@ def learning_rate(schedule: str, progress: float, step: int, lr: float, min_lr: 
 
 @dataclass
 class State:
-    """What changes in training besides weights and optimizers. A checkpoint holds all three, and
-    the identity and settings of the run (see save_checkpoint)."""
+    """The counters of a run. A checkpoint has them, weights and optimizers: see save_checkpoint."""
     step: int = 0
     tokens: int = 0  # non-padding tokens so far, both sides, all ranks
     elapsed_s: float = 0.0
@@ -772,40 +761,43 @@ class State:
     stream: dict = field(default_factory=lambda: {"epoch": 0, "window": 0, "batch": 0})
 
 
-def save_checkpoint(folder: Path, keep: int, model: nn.Module, optimizers: list, state: State,
-                    identity: dict, settings: dict) -> None:
-    """Write step-N-HASH.pt, HASH being that of its bytes, and keep the newest `keep` files.
+def save_checkpoint(trainer: Trainer) -> None:
+    """Write step-N-HASH.pt, HASH being that of its bytes, and delete all but the newest --keep.
 
     identity: what may not change when the run is resumed. settings: what a resumed run takes from
     here if no flag says otherwise.
     """
+    state, folder = trainer.state, trainer.out_dir / "checkpoint"
     folder.mkdir(parents=True, exist_ok=True)
-    trained = {n: p.detach() for n, p in model.named_parameters() if p.requires_grad}
-    saved = {"model": trained, "optimizers": [o.state_dict() for o in optimizers],
-             "state": dataclasses.asdict(state), "identity": identity, "settings": settings}
+    trained = {n: p.detach() for n, p in trainer.model.named_parameters() if p.requires_grad}
+    saved = {"model": trained, "optimizers": [o.state_dict() for o in trainer.optimizers],
+             "state": dataclasses.asdict(state), "identity": trainer.identity,
+             "settings": trainer.settings.stored()}
     newest = folder / "newest"
     for stale in folder.glob("newest.*.tmp"):  # a process was killed while it was writing
         stale.unlink()
     with atomic_write(newest) as temporary, write_errors(newest, RuntimeError):  # a full disk
         torch.save(saved, temporary)
     newest.rename(folder / f"step-{state.step:08d}-{hash_file(newest)}.pt")
-    for old in list_checkpoints(folder)[keep:]:
+    for old in list_checkpoints(folder)[trainer.settings.keep:]:
         old.unlink()
 
 
-def load_checkpoint(saved: dict, model: nn.Module, optimizers: list) -> State:
-    """The twin of save_checkpoint: put what it saved into model and optimizers."""
-    model.load_state_dict(saved["model"], strict=False)
-    for optimizer, state in zip(optimizers, saved["optimizers"]):
-        decays = [group["weight_decay"] for group in optimizer.param_groups]  # may have changed
-        optimizer.load_state_dict(copy.deepcopy(state))  # copied: `saved` is mapped from the file
-        for group, decay in zip(optimizer.param_groups, decays):
-            group["weight_decay"] = decay
-    return State(**saved["state"])
+def load_checkpoint(saved: dict, trainer: Trainer) -> None:
+    """The twin of save_checkpoint: put what it saved into the trainer."""
+    trainer.model.load_state_dict(saved["model"], strict=False)
+    for optimizer, stored in zip(trainer.optimizers, saved["optimizers"]):
+        own = optimizer.state_dict()  # its weight decay may have changed
+        # copied: `saved` is mapped from the file
+        optimizer.load_state_dict(own | {"state": copy.deepcopy(stored["state"])})
+    trainer.state = State(**saved["state"])
+    if saved["settings"].get("valid_hash") != trainer.settings.valid_hash:
+        trainer.state.best_val = math.inf  # of another --valid
+    trainer.stream.state = dict(trainer.state.stream)
 
 
 def check_identity(identity: dict, saved: dict | None, out_dir: str, ranks: Ranks) -> None:
-    """Raise ValueError, naming the flag, if ranks differ, or a resumed run from what it was."""
+    """Raise ValueError, naming the flag, if ranks disagree or a resumed run has changed."""
     main = ranks.all_gather(identity)[0]
     differs = [flag for flag in identity if identity[flag] != main[flag]]
     ranks.check(f"{differs[0]}: this process has other files or values than the first (machines "
@@ -841,14 +833,6 @@ def claimed(folder: Path, ranks: Ranks) -> Iterator[None]:
 def list_checkpoints(folder: Path) -> list[Path]:
     """Newest first."""
     return sorted(folder.glob("step-*.pt"), reverse=True)
-
-
-def drop_checkpoints_after(folder: Path, step: int) -> None:
-    """Delete checkpoints newer than the one that a run resumes from: they would be taken for the
-    newest of that run."""
-    for path in list_checkpoints(folder):
-        if int(path.name.split("-")[1]) > step:
-            path.unlink()
 
 
 def candidate_checkpoints(out_dir: Path, resume: str) -> list[Path]:
@@ -924,14 +908,13 @@ class Report:
 
     def __init__(self, out_dir: Path, is_main: bool, step: int):
         """step: drop log entries newer than this checkpoint; those steps are rerun."""
-        self.is_main, self.is_terminal, self.shown_s = is_main, sys.stdout.isatty(), 0.0
+        self.is_main, self.path = is_main, out_dir / "log.jsonl"
         self.means: dict[str, float] = {}
+        self.progress = Progress()
         if not is_main:
             return
         out_dir.mkdir(parents=True, exist_ok=True)
-        self.path = out_dir / "log.jsonl"
         write_file(self.path, "".join(read_log(self.path, step)))
-        self.file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115 (see close)
         try:
             from torch.utils.tensorboard import SummaryWriter
             self.board: Any = SummaryWriter(str(out_dir / "tensorboard"), purge_step=step + 1)
@@ -942,17 +925,16 @@ class Report:
         if not self.is_main:
             return
         values = {k: v if v is None or math.isfinite(v) else None for k, v in values.items()}
-        with write_errors(self.path):
-            self.file.write(json.dumps(values) + "\n")
-            self.file.flush()
+        with write_errors(self.path), open(self.path, "a", encoding="utf-8") as f:
+            f.write(json.dumps(values) + "\n")
         for name, value in values.items() if self.board else ():
             if name != "step" and value is not None:
                 self.board.add_scalar(name, value, values["step"])
 
     def close(self) -> None:
-        """Close the files, and draw loss.svg."""
+        """Draw loss.svg, and end TensorBoard's file."""
+        self.progress.clear()
         if self.is_main:
-            self.file.close()
             log = [json.loads(line) for line in read_log(self.path, sys.maxsize)]
             name = self.path.resolve().parent.name
             write_file(self.path.with_name("loss.svg"), draw_curves({name: log}))
@@ -961,31 +943,20 @@ class Report:
 
     def say(self, text: str) -> None:
         if self.is_main:
-            print(("\r\x1b[K" if self.is_terminal else "") + text, flush=True)
+            self.progress.clear()
+            print(text, flush=True)
 
-    def is_due(self) -> bool:
-        """Whether to show progress: five times a second in a terminal, else every 10 seconds."""
-        every_s = 0.2 if self.is_terminal else 10
-        return self.is_main and time.monotonic() - self.shown_s >= every_s
-
-    def average(self, values: dict, names: Iterable[str]) -> None:
-        """Update the running means that `show` shows, over about 20 steps."""
-        for name in names:
+    def show(self, values: dict, names: Iterable[str], epoch: float, share: float) -> None:
+        """Show running means, over about 20 steps, in the progress line. share: done of this run's
+        steps."""
+        for name in (*names, "tok_per_s"):
             mean = self.means.get(name, values[name])
             self.means[name] = mean + (values[name] - mean) / 20
-
-    def show(self, values: dict, epoch: float, left_s: float) -> None:
-        """Print progress, in a terminal over the last line."""
-        self.shown_s = time.monotonic()
-        means = dict(self.means)
-        speed = means.pop("tok_per_s")
-        text = f"step {values['step']:,}  epoch {epoch:.2f}  "
-        text += "  ".join(f"{name} {mean:.4f}" for name, mean in means.items())
-        text += f"  lr {values['lr']:.2e}  {speed:,.0f} tokens/s  {duration(left_s)} left"
-        if self.is_terminal:
-            print("\r\x1b[K" + text, end="", flush=True)
-        else:
-            print(text, flush=True)
+        means = "  ".join(f"{name} {self.means[name]:.4f}" for name in names)
+        if self.is_main:
+            self.progress.show(f"step {values['step']:,}  epoch {epoch:.2f}  {means}  lr "
+                               f"{values['lr']:.2e}  {self.means['tok_per_s']:,.0f} tokens/s",
+                               share)
 
 
 def read_log(path: Path, last_step: int) -> list[str]:
@@ -1021,8 +992,9 @@ def draw_curves(logs: dict[str, list[dict]]) -> str:
         _, y = place(0, tick)
         shapes.append(f'<path d="M{left},{y}H{width - 10}" stroke="#8884"/>'
                       f'<text x="{left - 6}" y="{y}" text-anchor="end" dy="4">{tick}</text>')
-    for i, ((name, log), color) in enumerate(zip(logs.items(), itertools.cycle(colors))):
-        rows, tokens_at = steps[name], {row["step"]: row["tokens"] for row in steps[name]}
+    for i, (name, log) in enumerate(logs.items()):
+        rows, color = steps[name], colors[i % len(colors)]
+        tokens_at = {row["step"]: row["tokens"] for row in rows}
         size = max(1, len(rows) // 50)
         parts = [rows[j:j + size] for j in range(0, len(rows), size)]
         means = [(part[len(part) // 2]["tokens"], sum(r["loss"] for r in part) / len(part))
@@ -1050,46 +1022,76 @@ class ResponseLoss(Objective):
     character, which can be compared across tokenizers."""
 
     def __init__(self, settings: "Settings", ranks: Ranks, model: ChatLM, tokenizer: Tokenizer):
-        """Raises ValueError if --valid has no usable row."""
         super().__init__(settings, ranks, model, tokenizer)
-        self.batches: list[dict] = []
-        if not settings.valid:
-            return
-        stream = PairStream(settings.valid_files, tokenizer, settings.micro_batch_tokens,
-                            settings.max_len, 0, ranks.rank, ranks.world_size,
-                            round_to=settings.round_to)
-        self.batches = list(stream.one_epoch())
-        rows = (row for batch in self.batches for row in batch["labels"].numpy())
-        own = [sum(len(tokenizer.decode(row[row >= 0])) for row in rows)]
-        chars = torch.tensor(own, dtype=torch.float64, device=ranks.device)
-        self.chars = float(ranks.all_reduce(chars))
-        if not self.chars:
-            raise AgreedError(f"{settings.valid} has no row with a prompt and a response")
+        rows = [row[row >= 0] for batch in self.batches for row in batch["labels"].numpy()]
+        own = [sum(map(len, rows)), sum(len(tokenizer.decode(row)) for row in rows)]
+        sums = ranks.all_reduce(torch.tensor(own, dtype=torch.float64, device=ranks.device))
+        self.tokens, self.chars = sums.clamp(min=1).tolist()  # of the responses of --valid
 
-    def loss(self, batch: dict) -> tuple[Tensor, Tensor]:
+    def loss(self, batch: dict, part: str = "data") -> tuple[Tensor, Tensor]:
         loss = self.model.loss_sum(**batch)
         return loss, loss.new_full((), len(batch["targets"]))
 
     def evaluate(self) -> dict:
-        sums = torch.zeros(2, dtype=torch.float64, device=self.ranks.device)
-        for batch in self.batches:
-            loss = self.loss(to_device(batch, self.ranks.device))
-            sums += torch.stack([x.double() for x in loss])
-        nats, tokens = self.ranks.all_reduce(sums).tolist()
-        return {"val_loss": nats / tokens, "val_ppl": math.exp(min(nats / tokens, 700.0)),
-                "val_nats_per_char": nats / self.chars}
+        loss = super().evaluate()["val_loss"]
+        return {"val_loss": loss, "val_ppl": math.exp(min(loss, 700.0)),
+                "val_nats_per_char": loss * self.tokens / self.chars}
 
     def score(self) -> dict:
-        result, _ = sample.score(self.model, self.tokenizer, held_out(self.settings),
-                                 self.settings.max_len, max_new_tokens=answer_tokens(self.settings))
+        result, _ = self.score_answers(self.held_out())
         return {"bleu4": result["bleu4"]}
+
+    def held_out(self) -> list[dict]:
+        """The pairs of --valid on which answers are scored: all of the demo's, otherwise about 200
+        spread over the files."""
+        rows = [r for r in Rows(self.settings.valid_files) if r.get("prompt") and r.get("response")]
+        return rows if self.settings.demo else rows[::-(-len(rows) // 200) or 1]
+
+    def score_answers(self, rows: list[dict]) -> tuple[dict, list[str]]:
+        """Scores of the model's answers to rows, and the answers."""
+        max_len = self.settings.max_len
+        return sample.score(self.model, self.tokenizer, rows, max_len,
+                            max_new_tokens=min(128, max_len))
+
+    def report(self, state: "State") -> None:
+        """Print scores on held-out pairs, and a few answers."""
+        s, rows, answers, references = self.settings, self.held_out(), [], []
+        parts = {"held-out pairs": rows}
+        if s.demo:
+            parts = {"held-out facts": [r for r in rows if not data.is_sum(r["prompt"])],
+                     "unseen sums": [r for r in rows if data.is_sum(r["prompt"])]}
+        self.model.eval()
+        for name, part in parts.items():
+            if not part:
+                continue
+            result, texts = self.score_answers(part)
+            answers += texts
+            references += [row["response"] for row in part]
+            print(f"\n{name}: {len(part):,}, exact match {100 * result['exact_match']:.1f} %, "
+                  f"BLEU-4 {result['bleu4']:.1f}")
+            for row, text in list(zip(part, texts))[::max(1, len(part) // 4)][:4]:
+                mark = "✓ " if text.strip() == row["response"].strip() else "✗ "
+                print(f"  {mark if s.demo else ''}{row['prompt']!r:.120} -> {text!r:.200}")
+        last_line = (Path(s.out_dir) / "log.jsonl").read_text("utf-8").splitlines()[-1]
+        if answers and '"bleu4"' not in last_line:  # a finished run that is started again has it
+            report = Report(Path(s.out_dir), True, state.step)
+            report.log({"step": state.step, "bleu4": sample.bleu4(answers, references)})
+            report.close()
+        asked = "法国的首都是哪里？" if s.demo else "你好"
+        flag = "" if s.out_dir == "out" else f" --model {shlex.quote(s.out_dir)}"
+        print(f"\nfinished: {s.out_dir} is a model folder ({state.step:,} steps, "
+              f"{state.tokens:,} tokens, {duration(state.elapsed_s)}); {s.out_dir}/loss.svg is its "
+              "curve. Talk to it:"
+              f'\n  python sample.py{flag} --prompt "{asked}"\n  python sample.py{flag}')
 
     def initialize(self, stream: PairStream) -> None:
         """Initialize a new model from counts of the first window, if that beats random weights on
         the first micro-batch; with very few tokens, counts mislead."""
         if self.settings.init_from or self.settings.freeze:
             return
-        before, after = token_pairs(stream)
+        ids, offsets = stream.window(0, 0).columns[1]  # the responses
+        before, after = np.roll(ids, 1).astype(np.int64), ids.astype(np.int64)
+        before[offsets[:-1]] = data.PAD  # the decoder's start token
         if self.ranks.is_main and len(after):  # a window may hold no text at all
             random = [p.detach().cpu().clone() for p in self.model.parameters()]
             random_loss = self.first_loss(stream)
@@ -1114,37 +1116,13 @@ class ResponseLoss(Objective):
         return float(nats / tokens)
 
 
-def token_pairs(stream: PairStream) -> tuple[np.ndarray, np.ndarray]:
-    """The tokens of all responses in the first window, and the token before each: PAD, the
-    decoder's start token, before the first one. (N,) int64 each."""
-    before, after = [], []
-    for ids, offsets in stream.window(0, 0).columns[1:]:
-        shifted = np.roll(ids, 1)
-        shifted[offsets[:-1]] = data.PAD
-        before.append(shifted)
-        after.append(ids)
-    return np.concatenate(before).astype(np.int64), np.concatenate(after).astype(np.int64)
-
-
-def held_out(settings: "Settings") -> list[dict]:
-    """The pairs of --valid on which answers are scored: all of the demo's, otherwise about 200
-    spread over the files."""
-    rows = [r for r in Rows(settings.valid_files) if r.get("prompt") and r.get("response")]
-    return rows if settings.demo else rows[::-(-len(rows) // 200) or 1]
-
-
-def answer_tokens(settings: "Settings") -> int:
-    return min(128, settings.max_len)
-
-
 # --- settings -------------------------------------------------------------------------------------
 
 GPU_BATCH_TOKENS, CPU_BATCH_TOKENS = 65536, 2560  # of a step, by default
 LIMITS = ("max_steps", "epochs", "time_limit")
 PATHS = ("data", "valid", "tokenizer", "init_from")  # may differ between machines
-DEMO = {"preset": "demo", "max_steps": 1000, "micro_batch_tokens": 512, "max_len": 64,
-        "vocab_size": 2048}
-DEMO_BATCH_TOKENS = 1024
+DEMO = {"preset": "demo", "micro_batch_tokens": 512, "max_len": 64, "vocab_size": 2048}
+DEMO_STEPS, DEMO_BATCH_TOKENS = 1000, 1024
 MEMORY_HINT = ("--micro_batch_tokens in a new run, or resume this one with "
                "--checkpoint_activations")
 
@@ -1211,6 +1189,29 @@ class Settings:
         own = {"out_dir", "resume", "given", "data_files", "valid_files"}
         return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in own}
 
+    def check(self) -> None:
+        """Raise ValueError for flags that exclude each other."""
+        if self.demo and (self.init_from or "valid" in self.given):
+            raise ValueError("--init_from and --valid need --data")
+        for name in ("lora_alpha", "lora_dropout", "lora_targets"):
+            if name in self.given and not self.lora_rank:
+                raise ValueError(f"--{name} has no effect without --lora_rank")
+        if self.lora_rank and self.freeze:
+            raise ValueError("--freeze has no effect with --lora_rank, which trains nothing but "
+                             "the additions: choose --lora_targets")
+        if self.lora_rank and not self.init_from:
+            raise ValueError("--lora_rank adds to a model: name it with --init_from")
+        if "vocab_size" in self.given and (self.tokenizer or self.init_from):
+            flag = "tokenizer" if self.tokenizer else "init_from"
+            raise ValueError(f"--vocab_size is for a tokenizer that is trained here; --{flag} "
+                             "brings its own")
+        if self.init_from and self.preset:
+            raise ValueError("--preset and --init_from exclude each other: --init_from brings its "
+                             "own shape")
+        if wrong := set(filter(None, self.freeze.split(","))) - {"shared", "encoder", "decoder"}:
+            raise ValueError(f"--freeze {wrong.pop()!r}: only shared, encoder and decoder can be "
+                             "frozen")
+
     def default_lr(self) -> float:
         if self.optimizer != "adafactor":
             return 1e-4 if self.init_from else 2e-3
@@ -1229,11 +1230,9 @@ def resolve(kind: type[Settings], args: argparse.Namespace, ranks: Ranks,
     default. The same on every rank. Raises ValueError for what cannot work, before anything but the
     demo's data is written."""
     s = combine_layers(kind, args, saved["settings"] if saved else {})
+    s.check()
     if s.demo:
-        if s.init_from or "valid" in s.given:
-            raise ValueError("--init_from and --valid need --data")
         s = make_demo_data(s, ranks)
-    check_flags(s, resumes=saved is not None)
     s = choose_defaults(s, ranks)
     # machines may differ in what they are fast at: the first rank decides
     agreed = ranks.all_gather(s.stored())[0]
@@ -1256,38 +1255,11 @@ def combine_layers(kind: type[Settings], args: argparse.Namespace, stored: dict)
     names = {f.name for f in fields(kind)}
     given = {k: v for k, v in vars(args).items() if k in names and v is not None}
     flags = frozenset(given) - {"resume", "out_dir"}
-    dropped = set(LIMITS) if flags & set(LIMITS) else {k for k in LIMITS if not stored.get(k)}
-    values = {k: v for k, v in stored.items() if k in names - dropped}
-    values |= given
+    if flags & set(LIMITS):  # a new limit replaces the stored one
+        stored = stored | dict.fromkeys(LIMITS, 0)
+    values = {k: v for k, v in stored.items() if k in names} | given
     demo = not values.get("data") or stored.get("demo", False) and "data" not in flags
-    defaults = dict(DEMO) if demo else {}
-    if demo and values.keys() & set(LIMITS):
-        del defaults["max_steps"]
-    return kind(**{**defaults, **values, "demo": demo, "given": flags})
-
-
-def check_flags(s: Settings, resumes: bool) -> None:
-    """Raise ValueError for flags that exclude each other."""
-    for name in ("lora_alpha", "lora_dropout", "lora_targets"):
-        if name in s.given and not s.lora_rank:
-            raise ValueError(f"--{name} has no effect without --lora_rank")
-    if s.lora_rank and s.freeze:
-        raise ValueError("--freeze has no effect with --lora_rank, which trains nothing but the "
-                         "additions: choose --lora_targets")
-    if s.lora_rank and not s.init_from:
-        raise ValueError("--lora_rank adds to a model: name it with --init_from")
-    if "vocab_size" in s.given and (s.tokenizer or s.init_from):
-        flag = "tokenizer" if s.tokenizer else "init_from"
-        raise ValueError(f"--vocab_size is for a tokenizer that is trained here; --{flag} brings "
-                         "its own")
-    if s.init_from and s.preset:
-        if resumes:
-            raise ValueError("--preset and --init_from exclude each other, and the run in "
-                             f"{s.out_dir} began with the other one")
-        raise ValueError("--preset is for a new model; --init_from brings its own shape")
-    for part in filter(None, s.freeze.split(",")):
-        if part not in ("shared", "encoder", "decoder"):
-            raise ValueError(f"--freeze {part!r}: only shared, encoder and decoder can be frozen")
+    return kind(**{**(DEMO if demo else {}), **values, "demo": demo, "given": flags})
 
 
 def choose_defaults(s: Settings, ranks: Ranks) -> Settings:
@@ -1295,8 +1267,8 @@ def choose_defaults(s: Settings, ranks: Ranks) -> Settings:
     if not s.preset and not s.init_from:
         s = replace(s, preset="small")
     if not (s.max_steps or s.epochs or s.time_limit):
-        s = replace(s, epochs=1.0)
-    best = str(pick_dtype("auto", ranks.device)).removeprefix("torch.")
+        s = replace(s, max_steps=DEMO_STEPS) if s.demo else replace(s, epochs=1.0)
+    best = best_dtype(ranks.device)
     s = replace(s, lr=s.lr or s.default_lr(), dtype=best if s.dtype == "auto" else s.dtype)
     if s.optimizer == "muon" and best == "float32" and ranks.is_main:
         note_once("note: torch's Muon computes in bfloat16, for which this CPU has no "
@@ -1427,24 +1399,23 @@ def make_demo_data(s: Settings, ranks: Ranks) -> Settings:
     return replace(s, data=[train], valid=valid)
 
 
+def prompts(files: Iterable[str]) -> Iterator[pa.Array]:
+    """The prompts of Parquet files, many at a time."""
+    for path in files:
+        for batch in data.open_parquet(path, ("prompt",)).iter_batches(columns=["prompt"]):
+            yield batch["prompt"].cast("large_string")
+
+
 def overlap(files: Iterable[str], valid_files: Iterable[str]) -> int:
     """The number of distinct prompts that are in both."""
-    def prompts(path: str) -> Iterator[pa.Array]:
-        file = data.open_parquet(path, ("prompt",))
-        for batch in file.iter_batches(65536, columns=["prompt"]):
-            yield data.text_column(batch["prompt"])
-
-    parts = (part for path in valid_files for part in prompts(path))
-    held, found = pa.chunked_array(parts, pa.large_string()), set()
-    for path in files:
-        for part in prompts(path):
-            found.update(part.filter(pc.is_in(part, held)).to_pylist())
+    held, found = pa.chunked_array(prompts(valid_files), pa.large_string()), set()
+    for part in prompts(files):
+        found.update(part.filter(pc.is_in(part, held)).to_pylist())
     return len(found - {None, ""})
 
 
 def find_tokenizer(s: Settings, ranks: Ranks, saved: dict | None = None) -> Tokenizer:
-    """The tokenizer that is named, or that of the starting model, or the one in the out_dir, which
-    is trained on the data if it is not there."""
+    """The tokenizer of --tokenizer or --init_from, else that of --out_dir, trained if need be."""
     if s.tokenizer or s.init_from:
         return Tokenizer.from_pretrained(s.tokenizer or s.init_from, append_eos=True)
     out = Path(s.out_dir)
@@ -1485,25 +1456,14 @@ def train_tokenizer(s: Settings, out: Path) -> None:
     write_file(record, json.dumps(source))
 
 
-def hash_weights(model: ChatLM) -> str:
-    """A hash of all parameters."""
-    digest = xxhash.xxh3_64()
-    for name, p in model.named_parameters():
-        digest.update(name.encode())
-        digest.update(p.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()
-
-
-def make_model(s: Settings, ranks: Ranks, tokenizer: Tokenizer) -> tuple[ChatLM, str | None]:
-    """The model to train, and a hash of the weights of --init_from (None: random weights)."""
+def make_model(s: Settings, ranks: Ranks, tokenizer: Tokenizer) -> ChatLM:
+    """The model to train."""
     torch.manual_seed(s.seed)
     if s.init_from:
         model = ChatLM.from_pretrained(s.init_from, torch.float32, ranks.device)
-        init_hash = hash_weights(model)
         check_vocabulary(s, ranks, tokenizer, model)
     else:
         model = ChatLM(ChatLMConfig.preset(s.preset, vocab_size=len(tokenizer))).to(ranks.device)
-        init_hash = None
     model.config.dropout_rate = s.dropout
     for stack in (model.encoder, model.decoder):
         stack.checkpoint_activations = s.checkpoint_activations
@@ -1523,25 +1483,24 @@ def make_model(s: Settings, ranks: Ranks, tokenizer: Tokenizer) -> tuple[ChatLM,
             model.generation["turns"] = turns
         print(f"{model.num_parameters() / 1e6:.1f} million parameters, {len(tokenizer):,} tokens, "
               f"{ranks.world_size} x {ranks.device.type}, {s.dtype}", flush=True)
-    return model, init_hash
+    return model
 
 
 def count_turns(files: Iterable[str]) -> int:
-    """The number of questions in the longest prompts of Parquet files; [SEP] separates questions
-    and answers. Lengths that fewer than one prompt in a thousand reaches do not count."""
+    """The most questions that at least one prompt in a thousand has. [SEP] separates them."""
     counts: Counter[int] = Counter()
-    for path in files:
-        for batch in data.open_parquet(path, ("prompt",)).iter_batches(8192, columns=["prompt"]):
-            separators = pc.count_substring(data.text_column(batch["prompt"]), data.SEP)
-            counts.update((n or 0) // 2 + 1 for n in separators.to_pylist())
-    frequent = [turns for turns in counts
-                if sum(n for t, n in counts.items() if t >= turns) >= counts.total() / 1000]
-    return min(max(frequent, default=1), sample.MAX_TURNS)
+    for part in prompts(files):
+        counts.update((n or 0) // 2 + 1 for n in pc.count_substring(part, data.SEP).to_pylist())
+    reached = 0  # prompts of so many turns or more
+    for turns in sorted(counts, reverse=True):
+        reached += counts[turns]
+        if reached >= counts.total() / 1000:
+            return min(turns, sample.MAX_TURNS)
+    return 1
 
 
 def check_vocabulary(s: Settings, ranks: Ranks, tokenizer: Tokenizer, model: ChatLM) -> None:
-    """Raise ValueError if the model of --init_from has too few tokens; warn if --tokenizer has
-    others."""
+    """Raise ValueError if the model of --init_from has too few tokens; warn if it had others."""
     if len(tokenizer) > model.config.vocab_size:
         raise ValueError(f"the tokenizer has {len(tokenizer):,} tokens and the model in "
                          f"{s.init_from} only {model.config.vocab_size:,}")
@@ -1553,23 +1512,30 @@ def check_vocabulary(s: Settings, ranks: Ranks, tokenizer: Tokenizer, model: Cha
                       "with: the model must learn them anew")
 
 
-def run_identity(s: Settings, model: ChatLM, tokenizer: Tokenizer, init_hash: str | None) -> dict:
+def run_identity(s: Settings, model: ChatLM, tokenizer: Tokenizer) -> dict:
     """What may not change when a run is resumed, by flag."""
     shape = dataclasses.asdict(model.config)
     del shape["dropout_rate"]
     return {"--preset or --init_from (the model's shape)": shape,
-            "--init_from (the model's weights)": init_hash,
+            "--init_from (the model's weights)": s.init_from and sample.model_hash(s.init_from),
             "--tokenizer": xxhash.xxh3_64_hexdigest(tokenizer.to_json().encode()),
             "--data": hash_files(s.data_files),
             **{f"--{name}": getattr(s, name) for name in s.fixed}}
 
 
-def make_stream(s: Settings, ranks: Ranks, tokenizer: Tokenizer) -> PairStream:
+def make_stream(s: Settings, ranks: Ranks, tokenizer: Tokenizer, files: Iterable[str],
+                **options) -> PairStream:
+    """The batches of files. options: seed, group and workers of PairStream."""
+    return PairStream(files, tokenizer, s.micro_batch_tokens, s.max_len, rank=ranks.rank,
+                      world_size=ranks.world_size, columns=s.columns, round_to=s.round_to,
+                      **options)
+
+
+def training_stream(s: Settings, ranks: Ranks, tokenizer: Tokenizer) -> PairStream:
     """The training batches. Prints a note if processes have unequal shares of a step, or none."""
     group = max(1, round(s.batch_tokens / s.micro_batch_tokens))
-    stream = PairStream(s.data_files, tokenizer, s.micro_batch_tokens, s.max_len, s.seed,
-                        ranks.rank, ranks.world_size, group=group, columns=s.columns,
-                        workers=s.workers, round_to=s.round_to)
+    stream = make_stream(s, ranks, tokenizer, s.data_files, seed=s.seed, group=group,
+                         workers=s.workers)
     if ranks.is_main and group % ranks.world_size:
         even = -(-group // ranks.world_size) * ranks.world_size * s.micro_batch_tokens
         idle = max(0, ranks.world_size - group)
@@ -1578,40 +1544,6 @@ def make_stream(s: Settings, ranks: Ranks, tokenizer: Tokenizer) -> PairStream:
                   f"{effect}; --batch_tokens {even} or a smaller --micro_batch_tokens gives all "
                   "of them work")
     return stream
-
-
-def report_results(s: Settings, model: ChatLM, tokenizer: Tokenizer, state: State) -> None:
-    """Print scores on held-out pairs and a few answers of a finished run."""
-    model.eval()
-    rows, answers, references = held_out(s), [], []
-    parts = {"held-out pairs": rows}
-    if s.demo:
-        parts = {"held-out facts": [r for r in rows if not data.is_sum(r["prompt"])],
-                 "unseen sums": [r for r in rows if data.is_sum(r["prompt"])]}
-    for name, part in parts.items():
-        if not part:
-            continue
-        result, said = sample.score(model, tokenizer, part, s.max_len,
-                                    max_new_tokens=answer_tokens(s))
-        answers += said
-        references += [row["response"] for row in part]
-        print(f"\n{name}: {len(part):,}, exact match {100 * result['exact_match']:.1f} %, BLEU-4 "
-              f"{result['bleu4']:.1f}")
-        for row, text in list(zip(part, said))[::max(1, len(part) // 4)][:4]:
-            mark = "✓ " if text.strip() == row["response"].strip() else "✗ "
-            print(f"  {mark if s.demo else ''}{row['prompt']!r:.120} -> {text!r:.200}")
-    last_line = (Path(s.out_dir) / "log.jsonl").read_text("utf-8").splitlines()[-1]
-    if answers and '"bleu4"' not in last_line:  # a finished run that is started again has it
-        report = Report(Path(s.out_dir), True, state.step)
-        report.log({"step": state.step, "bleu4": sample.bleu4(answers, references)})
-        report.close()
-    asked = "法国的首都是哪里？" if s.demo else "你好"
-    model_flag = "" if s.out_dir == "out" else f" --model {shlex.quote(s.out_dir)}"
-    command = f"python sample.py{model_flag}"
-    print(f"\nfinished: {s.out_dir} is a model folder ({state.step:,} steps, {state.tokens:,} "
-          f"tokens, {duration(state.elapsed_s)}); {s.out_dir}/loss.svg is its curve. Talk to it:"
-          "\n"
-          f"  {command} --prompt \"{asked}\"\n  {command}")
 
 
 # --- the command ----------------------------------------------------------------------------------
@@ -1717,27 +1649,26 @@ def main() -> None:
         help="size of a tokenizer that is trained here (default: 29298; 2048 for the demo)")
     add("--bleu_every", type=number(int, 1),
         help="score answers on --valid every N steps (default: at the end)")
-    args = parser.parse_args()
-    with memory_hint(MEMORY_HINT):
-        run_training(args)
+    run_training(parser.parse_args(), Settings, ResponseLoss)
 
 
-def run_training(args: argparse.Namespace) -> None:
-    """Train, then score and show answers."""
+def run_training(args: argparse.Namespace, kind: type[Settings],
+                 objective_kind: type[Objective]) -> None:
+    """Train; then the first rank reports. The classes are those of train.py or of dpo.py."""
     ranks = Ranks.join(args.device)
-    with claimed(Path(args.out_dir), ranks):
+    with memory_hint(MEMORY_HINT), claimed(Path(args.out_dir), ranks):
         saved = find_checkpoint(args.out_dir, args.resume, ranks)
-        settings = resolve(Settings, args, ranks, saved)
+        settings = resolve(kind, args, ranks, saved)
         tokenizer = find_tokenizer(settings, ranks, saved)
-        model, init_hash = make_model(settings, ranks, tokenizer)
-        identity = run_identity(settings, model, tokenizer, init_hash)
+        model = make_model(settings, ranks, tokenizer)
+        identity = run_identity(settings, model, tokenizer)
         check_identity(identity, saved, settings.out_dir, ranks)
-        stream = make_stream(settings, ranks, tokenizer)
-        objective = ResponseLoss(settings, ranks, model, tokenizer)
-        state = Trainer(settings, ranks, model, stream, objective, identity).fit(saved)
-        ranks.leave()  # the others need not wait while the first one scores answers
+        stream = training_stream(settings, ranks, tokenizer)
+        objective = objective_kind(settings, ranks, model, tokenizer)
+        state = Trainer(objective, stream, identity).fit(saved)
+        ranks.leave()  # the others need not wait while the first one reports
         if ranks.is_main:
-            report_results(settings, model, tokenizer, state)
+            objective.report(state)
 
 
 if __name__ == "__main__":

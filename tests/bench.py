@@ -728,9 +728,9 @@ def generate(args: argparse.Namespace) -> None:
     import torch
 
     from chatlm import ChatLM, ChatLMConfig
-    from train import pick_dtype
+    from train import best_dtype
     on_gpu = torch.cuda.is_available()
-    halves = ["bfloat16"] if pick_dtype("auto", torch.device("cuda" if on_gpu else "cpu")) == torch.bfloat16 else []  # where it is native
+    halves = ["bfloat16"] if best_dtype(torch.device("cuda" if on_gpu else "cpu")) == "bfloat16" else []  # where it is native
     with tempfile.TemporaryDirectory() as folder:
         tokenizer = Tokenizer.train(load_texts(args.data), args.vocab_size)
         tokenizer.save_pretrained(folder)
@@ -803,9 +803,10 @@ def child_dpo(kind: str, folder: str, dtype: str, seconds: str) -> None:
         from data import PairStream
         from dpo import dpo_loss, pair_logps
         from sample import pick_device
+        from train import to_device
         model = ChatLM.from_pretrained(folder, torch.float32, pick_device(device))
         optimizer = torch.optim.AdamW(model.parameters(), 1e-5, fused=True)
-        batches = ({k: v.to(device) for k, v in batch.items()} for batch in PairStream(f"{folder}/triples.parquet", tokenizer, 3200, 320, columns=columns))
+        batches = (to_device(batch, torch.device(device)) for batch in PairStream(f"{folder}/triples.parquet", tokenizer, 3200, 320, columns=columns))
 
         def logps(batch: dict) -> tuple:
             with torch.autocast(device, torch.bfloat16, enabled=dtype == "bfloat16"):

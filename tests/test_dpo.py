@@ -75,7 +75,7 @@ def test_log_probabilities_and_gradients_are_transformers(folder, monkeypatch):
     ours, theirs = ChatLM.from_pretrained(folder), AutoModelForSeq2SeqLM.from_pretrained(folder).eval()
     batch = make_triples(len(Tokenizer.from_pretrained(folder)))
     reference = torch.randn(2, 5)
-    chosen, rejected = pair_logps(ours, batch)
+    chosen, rejected = pair_logps(ours, train.to_device(batch, torch.device("cpu")))
     expected = [their_logps(theirs, batch, name) for name in ("chosen", "rejected")]
     assert torch.allclose(torch.stack([chosen, rejected]), torch.stack(expected), rtol=1e-4)
     dpo_loss(chosen, rejected, *reference, 0.1)[0].backward()

@@ -212,7 +212,7 @@ def test_products_of_few_rows_are_the_product(rows, columns):
     rounded = weight.bfloat16()
     for has_bfloat16, threads in itertools.product({False, sample.has_bfloat16(x.device)}, (1, 2, 3)):
         with (mock.patch("sample.has_bfloat16", mock.Mock(return_value=has_bfloat16)),
-              mock.patch("torch.get_num_threads", lambda: threads)):
+              mock.patch("torch.get_num_threads", mock.Mock(return_value=threads))):
             product = BFloat16Product(weight)
             assert torch.equal(product.weight(), rounded)
             for n in (1, rows, 1):

@@ -934,8 +934,3 @@ def test_gradients_are_sent_while_backward_computes(tmp_path):
     done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(tmp_path / "reduce.py")],
                           capture_output=True, text=True, timeout=100, env=ENV, check=False)
     assert done.returncode == 0 and sorted(done.stdout.split()) == ["1", "3", "ok", "ok"], done.stderr[-2000:]
-
-
-def test_the_last_item_is_known_one_ahead():
-    assert list(train.with_last(iter("abc"))) == [("a", False), ("b", False), ("c", True)]
-    assert list(train.with_last([])) == []
