@@ -1417,7 +1417,8 @@ def clean(inputs: list[str], source: str, out: str, fields: tuple[str, ...], min
             rows_done += len(kept) + len(dropped)
             progress.show(f"{rows_done:,} rows", problems.share())
         progress.clear()
-        for reason in [r for r in problems if not r.startswith("character")]:
+        # bad lines are rows too; bad characters and unread columns are not
+        for reason in [r for r in problems if not r.startswith(("character", "column"))]:
             counts.note(reason, problems.first[reason], problems.pop(reason))
         report(counts, problems)
         left_out.warn()

@@ -1032,3 +1032,8 @@ def test_columns_of_dates_are_reported(tmp_path, capsys):
     data.note_once.cache_clear()
     list(Rows(tmp_path / "x.parquet"))
     assert "2 x column of dates or times, not read" in capsys.readouterr().err
+    table = pa.table({"prompt": ["如何学习？"] * 3, "response": ["多读书，多思考，多练习。"] * 3, "day": pa.array([1] * 3, pa.date32())})
+    pq.write_table(table, tmp_path / "x.parquet")
+    data.clean([str(tmp_path / "x.parquet")], "pairs", str(tmp_path / "y.parquet"), ("prompt", "response"), 1, 99, 1)
+    captured = capsys.readouterr()
+    assert "3  all" in captured.out and "1 x column of dates or times" in captured.err  # the column is no row

@@ -7,6 +7,7 @@ import itertools
 import json
 import math
 import random
+import shutil
 import sys
 from pathlib import Path
 from unittest import mock
@@ -461,6 +462,28 @@ def test_scoring_a_file_without_the_columns(folder, tmp_path):
     assert done.returncode == 2 and "row 1 has no text in 'prompt'" in done.stderr
 
 
+def test_scores_are_of_one_answer_per_row(folder, tmp_path):
+    """Also where the model's own settings ask for several."""
+    shutil.copytree(folder, tmp_path / "model")
+    own = json.loads((tmp_path / "model" / "generation_config.json").read_text())
+    (tmp_path / "model" / "generation_config.json").write_text(json.dumps(own | {"num_return_sequences": 3, "num_beams": 3}))
+    (tmp_path / "s.jsonl").write_text("".join(json.dumps({"prompt": f"你好{i}", "response": "世界"}) + "\n" for i in range(3)))
+    scores = []
+    for model, flags in ((folder, ["--num_beams", "3"]), (tmp_path / "model", [])):
+        done = call("--score", str(tmp_path / "s.jsonl"), "--model", str(model), "--max_new_tokens", "5", *flags)
+        assert done.returncode == 0, done.stderr
+        scores.append(json.loads(done.stdout.splitlines()[-1]))
+    assert scores[0] == scores[1]
+
+
+def test_a_bad_prompt_is_named_by_its_own_file_and_row(folder, tmp_path):
+    (tmp_path / "in").mkdir()
+    for name, lines in (("a", ["p"] * 3), ("b", ["p", "q"])):
+        (tmp_path / "in" / f"{name}.jsonl").write_text("".join(json.dumps({("prompt" if x == "p" else "other"): "你好"}) + "\n" for x in lines))
+    done = call("--input", str(tmp_path / "in"), "--output", str(tmp_path / "out.jsonl"), "--model", str(folder))
+    assert done.returncode == 2 and "b.jsonl, row 2 has no text in prompt" in done.stderr, done.stderr
+
+
 @pytest.fixture
 def answered(folder, tmp_path) -> tuple[list[str], Path]:
     """Arguments that answer a file of prompts, the output, already there."""
@@ -616,7 +639,9 @@ def test_settings_that_we_do_not_have_are_reported(folder, tmp_path):
 
 @pytest.mark.parametrize("flags", [["--num_beams", "2", "--length_penalty", "1e308"], ["--length_penalty", "nan"], ["--do_sample", "--temperature", "1e-42"],
                                    ["--do_sample", "--repetition_penalty", "1e-300"], ["--max_new_tokens", "99999999999999999999"], ["--device", "meta"], ["--seed", "-1"],
-                                   ["--do_sample", "--seed", "99999999999999999999"], ["--do_sample", "--no_repeat_ngram_size", "1", "--min_new_tokens", "900", "--max_new_tokens", "900"]], ids=str)
+                                   ["--do_sample", "--seed", "99999999999999999999"], ["--do_sample", "--no_repeat_ngram_size", "1", "--min_new_tokens", "900", "--max_new_tokens", "900"],
+                                   ["--no_repeat_ngram_size", "1", "--min_new_tokens", "900", "--max_new_tokens", "900"],
+                                   ["--num_beams", "2", "--no_repeat_ngram_size", "1", "--min_new_tokens", "900", "--max_new_tokens", "900"]], ids=str)
 def test_numbers_out_of_range_are_one_line(folder, flags):
     code, line = run_here(["--prompt", "你好", "--model", str(folder), *flags])
     assert code == 2 and "error: " in line

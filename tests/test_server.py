@@ -121,7 +121,12 @@ def test_options_of_a_request(server):
     (b'{"messages": [{"content": "a"}], "stop": [1]}', "stop"),
     (b'{"messages": [{"content": "a"}], "temperature": "hot"}', "temperature"),
     (b'{"messages": [{"content": "a"}], "top_p": 2}', "top_p"),
-    (b'{"messages": [{"content": "a"}], "max_tokens": -1}', "max_tokens")])
+    (b'{"messages": [{"content": "a"}], "max_tokens": -1}', "max_tokens"),
+    (b'{"messages": [{"content": "a"}], "max_tokens": "8"}', "max_tokens"),
+    (b'{"messages": [{"content": "a"}], "max_completion_tokens": [8]}', "max_tokens"),
+    (b'{"messages": [{"content": "a"}], "max_completion_tokens": null, "max_tokens": 0}', "max_tokens"),
+    (b'{"messages": [{"content": "a"}], "temperature": NaN}', "temperature"),
+    (b'{"messages": [1, {"content": "a"}]}', "messages")])
 def test_a_bad_request_is_answered_with_what_is_wrong(server, body, message):
     status, answer = post(server, body)
     assert status == 400 and message in answer["error"]["message"]
