@@ -142,7 +142,7 @@ class BFloat16Product:
 
     One row is most of what a chat needs. Its product is the sum of the columns of the weight, each
     times a number of x: what an embedding bag computes. FBGEMM's reads ahead in memory, so it takes
-    two thirds of the time of oneDNN's product. The weight is kept transposed, a part per thread:
+    two thirds of the time of oneDNN's product. The weight is kept transposed, in a part per thread:
 
         table (parts * I, O / parts):    row p * I + i is column i of the p-th part of the weight
 
@@ -152,7 +152,7 @@ class BFloat16Product:
 
     def __init__(self, weight: Tensor):
         out, width = weight.shape
-        parts = torch.get_num_threads()
+        parts = min(torch.get_num_threads(), -(-out // 64))
         padding = (0, 0, 0, -out % parts)
         table = F.pad(weight.bfloat16(), padding).view(parts, -1, width).transpose(1, 2)
         self.out, self.table = out, table.flatten(0, 1).contiguous()
