@@ -264,11 +264,10 @@ class Products:
         self.attention_dtype = torch.bfloat16 if self.rounds else weight.dtype
         self.head = self.of(model.head_weight())
         self.layers = [self.layer(*block.layer) for block in model.decoder.block]
-        self.to_head: Product = model.to_head
-        if self.is_gpu:
-            c = model.config
-            scale = c.d_model ** -0.5 if c.scale_decoder_outputs else 1.0
-            self.to_head = gpu_norm(model.decoder.final_layer_norm, scale)
+        c, norm = model.config, model.decoder.final_layer_norm
+        scale = c.d_model ** -0.5 if c.scale_decoder_outputs else 1.0
+        # not model.to_head: packed_models would keep the model for ever
+        self.to_head = gpu_norm(norm, scale) if self.is_gpu else self.scaled(norm, scale)
 
     def of(self, weight: Tensor) -> Product:
         if self.dtype:
@@ -290,6 +289,10 @@ class Products:
         if self.is_gpu:
             return gpu_norm(module)
         return quick_norm(module) if self.quick else module
+
+    def scaled(self, module: RMSNorm, scale: float) -> Product:
+        normalize = self.norm(module)
+        return lambda x: normalize(x) * scale
 
     def feed(self, layer: Any) -> Product:
         """x -> x + feed-forward(norm(x)). On a GPU the first product's kernel includes relu, and the

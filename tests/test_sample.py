@@ -2,6 +2,7 @@
 import argparse
 import contextlib
 import dataclasses
+import gc
 import io
 import itertools
 import json
@@ -9,6 +10,7 @@ import math
 import random
 import shutil
 import sys
+import weakref
 from pathlib import Path
 from unittest import mock
 
@@ -106,6 +108,18 @@ def test_packed_weights_decode_nearly_the_same(tmp_path, feed_forward_proj, dtyp
     assert generate(packed, ids, mask, max_new_tokens=5, num_beams=3).shape[1] > 1
     with pytest.raises(ValueError, match="float32"):
         pack(ours.bfloat16(), dtype)
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16, torch.int8], ids=str)
+def test_a_packed_model_is_freed(tmp_path, dtype):
+    _, ours = make_models(tmp_path, 0)
+    pack(ours, dtype)
+    generate(ours, *make_prompts(), max_new_tokens=3)
+    kept = weakref.ref(ours)
+    del ours
+    gc.collect()
+    assert kept() is None
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=GPU)])
