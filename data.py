@@ -594,6 +594,7 @@ class Writer:
         self.path, self.columns, self.total = Path(path), columns, 0
         self.batch: list[dict] = []
         check_parquet_path(self.path)
+        check_folder(self.path.parent)
 
     def __enter__(self) -> Self:
         pa = arrow()
@@ -677,9 +678,10 @@ def write_pairs(path, rows: Iterable[dict], columns: tuple[str, ...] = PAIR) -> 
     return writer.total
 
 
-def refuse_empty(rows: int, inputs: list[str]) -> None:
+def refuse_empty(rows: int, inputs: list[str], problems: Problems) -> None:
     """Raise ValueError if there is nothing to write; an existing output stays."""
     if not rows:
+        problems.warn()
         names = ", ".join(map(str, inputs))
         raise ValueError(f"{names}: no row can be used, and nothing was written")
 
@@ -1564,12 +1566,11 @@ def bucket_pairs(keys: np.ndarray, rows: np.ndarray) -> np.ndarray:
     pairs = []
     for distance in range(1, COMPARE_PREVIOUS + 1):
         later = np.flatnonzero(place >= distance)
-        pairs.append((later, later - distance))
+        pairs.append(members[later] << np.uint64(32) | members[later - distance])
     for first in range(COMPARE_FIRST):
         later = np.flatnonzero(place > first)
-        pairs.append((later, later - place[later] + first))
-    return np.concatenate([members[later] << np.uint64(32) | members[earlier]
-                           for later, earlier in pairs])
+        pairs.append(members[later] << np.uint64(32) | members[later - place[later] + first])
+    return np.concatenate(pairs)
 
 
 def find_candidates(exact: np.ndarray,
@@ -1704,8 +1705,8 @@ def dedup(inputs: list[str], out: str, threshold: float, against: str | None, wo
             raise ValueError(f"--against {against} has {', '.join(other_rows.columns)}, and the "
                              f"input has {', '.join(rows.columns)}: they cannot be compared")
         others = [row_text(row, other_rows.columns) for row in other_rows]
+        refuse_empty(len(others), [against], other_rows.problems)
         other_rows.problems.warn()
-        refuse_empty(len(others), [against])
     found = find_duplicates(Progress("rows", rows, passes=2),
                             lambda row: row_text(row, rows.columns), threshold, others, workers)
     with Writer(out, rows.columns) as writer:
@@ -1713,8 +1714,8 @@ def dedup(inputs: list[str], out: str, threshold: float, against: str | None, wo
             counts[reason or "kept"] += 1
             if not reason:
                 writer.write(row)
-        report(counts, rows.problems)
-        refuse_empty(counts["kept"], inputs)
+        refuse_empty(counts["kept"], inputs, rows.problems)
+    report(counts, rows.problems)
 
 
 # --- split, stats ---------------------------------------------------------------------------------
@@ -1743,8 +1744,8 @@ def split(inputs: list[str], out: str, valid: float, test: float) -> None:
         for writer in writers.values():
             writer.finish()  # all of them, before the first one is renamed
             counts[str(writer.path)] = writer.total
-        report(counts, rows.problems)
-        refuse_empty(counts.total(), inputs)
+        refuse_empty(counts.total(), inputs, rows.problems)
+    report(counts, rows.problems)
     for side in {"valid", "test"} - writers.keys():
         if paths[side].exists():
             note_once(f"warning: {paths[side]} is of an earlier split, and its rows may be in "

@@ -141,8 +141,8 @@ class Settings(train.Settings):
 
     def check(self) -> None:
         if self.demo or not self.init_from:
-            raise ValueError("--init_from and --data are needed")
-        if self.label_smoothing and self.loss == "ipo":
+            raise ValueError("--init_from and --data are needed (see --help)")
+        if "label_smoothing" in self.given and self.label_smoothing and self.loss == "ipo":
             raise ValueError("--label_smoothing has no effect with --loss ipo")
         super().check()
 
@@ -152,8 +152,8 @@ class Preference(train.Objective):
     extra, shown = METRICS, ("loss", "margin", "accuracy")
 
     def __init__(self, settings: Settings, ranks: train.Ranks, model: ChatLM,
-                 tokenizer: Tokenizer):
-        super().__init__(settings, ranks, model, tokenizer)
+                 tokenizer: Tokenizer, init_hash: str | None):
+        super().__init__(settings, ranks, model, tokenizer, init_hash)
         files = {"data": settings.data_files, "valid": settings.valid_files}
         self.references = {name: self.reference(name, paths)
                            for name, paths in files.items() if paths}
@@ -165,7 +165,7 @@ class Preference(train.Objective):
         s, ranks = self.settings, self.ranks
         path = Path(s.out_dir) / "checkpoint" / f"reference_{name}.safetensors"
         tokenizer_hash = xxhash.xxh3_64_hexdigest(self.tokenizer.to_json().encode())
-        identity = {"data": hash_files(files), "model": sample.model_hash(s.init_from),
+        identity = {"data": hash_files(files), "weights": str(self.init_hash),
                     "max_len": str(s.max_len), "dtype": s.dtype, "tokenizer": tokenizer_hash}
         stream = train.make_stream(s, ranks, self.tokenizer, files)
         logps = torch.zeros(stream.rows, 2, device=ranks.device)
@@ -254,7 +254,7 @@ def find_triples(paths: list[str], ranks: train.Ranks, out_dir: Path) -> list[st
             if ranks.is_main and not Path(target).is_file():
                 rows = Rows(path, COLUMNS, outputs=[out_dir])
                 written = data.write_pairs(target, rows, COLUMNS)
-                data.refuse_empty(written, [path])
+                data.refuse_empty(written, [path], data.Problems())
             ranks.barrier()
             ranks.check(None if Path(target).is_file() else
                         f"{target} is not on this machine: --out_dir must be on a file system that "
@@ -330,7 +330,7 @@ def reject(argv: list[str]) -> None:
         if candidates:
             worst = min(candidates, key=lambda a: sample.bleu4([a], [row["response"]]))
             triples.append({"prompt": row["prompt"], "chosen": row["response"], "rejected": worst})
-    data.refuse_empty(len(triples), [args.data])
+    data.refuse_empty(len(triples), [args.data], data.Problems())
     data.write_pairs(args.out, triples, COLUMNS)
     print(f"{args.out}: {len(triples):,} triples; {len(rows) - len(triples):,} rows dropped, "
           "because every answer was empty or the chosen one")

@@ -380,7 +380,8 @@ class Decoder:
         self.cache = model.shared.weight.new_empty(2 * layers, 0, c.num_heads, 0, c.d_kv,
                                                    dtype=self.products.attention_dtype)
         self.bias = self.visible = self.cache.new_empty(0)  # (1, H, 1, capacity); visible is masked
-        self.place = torch.zeros_like(input_ids[0, :1])  # of the newest keys and values
+        # of the newest keys and values
+        self.place = torch.zeros(1, dtype=torch.int64, device=self.cache.device)
         self.begin(input_ids, attention_mask, rows_per_source)
 
     @torch.inference_mode()
@@ -395,7 +396,8 @@ class Decoder:
             sources = [block.layer[1].EncDecAttention.keys_values(encoded)  # (B, H, S, K) each
                        for block in self.model.decoder.block]
         length, dtype = mask.size(3), self.cache.dtype
-        mask = mask.clamp(min=torch.finfo(dtype).min).to(dtype)
+        if mask.dtype != dtype:  # the least float32 would be -inf in bfloat16
+            mask = mask.double().clamp(min=torch.finfo(dtype).min).to(dtype)
         sources = [(k.to(dtype), v.to(dtype)) for k, v in sources]
         if not self.static:
             self.mask = mask  # (B, 1, 1, S)
@@ -422,8 +424,9 @@ class Decoder:
     def grow_cache(self, rows: int, length: int) -> None:
         """Make room for so many rows and positions. The capacity is a power of two of at least 32;
         of at least 320 with static, where empty positions cost less than another graph."""
-        capacity = max(320 if self.static else 32, 1 << (length - 1).bit_length())
         old = self.cache
+        least = max(320 if self.static else 32, old.size(3))
+        capacity = max(least, 1 << max(0, length - 1).bit_length())
         self.cache = old.new_zeros(len(old), rows, old.size(2), capacity, old.size(4))
         self.cache[:, :old.size(1), :, :old.size(3)] = old
         positions = torch.arange(capacity, device=self.cache.device)
@@ -654,6 +657,14 @@ def generate(model: ChatLM, input_ids: Tensor, attention_mask: Tensor | None = N
     return ids.clone()  # an ordinary tensor, usable outside of inference mode
 
 
+def draw(scores: Tensor, count: int) -> Tensor:
+    """Sample indices (N, count) from scores (N, V). Raises ValueError, on a CPU, for NaN."""
+    try:
+        return scores.softmax(-1).multinomial(count)
+    except RuntimeError:
+        raise ValueError("the scores of the model are not finite: its weights are damaged") from None
+
+
 @torch.inference_mode()
 def steps(model: ChatLM, input_ids: Tensor, attention_mask: Tensor | None,
           config: GenerationConfig, idle: list[Decoder] | None = None) -> Iterator[Tensor]:
@@ -685,7 +696,7 @@ def decode(decoder: Decoder, input_ids: Tensor, config: GenerationConfig) -> Ite
         logits = decoder.step(ids[rows, length - 1])[0]
         scores = config.process(logits, ids[rows, :length], c.eos_token_id)
         if config.do_sample:
-            chosen = scores.softmax(-1).multinomial(1)[:, 0]
+            chosen = draw(scores, 1)[:, 0]
         else:
             chosen = scores.argmax(-1)
         chosen = torch.where(alive, chosen, c.pad_token_id)
@@ -730,7 +741,7 @@ class Beams:
         prompts, n, vocab = scores.shape
         total = (scores + self.scores[:, :, None]).flatten(1)
         if config.do_sample:
-            index = total.softmax(-1).multinomial(2 * n)
+            index = draw(total, 2 * n)
             best = total.gather(1, index)
         else:
             best, index = total.topk(2 * n)

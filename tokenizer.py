@@ -438,11 +438,10 @@ class Tokenizer:
         refuse_pointer(path)
         try:
             tokenizer = cls(**parse_tokenizer(json.loads(path.read_text("utf-8"))))
-        except (json.JSONDecodeError, UnicodeDecodeError, RecursionError, KeyError, TypeError,
-                IndexError, AttributeError) as e:
-            raise ValueError(f"{path} is damaged: {type(e).__name__}: {e}") from None
-        except ValueError as e:
+        except Unsupported as e:
             raise ValueError(f"{path}: {e}") from None
+        except (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError) as e:
+            raise ValueError(f"{path} is damaged: {type(e).__name__}: {e}") from None
         if append_eos is not None:
             tokenizer.append_eos = append_eos
         check_added_tokens(Path(folder) / "tokenizer_config.json", tokenizer)
@@ -987,16 +986,22 @@ def tokenizer_json(tokenizer: Tokenizer) -> dict:
                   "merges": [[vocab[a], vocab[b]] for a, b in tokenizer.merges]}}
 
 
+class Unsupported(ValueError):
+    """A tokenizer.json that is correct and of a form that this program does not have."""
+
+
 def parse_tokenizer(form: dict) -> dict:
-    """The arguments of Tokenizer from the content of tokenizer.json. Raises ValueError for a form
-    that is not supported, and KeyError, TypeError, IndexError or AttributeError for a damaged one.
+    """The arguments of Tokenizer from the content of tokenizer.json.
+
+    Raises Unsupported for another form. A damaged file raises ValueError, KeyError, TypeError,
+    IndexError or AttributeError.
     """
     kind, added = form["model"].get("type"), form["added_tokens"]
     if kind != "BPE":
-        raise ValueError(f"this kind of model is not supported: {kind}")
+        raise Unsupported(f"this kind of model is not supported: {kind}")
     ids = form["model"]["vocab"] | {token["content"]: token["id"] for token in added}
     if [ids.get(token) for token in SPECIAL_TOKENS] != list(range(len(SPECIAL_TOKENS))):
-        raise ValueError(f"the vocabulary does not begin with {' '.join(SPECIAL_TOKENS)}")
+        raise Unsupported(f"the vocabulary does not begin with {' '.join(SPECIAL_TOKENS)}")
     vocab = sorted(ids, key=ids.__getitem__)
     if [ids[token] for token in vocab] != list(range(len(vocab))) or "" in ids:
         raise ValueError("the ids are not 0, 1, 2, ..., one for each token")
@@ -1007,7 +1012,7 @@ def parse_tokenizer(form: dict) -> dict:
     found = canonical(form)
     changed = [t["content"] for t in added if normalize(t["content"]) != t["content"]]
     if found["normalizer"] and changed:
-        raise ValueError(f"the added token {changed[0]!r}, which NFKC changes, is not supported")
+        raise Unsupported(f"the added token {changed[0]!r}, which NFKC changes, is not supported")
     arguments: dict[str, Any] = {"vocab": vocab, "merges": [(ids[a], ids[b]) for a, b in pairs],
                  "nfkc": found["normalizer"] is not None,
                  "append_eos": found["post_processor"] is not None,
@@ -1017,9 +1022,9 @@ def parse_tokenizer(form: dict) -> dict:
     for part in known:
         if found[part] != known[part]:
             shown = json.dumps(found[part], ensure_ascii=False)[:200]
-            raise ValueError(f"this kind of {part} is not supported: {shown}")
+            raise Unsupported(f"this kind of {part} is not supported: {shown}")
     if not arguments["spaced"] and vocab[FIRST_BYTE:FIRST_CHAR] != BYTE_TOKENS:
-        raise ValueError("the 256 bytes do not follow the special tokens")
+        raise Unsupported("the 256 bytes do not follow the special tokens")
     return arguments
 
 

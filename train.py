@@ -122,9 +122,12 @@ class Objective:
     extra: tuple[str, ...] = ()  # names of the extra sums; their means are logged
     shown: tuple[str, ...] = ("loss",)  # the values in the progress line
 
-    def __init__(self, settings: Any, ranks: "Ranks", model: ChatLM, tokenizer: Tokenizer):
-        """settings: Settings, or a subclass. Raises ValueError if --valid has no usable row."""
+    def __init__(self, settings: Any, ranks: "Ranks", model: ChatLM, tokenizer: Tokenizer,
+                 init_hash: str | None):
+        """settings: Settings, or a subclass. init_hash: see make_model. Raises ValueError if
+        --valid has no usable row."""
         self.settings, self.ranks, self.model, self.tokenizer = settings, ranks, model, tokenizer
+        self.init_hash = init_hash
         self.batches: list[dict] = []  # this rank's share of --valid
         if settings.valid:
             stream = make_stream(settings, ranks, tokenizer, settings.valid_files)
@@ -1021,8 +1024,9 @@ class ResponseLoss(Objective):
     """The mean nats per token of the responses; on --valid also their perplexity, and nats per
     character, which can be compared across tokenizers."""
 
-    def __init__(self, settings: "Settings", ranks: Ranks, model: ChatLM, tokenizer: Tokenizer):
-        super().__init__(settings, ranks, model, tokenizer)
+    def __init__(self, settings: "Settings", ranks: Ranks, model: ChatLM, tokenizer: Tokenizer,
+                 init_hash: str | None):
+        super().__init__(settings, ranks, model, tokenizer, init_hash)
         rows = [row[row >= 0] for batch in self.batches for row in batch["labels"].numpy()]
         own = [sum(map(len, rows)), sum(len(tokenizer.decode(row)) for row in rows)]
         sums = ranks.all_reduce(torch.tensor(own, dtype=torch.float64, device=ranks.device))
@@ -1206,8 +1210,10 @@ class Settings:
             raise ValueError(f"--vocab_size is for a tokenizer that is trained here; --{flag} "
                              "brings its own")
         if self.init_from and self.preset:
-            raise ValueError("--preset and --init_from exclude each other: --init_from brings its "
-                             "own shape")
+            began = f", and the run in {self.out_dir} began with the other one"
+            if {"init_from", "preset"} <= self.given:
+                began = ": --init_from brings its own shape"
+            raise ValueError(f"--preset and --init_from exclude each other{began}")
         if wrong := set(filter(None, self.freeze.split(","))) - {"shared", "encoder", "decoder"}:
             raise ValueError(f"--freeze {wrong.pop()!r}: only shared, encoder and decoder can be "
                              "frozen")
@@ -1456,14 +1462,25 @@ def train_tokenizer(s: Settings, out: Path) -> None:
     write_file(record, json.dumps(source))
 
 
-def make_model(s: Settings, ranks: Ranks, tokenizer: Tokenizer) -> ChatLM:
-    """The model to train."""
+def hash_weights(model: ChatLM) -> str:
+    """A hash of all parameters."""
+    digest = xxhash.xxh3_64()
+    for name, p in model.named_parameters():
+        digest.update(name.encode())
+        digest.update(p.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def make_model(s: Settings, ranks: Ranks, tokenizer: Tokenizer) -> tuple[ChatLM, str | None]:
+    """The model to train, and a hash of the weights of --init_from (None: random weights)."""
     torch.manual_seed(s.seed)
     if s.init_from:
         model = ChatLM.from_pretrained(s.init_from, torch.float32, ranks.device)
+        init_hash = hash_weights(model)
         check_vocabulary(s, ranks, tokenizer, model)
     else:
         model = ChatLM(ChatLMConfig.preset(s.preset, vocab_size=len(tokenizer))).to(ranks.device)
+        init_hash = None
     model.config.dropout_rate = s.dropout
     for stack in (model.encoder, model.decoder):
         stack.checkpoint_activations = s.checkpoint_activations
@@ -1483,7 +1500,7 @@ def make_model(s: Settings, ranks: Ranks, tokenizer: Tokenizer) -> ChatLM:
             model.generation["turns"] = turns
         print(f"{model.num_parameters() / 1e6:.1f} million parameters, {len(tokenizer):,} tokens, "
               f"{ranks.world_size} x {ranks.device.type}, {s.dtype}", flush=True)
-    return model
+    return model, init_hash
 
 
 def count_turns(files: Iterable[str]) -> int:
@@ -1512,12 +1529,12 @@ def check_vocabulary(s: Settings, ranks: Ranks, tokenizer: Tokenizer, model: Cha
                       "with: the model must learn them anew")
 
 
-def run_identity(s: Settings, model: ChatLM, tokenizer: Tokenizer) -> dict:
+def run_identity(s: Settings, model: ChatLM, tokenizer: Tokenizer, init_hash: str | None) -> dict:
     """What may not change when a run is resumed, by flag."""
     shape = dataclasses.asdict(model.config)
     del shape["dropout_rate"]
     return {"--preset or --init_from (the model's shape)": shape,
-            "--init_from (the model's weights)": s.init_from and sample.model_hash(s.init_from),
+            "--init_from (the model's weights)": init_hash,
             "--tokenizer": xxhash.xxh3_64_hexdigest(tokenizer.to_json().encode()),
             "--data": hash_files(s.data_files),
             **{f"--{name}": getattr(s, name) for name in s.fixed}}
@@ -1552,7 +1569,7 @@ def training_stream(s: Settings, ranks: Ranks, tokenizer: Tokenizer) -> PairStre
 def parser_for(kind: type[Settings], description: str, examples: str) -> ArgumentParser:
     """The flags that train.py and dpo.py share. Without a flag its value is None: see resolve."""
     parser = ArgumentParser(description=description, epilog=f"examples:\n{examples}")
-    defaults = {f.name: f.default for f in fields(kind)}
+    defaults = {f.name: f.default for f in fields(kind) if f.default is not dataclasses.MISSING}
     group: Any = parser
 
     def add(flag: str, help: str, **options) -> None:
@@ -1660,11 +1677,11 @@ def run_training(args: argparse.Namespace, kind: type[Settings],
         saved = find_checkpoint(args.out_dir, args.resume, ranks)
         settings = resolve(kind, args, ranks, saved)
         tokenizer = find_tokenizer(settings, ranks, saved)
-        model = make_model(settings, ranks, tokenizer)
-        identity = run_identity(settings, model, tokenizer)
+        model, init_hash = make_model(settings, ranks, tokenizer)
+        identity = run_identity(settings, model, tokenizer, init_hash)
         check_identity(identity, saved, settings.out_dir, ranks)
         stream = training_stream(settings, ranks, tokenizer)
-        objective = objective_kind(settings, ranks, model, tokenizer)
+        objective = objective_kind(settings, ranks, model, tokenizer, init_hash)
         state = Trainer(objective, stream, identity).fit(saved)
         ranks.leave()  # the others need not wait while the first one reports
         if ranks.is_main:

@@ -1037,3 +1037,13 @@ def test_columns_of_dates_are_reported(tmp_path, capsys):
     data.clean([str(tmp_path / "x.parquet")], "pairs", str(tmp_path / "y.parquet"), ("prompt", "response"), 1, 99, 1)
     captured = capsys.readouterr()
     assert "3  all" in captured.out and "1 x column of dates or times" in captured.err  # the column is no row
+
+
+@pytest.mark.quick
+def test_outputs_that_cannot_be_written_are_named_before_the_work(tmp_path):
+    (tmp_path / "file").write_text("")
+    write_pairs(tmp_path / "x.parquet", [{"prompt": "问题", "response": "回答"}])
+    for command in (["dedup", str(tmp_path / "x.parquet"), "--out", str(tmp_path / "file" / "d.parquet")],
+                    ["split", str(tmp_path / "x.parquet"), "--out", str(tmp_path / "file")]):
+        done = run_script("data.py", *command)
+        assert done.returncode == 2 and "file: not a folder" in done.stderr and not done.stdout, done.stderr

@@ -476,6 +476,29 @@ def test_scoring_a_file_without_the_columns(folder, tmp_path):
     assert done.returncode == 2 and "row 1 has no text in 'prompt'" in done.stderr
 
 
+def test_damaged_weights_are_one_line(folder, tmp_path):
+    model = ChatLM.from_pretrained(folder)
+    with torch.no_grad():
+        model.decoder.final_layer_norm.weight[0] = math.nan
+    shutil.copytree(folder, tmp_path / "model")
+    model.save_pretrained(tmp_path / "model")
+    for flags in (["--do_sample"], ["--do_sample", "--num_beams", "2"]):
+        code, line = run_here(["--prompt", "你好", "--model", str(tmp_path / "model"), "--max_new_tokens", "4", *flags])
+        assert code == 2 and "weights are damaged" in line
+
+
+@pytest.mark.quick
+def test_ids_and_precision_of_the_caller(tmp_path):
+    """int32 ids, an empty prompt, and autocast around generate."""
+    _, ours = make_models(tmp_path, 0)
+    ids, mask = make_prompts()
+    expected = generate(ours, ids, mask, max_new_tokens=5, num_beams=2)
+    assert torch.equal(generate(ours, ids.int(), mask.int(), max_new_tokens=5, num_beams=2), expected)
+    assert generate(ours, ids[:, :0], max_new_tokens=3).shape == (len(ids), 4)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert generate(ours, ids, mask, max_new_tokens=3, min_new_tokens=3).shape == (len(ids), 4)
+
+
 def test_scores_are_of_one_answer_per_row(folder, tmp_path):
     """Also where the model's own settings ask for several."""
     shutil.copytree(folder, tmp_path / "model")

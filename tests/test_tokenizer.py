@@ -365,7 +365,11 @@ def test_bad_tokenizer_files_are_refused(tokenizer, tmp_path):
         Tokenizer.from_pretrained(tmp_path)
     path = tmp_path / "tokenizer.json"
     whole = tokenizer.to_json()
-    for text in (whole[:len(whole) // 2], "[]", "{}", ""):
+    wrong = []  # merges
+    for merges in (["a b c"], ["ab"], {"a": 1}, [["no token", "of these"]]):
+        wrong.append(json.loads(whole))
+        wrong[-1]["model"]["merges"] = merges
+    for text in (whole[:len(whole) // 2], "[]", "{}", "", *map(json.dumps, wrong)):
         path.write_text(text)
         with pytest.raises(ValueError, match="damaged"):
             Tokenizer.from_pretrained(tmp_path)

@@ -720,6 +720,9 @@ def test_another_starting_model_is_refused(base, straight, tmp_path, flags):
     i = base.index("--preset")
     args = [*base[:i], *base[i + 2:], *flags, "--out_dir", str(tmp_path / "out"), "--init_from"]
     assert call(*args, str(model), "--max_steps", "2").returncode == 0
+    own = json.loads((model / "generation_config.json").read_text())
+    (model / "generation_config.json").write_text(json.dumps(own | {"num_beams": 2}))  # no weights
+    assert call(*args, str(model), "--max_steps", "3").returncode == 0
     weights = load_file(model / "model.safetensors")
     weights["encoder.block.0.layer.0.SelfAttention.q.weight"][0, 0] += 1
     save_file(weights, model / "model.safetensors", {"format": "pt"})
