@@ -258,7 +258,6 @@ class Linear(nn.Linear):
         return y[:len(rows)].view(*x.shape[:-1], self.out_features)
 
 
-
 class RMSNorm(nn.Module):
     """x / sqrt(mean(x^2) + eps) * weight: a layer norm without centering and without bias. The
     result has the dtype of the matrix products that follow, so they need no cast."""

@@ -1037,8 +1037,8 @@ def from_webtext(row: dict):
 
 
 def read_turns(row: dict) -> list[tuple] | str:
-    """The (question, answer) pairs of a BELLE or ShareGPT conversation, or why it is not one. A last
-    question without an answer is left out."""
+    """The (question, answer) pairs of a BELLE or ShareGPT conversation, or why it is not one. A
+    last question without an answer is left out."""
     try:
         turns = [(str(turn["from"]), turn["value"]) for turn in row["conversations"]]
     except (TypeError, KeyError):
@@ -1575,8 +1575,8 @@ def bucket_pairs(keys: np.ndarray, rows: np.ndarray) -> np.ndarray:
 
 def find_candidates(exact: np.ndarray,
                     bands: Iterable[np.ndarray]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """exact: (N,) hashes of texts; then the keys (N,) of every band. Returns first (N,), True for the
-    first of equal texts, and candidate pairs: later (M,) and earlier (M,) int64, sorted."""
+    """exact: (N,) hashes of texts; then the keys (N,) of every band. Returns first (N,), True for
+    the first of equal texts, and candidate pairs: later (M,) and earlier (M,) int64, sorted."""
     first = np.zeros(len(exact), dtype=bool)
     first[np.unique(exact, return_index=True)[1]] = True
     rows, pairs = np.flatnonzero(first).astype(np.uint64), np.empty(0, np.uint64)

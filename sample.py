@@ -295,8 +295,8 @@ class Products:
         return lambda x: normalize(x) * scale
 
     def feed(self, layer: Any) -> Product:
-        """x -> x + feed-forward(norm(x)). On a GPU the first product's kernel includes relu, and the
-        second product, which could pass float16's 65,504, is of an input divided by 16."""
+        """x -> x + feed-forward(norm(x)). On a GPU, the first product's kernel includes relu, and
+        its input is divided by 16: the second product could pass float16's 65,504."""
         norm, module = self.norm(layer.layer_norm), layer.DenseReluDense
         if self.is_gpu and not module.gated and type(module.wi) is type(module.wo) is Linear:
             norm = gpu_norm(layer.layer_norm, 1 / 16)
@@ -662,7 +662,7 @@ def draw(scores: Tensor, count: int) -> Tensor:
     try:
         return scores.softmax(-1).multinomial(count)
     except RuntimeError:
-        raise ValueError("the scores of the model are not finite: its weights are damaged") from None
+        raise ValueError("the model's scores are not finite: its weights are damaged") from None
 
 
 @torch.inference_mode()
@@ -695,10 +695,7 @@ def decode(decoder: Decoder, input_ids: Tensor, config: GenerationConfig) -> Ite
     for length in range(1, config.max_new_tokens + 1):
         logits = decoder.step(ids[rows, length - 1])[0]
         scores = config.process(logits, ids[rows, :length], c.eos_token_id)
-        if config.do_sample:
-            chosen = draw(scores, 1)[:, 0]
-        else:
-            chosen = scores.argmax(-1)
+        chosen = draw(scores, 1)[:, 0] if config.do_sample else scores.argmax(-1)
         chosen = torch.where(alive, chosen, c.pad_token_id)
         ids[rows, length] = chosen
         yield ids[:, :length + 1]

@@ -1074,8 +1074,8 @@ def check_added_tokens(path: Path, tokenizer: Tokenizer) -> None:
 
 # --- Unicode --------------------------------------------------------------------------------------
 
-# tokenizers knows the punctuation of Unicode 8 (two marks have moved to other categories since), the
-# numerals of Unicode 17 and the NFKC of Unicode 9. These are the characters that Python treats
+# tokenizers knows the punctuation of Unicode 8 (two marks have moved to other categories since),
+# the numerals of Unicode 17 and the NFKC of Unicode 9. These are the characters that Python treats
 # differently; tests compare every character.
 LATER_PUNCTUATION = """\
 61d 9fd a76 c77 c84 1b4e-1b4f 1b7d-1b7f 2e43-2e4f 2e52-2e63 10d6e 10ead 10ed0 10f55-10f59

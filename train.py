@@ -952,14 +952,14 @@ class Report:
     def show(self, values: dict, names: Iterable[str], epoch: float, share: float) -> None:
         """Show running means, over about 20 steps, in the progress line. share: done of this run's
         steps."""
+        if not self.is_main:
+            return
         for name in (*names, "tok_per_s"):
             mean = self.means.get(name, values[name])
             self.means[name] = mean + (values[name] - mean) / 20
         means = "  ".join(f"{name} {self.means[name]:.4f}" for name in names)
-        if self.is_main:
-            self.progress.show(f"step {values['step']:,}  epoch {epoch:.2f}  {means}  lr "
-                               f"{values['lr']:.2e}  {self.means['tok_per_s']:,.0f} tokens/s",
-                               share)
+        self.progress.show(f"step {values['step']:,}  epoch {epoch:.2f}  {means}  lr "
+                           f"{values['lr']:.2e}  {self.means['tok_per_s']:,.0f} tokens/s", share)
 
 
 def read_log(path: Path, last_step: int) -> list[str]:
