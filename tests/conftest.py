@@ -3,13 +3,21 @@ processes that compute with two threads each on two cores take ten times as long
 import contextlib
 import importlib
 import io
+import multiprocessing
 import os
+import runpy
 import signal
+import socket
 import subprocess
 import sys
+import tempfile
+from pathlib import Path
 from unittest import mock
 
+ROOT = Path(__file__).parents[1]
 os.environ["OMP_NUM_THREADS"] = "1"  # also for the commands that tests run; before torch starts
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(["torch", "torch.distributed.nn", "pyarrow.parquet", "safetensors.torch"])
 # a shell starts jobs in the background with Ctrl-C ignored, which the commands would inherit
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
@@ -38,3 +46,57 @@ def run_script(name: str, *args, stdin: str = "") -> subprocess.CompletedProcess
             for number, handler in handlers.items():
                 signal.signal(number, handler)
     return subprocess.CompletedProcess(argv, code, out.getvalue(), err.getvalue())
+
+
+class Script:
+    """What `python PATH ARGS` does, in a process of its own, which begins as a copy of one that has
+    loaded torch: that saves a second and a half. The methods are those of subprocess.Popen."""
+
+    def __init__(self, path: str | Path, *args, **env):
+        """path: of the script, from the repository's folder; env: more environment variables."""
+        self.args = [str(ROOT / path), *map(str, args)]
+        self.folder = tempfile.TemporaryDirectory()
+        self.process = FORKS.Process(target=run_as_main, args=(self.args, env, self.folder.name))
+        self.process.start()
+        self.pid, self.kill = self.process.pid, self.process.kill
+
+    def poll(self) -> int | None:
+        return self.process.exitcode
+
+    def wait(self, timeout: float = 100) -> int:
+        self.process.join(timeout)
+        assert self.process.exitcode is not None, self.args
+        return self.process.exitcode
+
+    def completed(self) -> subprocess.CompletedProcess:
+        """Wait for the end; with what was printed."""
+        code = self.wait()
+        said = [Path(self.folder.name, name).read_text("utf-8") for name in ("stdout", "stderr")]
+        return subprocess.CompletedProcess(self.args, code, *said)
+
+
+def run_as_main(argv: list[str], env: dict[str, str], folder: str) -> None:
+    os.environ.update(env)
+    for number, name in ((1, "stdout"), (2, "stderr")):
+        os.dup2(os.open(f"{folder}/{name}", os.O_CREAT | os.O_WRONLY | os.O_APPEND), number)
+    sys.argv = argv
+    runpy.run_path(argv[0], run_name="__main__")
+
+
+def start_ranks(path: str | Path, *args_of_ranks: list[str], **env) -> list[Script]:
+    """Start the ranks of one run, one list of arguments each, as on machines of their own."""
+    with socket.socket() as s:
+        s.bind(("localhost", 0))
+        port = s.getsockname()[1]
+    env |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port), "WORLD_SIZE": str(len(args_of_ranks))}
+    return [Script(path, *args, RANK=str(rank), LOCAL_RANK=str(rank if "LOCAL_WORLD_SIZE" in env else 0), **env)
+            for rank, args in enumerate(args_of_ranks)]
+
+
+def run_ranks(path: str | Path, *args, ranks: int) -> subprocess.CompletedProcess:
+    """What `torchrun --nproc_per_node=RANKS PATH ARGS` does, without its own process and its second
+    attempts. The exit status is that of the first rank that fails."""
+    scripts = start_ranks(path, *[list(args)] * ranks, LOCAL_WORLD_SIZE=str(ranks))
+    ends = [script.completed() for script in scripts]
+    code = next((end.returncode for end in ends if end.returncode), 0)
+    return subprocess.CompletedProcess(ends[0].args, code, "".join(end.stdout for end in ends), "".join(end.stderr for end in ends))

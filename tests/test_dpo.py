@@ -2,7 +2,6 @@
 import itertools
 import json
 import math
-import os
 import random
 import shutil
 import subprocess
@@ -14,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from conftest import run_script
+from conftest import Script, run_ranks, run_script
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForSeq2SeqLM
 
@@ -188,7 +187,7 @@ def straight(folder, triples, tmp_path_factory) -> Path:
 
 def test_a_killed_run_goes_on_exactly(folder, triples, straight, tmp_path):
     for lines in (4, 13):  # killed twice in a row
-        running = subprocess.Popen([sys.executable, "dpo.py", *flags(folder, triples, tmp_path)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        running = Script("dpo.py", *flags(folder, triples, tmp_path))
         while running.poll() is None and (not (tmp_path / "log.jsonl").exists() or len((tmp_path / "log.jsonl").read_text().splitlines()) < lines):
             time.sleep(0.01)
         running.kill()
@@ -199,8 +198,7 @@ def test_a_killed_run_goes_on_exactly(folder, triples, straight, tmp_path):
 
 
 def test_two_processes_learn_the_same(folder, triples, straight, tmp_path):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "dpo.py", *flags(folder, triples, tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    done = run_ranks("dpo.py", *flags(folder, triples, tmp_path), ranks=2)
     assert done.returncode == 0, done.stderr
     for ours, theirs in zip(log_of(tmp_path), log_of(straight), strict=True):
         assert ours.keys() == theirs.keys()
@@ -392,8 +390,7 @@ def test_a_run_is_resumed_by_its_folder_alone(folder, triples, straight, tmp_pat
 @pytest.mark.parametrize("ranks", [3, 5])
 def test_any_number_of_processes_learns_the_same(folder, triples, straight, tmp_path, ranks):
     """Two micro-batches a step, so that some processes have none."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", "dpo.py", *flags(folder, triples, tmp_path)]
-    done = subprocess.run([*command, "--schedule", "constant", "--max_steps", "4"], capture_output=True, text=True, timeout=120, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=False)
+    done = run_ranks("dpo.py", *flags(folder, triples, tmp_path), "--schedule", "constant", "--max_steps", "4", ranks=ranks)
     assert done.returncode == 0 and f"{ranks - 2} have none" in done.stderr, done.stderr
     one = call(*flags(folder, triples, tmp_path / "one"), "--schedule", "constant", "--max_steps", "4")
     assert one.returncode == 0, one.stderr

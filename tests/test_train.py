@@ -19,7 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from conftest import run_script
+from conftest import ROOT, Script, run_ranks, run_script, start_ranks
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
@@ -31,7 +31,6 @@ from sample import generate
 from tokenizer import Tokenizer
 from train import learning_rate, list_checkpoints
 
-ROOT = Path(__file__).parents[1]
 ENV = {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
@@ -53,9 +52,9 @@ def command(*args: str, ranks: int = 1) -> list[str]:
 
 
 def call(*args: str, ranks: int = 1, **options) -> subprocess.CompletedProcess:
-    if ranks == 1 and not options:
-        return run_script("train.py", *args)
-    return subprocess.run(command(*args, ranks=ranks), capture_output=True, text=True, timeout=120, env=ENV, **options, check=False)
+    if options:
+        return subprocess.run(command(*args), capture_output=True, text=True, timeout=120, env=ENV, **options, check=False)
+    return run_ranks("train.py", *args, ranks=ranks) if ranks > 1 else run_script("train.py", *args)
 
 
 def call_each(*flags: list[str]) -> None:
@@ -149,14 +148,17 @@ def test_validation_loss_is_transformers(straight, base):
 
 def run_and_kill(args: list[str], out: Path, step: int, how: int, ranks: int = 1) -> int:
     """Start, and send a signal once log.jsonl has reached a step, at some moment within the next one."""
-    process = subprocess.Popen(command(*args, ranks=ranks), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=ENV, start_new_session=True)
+    if ranks == 1:
+        process = Script("train.py", *args)
+    else:  # torchrun passes the signal on
+        process = subprocess.Popen(command(*args, ranks=ranks), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=ENV)
     end_s = time.monotonic() + 60
     while time.monotonic() < end_s and process.poll() is None:
         if (out / "log.jsonl").exists() and (out / "log.jsonl").read_text().count('"loss"') >= step:
             break
         time.sleep(0.005)
     time.sleep(random.random() * 0.05)
-    (os.killpg if how == signal.SIGKILL else os.kill)(process.pid, how)
+    os.kill(process.pid, how)
     return process.wait(60)
 
 
@@ -176,7 +178,7 @@ def test_resume_is_exact_after_kills(base, straight, tmp_path):
 def test_two_runs_do_not_share_a_folder(base, tmp_path):
     out = tmp_path / "out"
     args = [*base, "--out_dir", str(out), "--max_steps", "100000"]
-    first = subprocess.Popen(command(*args), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=ENV)
+    first = Script("train.py", *args)
     try:
         while not (out / "log.jsonl").exists():
             assert first.poll() is None
@@ -210,7 +212,7 @@ def test_resume_is_exact_when_killed_while_a_checkpoint_is_written(base, straigh
     args = [*base, "--out_dir", str(out), "--max_steps", "24", "--eval_every", "10", "--save_every", "1"]
     hit = 0
     for _ in range(3):
-        process = subprocess.Popen(command(*args), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=ENV)
+        process = Script("train.py", *args)
         saved = len(list_checkpoints(out / "checkpoint"))
         while process.poll() is None and not (saved and list((out / "checkpoint").glob("newest.*.tmp"))):
             saved = saved or len(list_checkpoints(out / "checkpoint"))
@@ -269,7 +271,8 @@ def test_two_machines_take_the_same_steps(base, straight, tmp_path):
 def test_gradient_does_not_depend_on_the_split(base, tmp_path, monkeypatch):
     """1 process x 4 micro-batches = 2 x 2 = 1 x 1: one step of plain descent with rate 1 moves the weights by the gradient."""
     tokenizer = Tokenizer.from_pretrained(base[5])
-    rows = [(p, r) for p, r in make_demo()[0] if len(tokenizer.encode(p)) == 8 and len(tokenizer.encode(r)) in (5, 6)][:32]
+    fitting = ((p, r) for p, r in make_demo()[0] if len(tokenizer.encode(p)) == 8 and len(tokenizer.encode(r)) in (5, 6))
+    rows = list(itertools.islice(fitting, 32))
     assert len(rows) == 32
     pq.write_table(pa.table({"prompt": [p for p, _ in rows], "response": [r for _, r in rows]}), tmp_path / "rows.parquet")
     script = tmp_path / "plain.py"
@@ -284,8 +287,7 @@ def test_gradient_does_not_depend_on_the_split(base, tmp_path, monkeypatch):
         flags += ["--out_dir", str(tmp_path / f"{ranks}x{micro}")]
         if ranks == 1:
             return call(*flags)
-        launch = [str(script) if part == str(ROOT / "train.py") else part for part in command(*flags, ranks=ranks)]
-        return subprocess.run(launch, capture_output=True, text=True, timeout=100, env=ENV, check=False)
+        return run_ranks(script, *flags, ranks=ranks)
 
     for ranks, micro in cases:
         done = descend(ranks, micro)
@@ -549,15 +551,9 @@ def test_every_process_gets_work_by_default(base, monkeypatch, tmp_path, world_s
     assert group >= world_size and group % world_size == 0 and args.batch_tokens == group * args.micro_batch_tokens
 
 
-def launch_ranks(commands: list[list[str]], **options) -> list[tuple[int, str]]:
-    """Processes that are one run's ranks without torchrun, one command each: exit status and stderr."""
-    with socket.socket() as s:
-        s.bind(("localhost", 0))
-        port = s.getsockname()[1]
-    running = [subprocess.Popen([sys.executable, str(ROOT / "train.py"), *args], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options,
-                                env={**ENV, "RANK": str(rank), "WORLD_SIZE": str(len(commands)), "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)})
-               for rank, args in enumerate(commands)]
-    return [(process.wait(100), process.stderr.read()) for process in running]
+def launch_ranks(*args_of_ranks: list[str]) -> list[tuple[int, str]]:
+    """The exit status and stderr of every rank of one run."""
+    return [(end.returncode, end.stderr) for end in (script.completed() for script in start_ranks("train.py", *args_of_ranks))]
 
 
 def test_a_machine_without_the_checkpoint_is_told_so(base, straight, tmp_path):
@@ -568,7 +564,7 @@ def test_a_machine_without_the_checkpoint_is_told_so(base, straight, tmp_path):
     newest = list_checkpoints(straight / "checkpoint")[0].name
     for other in ("empty", "stale"):
         before = sorted((tmp_path / other).rglob("*"))
-        (_, first), (code, second) = launch_ranks([[*base, "--out_dir", str(tmp_path / folder), "--max_steps", "26"] for folder in ("a", other)])
+        (_, first), (code, second) = launch_ranks(*([*base, "--out_dir", str(tmp_path / folder), "--max_steps", "26"] for folder in ("a", other)))
         assert code == 2 and len(second.splitlines()) == 1, second
         assert f"{tmp_path / other}/checkpoint has no {newest}" in second and "--out_dir must be on a file system that all machines share" in second
         assert "must be on a file system" in first.splitlines()[-1]
@@ -578,7 +574,7 @@ def test_a_machine_without_the_checkpoint_is_told_so(base, straight, tmp_path):
 def test_machines_with_other_data_are_told_so(base, tmp_path):
     other = tmp_path / "other.parquet"
     pq.write_table(pq.read_table(base[1]).slice(1), other)
-    ends = launch_ranks([[*base, "--data", data, "--out_dir", str(tmp_path / "out"), "--max_steps", "2"] for data in (base[1], str(other))])
+    ends = launch_ranks(*([*base, "--data", data, "--out_dir", str(tmp_path / "out"), "--max_steps", "2"] for data in (base[1], str(other))))
     assert [code for code, _ in ends] == [2, 2] and all("--data: this process has other files" in said for _, said in ends), ends
 
 
@@ -598,9 +594,10 @@ def test_another_launcher_than_torchrun_may_go(base, tmp_path):
     assert [r["step"] for r in log(tmp_path / "out") if "loss" in r] == [1, 2, 3]
 
 
-def test_a_killed_loader_process_is_one_line(base, straight, tmp_path):
+def test_a_killed_loader_process_is_one_line(small, tmp_path):
+    """It is noticed when the next window is needed; an epoch of few pairs is one."""
     out = tmp_path / "out"
-    args = [*base, "--batch_tokens", "256", "--workers", "1", "--out_dir", str(out), "--max_steps", "100000", "--save_every", "5"]
+    args = [*small[0], "--batch_tokens", "256", "--workers", "1", "--out_dir", str(out), "--max_steps", "100000", "--save_every", "5"]
     process = subprocess.Popen(command(*args), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=ENV)
     while process.poll() is None and not list_checkpoints(out / "checkpoint"):
         time.sleep(0.02)
@@ -934,6 +931,5 @@ print("ok", len(sent))
 def test_gradients_are_sent_while_backward_computes(tmp_path):
     """Every slice is on its way when backward returns, also while the other rank has no work."""
     (tmp_path / "reduce.py").write_text(REDUCE.format(root=str(ROOT)), "utf-8")
-    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(tmp_path / "reduce.py")],
-                          capture_output=True, text=True, timeout=100, env=ENV, check=False)
+    done = run_ranks(tmp_path / "reduce.py", ranks=2)
     assert done.returncode == 0 and sorted(done.stdout.split()) == ["1", "3", "ok", "ok"], done.stderr[-2000:]
