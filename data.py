@@ -1550,26 +1550,41 @@ def sketch(job: tuple[list[str], int, int]) -> tuple[np.ndarray, np.ndarray]:
     return exact, keys.T.astype(np.uint32)
 
 
+def pack(high: np.ndarray, low: np.ndarray) -> np.ndarray:
+    """Two arrays of 32-bit numbers -> one of uint64, which sorts by high, then by low."""
+    return high.astype(np.uint64) << np.uint64(32) | low.astype(np.uint64)
+
+
+def unpack(packed: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The twin of pack: high and low, int64."""
+    return ((packed >> np.uint64(32)).view(np.int64),
+            (packed & np.uint64(0xFFFFFFFF)).view(np.int64))
+
+
+def place_in_run(values: np.ndarray) -> np.ndarray:
+    """Sorted values -> how many equal ones come before each: [7, 7, 7, 9] -> [0, 1, 2, 0]"""
+    begins = np.flatnonzero(np.append(True, values[1:] != values[:-1])[:len(values)])
+    return np.arange(len(values)) - np.repeat(begins, np.diff(np.append(begins, len(values))))
+
+
 def bucket_pairs(keys: np.ndarray, rows: np.ndarray) -> np.ndarray:
-    """keys (N,) of one band, of the texts `rows` (N,) -> the pairs of texts to compare in each
-    bucket of equal keys, uint64, later << 32 | earlier."""
-    bucket = np.sort(keys.astype(np.uint64) << np.uint64(32) | rows)  # by key, then row
-    key = bucket >> np.uint64(32)
+    """keys (N,) of one band, of the texts `rows` (N,). Texts with equal keys are in one bucket.
+    Returns the pairs to compare, (later, earlier) packed:
+
+        keys 7 9 7 7, rows 0 1 2 5  ->  bucket of 7: texts 0 2 5  ->  (2, 0) (5, 2) (5, 0)
+    """
+    packed = np.sort(pack(keys, rows))
+    key = packed >> np.uint64(32)
     same = np.concatenate([[False], key[1:] == key[:-1], [False]])
-    members = bucket[same[:-1] | same[1:]]  # those that are not alone
-    if not len(members):
-        return members
-    key = members >> np.uint64(32)
-    begins = np.flatnonzero(np.append(True, key[1:] != key[:-1]))
-    place = np.arange(len(members)) - np.repeat(begins, np.diff(np.append(begins, len(members))))
-    members &= np.uint64(0xFFFFFFFF)
+    key, row = unpack(packed[same[:-1] | same[1:]])  # without texts that are alone in their bucket
+    place = place_in_run(key)
     pairs = []
     for distance in range(1, COMPARE_PREVIOUS + 1):
         later = np.flatnonzero(place >= distance)
-        pairs.append(members[later] << np.uint64(32) | members[later - distance])
+        pairs.append(pack(row[later], row[later - distance]))
     for first in range(COMPARE_FIRST):
         later = np.flatnonzero(place > first)
-        pairs.append(members[later] << np.uint64(32) | members[later - place[later] + first])
+        pairs.append(pack(row[later], row[later - place[later] + first]))
     return np.concatenate(pairs)
 
 
@@ -1579,14 +1594,12 @@ def find_candidates(exact: np.ndarray,
     the first of equal texts, and candidate pairs: later (M,) and earlier (M,) int64, sorted."""
     first = np.zeros(len(exact), dtype=bool)
     first[np.unique(exact, return_index=True)[1]] = True
-    rows, pairs = np.flatnonzero(first).astype(np.uint64), np.empty(0, np.uint64)
+    rows, pairs = np.flatnonzero(first), np.empty(0, np.uint64)
     for keys in bands:
         pairs = np.unique(np.concatenate([pairs, bucket_pairs(keys[first], rows)]))
-        later = pairs >> np.uint64(32)
-        n = MAX_CANDIDATES
+        later, n = pairs >> np.uint64(32), MAX_CANDIDATES
         pairs = pairs[np.append(np.ones(n, bool), later[n:] != later[:-n])[:len(pairs)]]
-    return first, (pairs >> np.uint64(32)).astype(np.int64), (
-        pairs & np.uint64(0xFFFFFFFF)).astype(np.int64)
+    return first, *unpack(pairs)
 
 
 def shingle_sets(texts: list[str]) -> list[np.ndarray]:
@@ -1616,8 +1629,7 @@ def find_duplicates(items: Iterable, text_of: Callable, threshold: float = 0.85,
     An item is dropped if its text equals an earlier one, or has at least the Jaccard similarity
     `threshold` to an earlier one that stays. MinHash finds candidates, and their exact similarity
     decides. The texts of `against` come before all items. items and against are iterated over
-    twice: for the sketches (8 bytes per text and 4 per band), then to compare. Only texts that are
-    still needed for a comparison stay in memory.
+    twice: for the sketches (8 bytes per text and 4 per band), then to compare.
     """
     bands, rows = banding(threshold)
     texts = chain(against, map(text_of, items))
@@ -1627,45 +1639,59 @@ def find_duplicates(items: Iterable, text_of: Callable, threshold: float = 0.85,
         return
     exact = np.concatenate([exact for exact, _ in sketches])
     keys = (np.concatenate([keys[band] for _, keys in sketches]) for band in range(bands))
-    first, later, earlier = find_candidates(exact, keys)
+    comparison = Comparison(*find_candidates(exact, keys), threshold)
     del sketches, keys
-    keep, needed = first.copy(), np.zeros(len(first), dtype=bool)
-    needed[later] = needed[earlier] = True
-    last_use = np.zeros(len(first), dtype=np.uint32)
-    last_use[earlier] = later  # later is sorted, so the last one remains
-    sets: dict[int, np.ndarray] = {}
-    end = 0
-    pairs = chain(((text, None) for text in against), ((text_of(item), item) for item in items))
+    for batch in batches(against, BATCH_CHARS):
+        comparison.reasons(batch)
+    pairs = ((text_of(item), item) for item in items)
     for batch in batches(pairs, BATCH_CHARS, lambda pair: len(pair[0])):
-        begin, end = end, end + len(batch)
-        held = begin + np.flatnonzero(needed[begin:end])
+        reasons = comparison.reasons([text for text, _ in batch])
+        yield from ((item, reason) for (_, item), reason in zip(batch, reasons))
+
+
+class Comparison:
+    """Compares texts, batch after batch, with the earlier ones that may be near. Only the shingles
+    of texts that a later one may still be compared with stay in memory."""
+
+    def __init__(self, first: np.ndarray, later: np.ndarray, earlier: np.ndarray,
+                 threshold: float):
+        """The result of find_candidates, of N texts."""
+        self.first, self.later, self.earlier, self.threshold = first, later, earlier, threshold
+        self.keep = first.copy()  # (N,), final for the texts of earlier batches
+        self.needed = np.zeros(len(first), dtype=bool)
+        self.needed[later] = self.needed[earlier] = True
+        self.last_use = np.zeros(len(first), dtype=np.uint32)
+        self.last_use[earlier] = later  # later is sorted, so the last one remains
+        self.sets: dict[int, np.ndarray] = {}  # number of a text -> its shingles
+        self.end = 0  # texts so far
+
+    def reasons(self, batch: list[str]) -> list[str]:
+        """Why each of the next texts is dropped; "" if it stays."""
+        begin, self.end = self.end, self.end + len(batch)
+        held = begin + np.flatnonzero(self.needed[begin:self.end])
         if len(held):
-            sets.update(zip(held.tolist(), shingle_sets([batch[i - begin][0] for i in held])))
-        here = slice(*np.searchsorted(later, [begin, end]))
-        drop_near(keep, later[here], earlier[here], sets, threshold, begin)
-        for i in [i for i in sets if last_use[i] < end or not keep[i]]:
-            del sets[i]
-        stays, is_first = keep[begin:end].tolist(), first[begin:end].tolist()
-        for i, (_, item) in enumerate(batch):
-            if item is not None:
-                reason = NEAR if is_first[i] else EQUAL
-                yield item, "" if stays[i] else reason
+            self.sets.update(zip(held.tolist(), shingle_sets([batch[i - begin] for i in held])))
+        self.drop_near(begin)
+        for i in [i for i in self.sets if self.last_use[i] < self.end or not self.keep[i]]:
+            del self.sets[i]
+        stays, first = (flags[begin:self.end].tolist() for flags in (self.keep, self.first))
+        return ["" if stay else NEAR if is_first else EQUAL for stay, is_first in zip(stays, first)]
 
-
-def drop_near(keep: np.ndarray, later: np.ndarray, earlier: np.ndarray,
-              sets: dict[int, np.ndarray], threshold: float, begin: int) -> None:
-    """Set keep[i] to False for a text i of `later` (sorted) that is near to an earlier text that
-    stays. begin: the first text of this batch."""
-    is_first = np.append(True, np.diff(later) > 0)[:len(later)]
-    # cheap pass: one candidate per text, from before this batch, settles most duplicates
-    settled = np.flatnonzero((earlier < begin) & is_first)
-    for part in (settled, np.arange(len(later))):
-        left, right = earlier[part], later[part]
-        alive = keep[left] & keep[right]
-        left, right = left[alive].tolist(), right[alive].tolist()
-        near = jaccard([sets[i] for i in left], [sets[j] for j in right]) >= threshold
-        for i, j in compress(zip(left, right), near.tolist()):  # by j, so keep[i] is final
-            keep[j] &= ~keep[i]
+    def drop_near(self, begin: int) -> None:
+        """Set keep to False for texts of the batch from `begin` on that are near to an earlier
+        one that stays."""
+        here = slice(*np.searchsorted(self.later, [begin, self.end]))
+        later, earlier = self.later[here], self.earlier[here]
+        # cheap pass: one candidate per text, from before this batch, settles most duplicates
+        settled = np.flatnonzero((earlier < begin) & (place_in_run(later) == 0))
+        for part in (settled, np.arange(len(later))):
+            left, right = earlier[part], later[part]
+            alive = self.keep[left] & self.keep[right]
+            left, right = left[alive].tolist(), right[alive].tolist()
+            similar = jaccard([self.sets[i] for i in left], [self.sets[j] for j in right])
+            near = (similar >= self.threshold).tolist()
+            for i, j in compress(zip(left, right), near):  # by j, so keep[i] is final
+                self.keep[j] &= ~self.keep[i]
 
 
 def dedup_indices(texts: Iterable[str], threshold: float = 0.85, against: Iterable[str] = (),
@@ -1959,6 +1985,110 @@ def cut_rows(rows: np.ndarray, lengths: np.ndarray, budget: int) -> tuple[np.nda
     return cut
 
 
+class WindowReader:
+    """The windows of every epoch. They are read in order, and background processes read ahead."""
+
+    def __init__(self, files: list[str], columns: tuple[str, ...], seed: int, workers: int,
+                 **options):
+        """options: the other fields of WindowJob. Raises FileNotFoundError or ValueError: see
+        open_parquet."""
+        self.columns, self.seed, self.workers, self.options = columns, seed, workers, options
+        self.row_groups: list[list[Slice]] = []
+        self.rows = 0  # of all files
+        for path in files:
+            self.add_file(path)
+        if not self.rows:
+            raise ValueError(f"{', '.join(files)}: no rows")
+        self.planned: tuple[int, list] = (-1, [])  # an epoch and its windows
+        self.loaded: dict[tuple[int, int], Window] = {}
+        self.ahead: Iterator[Window] = iter(())  # the windows from self.next on
+        self.next = (-1, 0)
+        self.pool: ParallelMap | None = None
+
+    def add_file(self, path: str) -> None:
+        """Divide the row groups of a file into slices that fit a window."""
+        file = open_parquet(path, self.columns)
+        indices = [i for i in range(len(file.schema))
+                   if file.schema.column(i).path in self.columns]
+        for g in range(file.num_row_groups):
+            meta = file.metadata.row_group(g)
+            rows = meta.num_rows
+            size_bytes = sum(meta.column(i).total_uncompressed_size for i in indices)
+            share = max(rows / WINDOW_ROWS, size_bytes / WINDOW_BYTES)
+            step = -(-rows // max(1, math.ceil(share) * SLICE_ROWS)) * SLICE_ROWS or 1
+            slices = []
+            for at in range(0, rows, step):
+                n = min(step, rows - at)
+                slices.append(Slice(path, g, at, n, self.rows + at, share * n / rows))
+            self.row_groups.append(slices)
+            self.rows += rows
+
+    def plan(self, epoch: int) -> list[list[Slice]]:
+        """The windows of an epoch: shuffled row groups, as many as fit."""
+        if epoch != self.planned[0]:
+            windows: list[list[Slice]] = [[]]
+            filled = 0.0
+            order = np.random.default_rng([self.seed, epoch]).permutation(len(self.row_groups))
+            for piece in chain.from_iterable(self.row_groups[i] for i in order):
+                if filled + piece.share > 1 and windows[-1]:
+                    windows.append([])
+                    filled = 0.0
+                windows[-1].append(piece)
+                filled += piece.share
+            self.planned = epoch, windows
+        return self.planned[1]
+
+    def after(self, epoch: int, window: int) -> tuple[int, int]:
+        """The next window: (epoch, number)."""
+        is_last = window + 1 == len(self.plan(epoch))
+        return (epoch + 1, 0) if is_last else (epoch, window + 1)
+
+    def jobs(self, epoch: int, window: int) -> Iterator[WindowJob]:
+        """The windows from one on, without end."""
+        while True:
+            yield WindowJob(self.plan(epoch)[window], self.columns,
+                            seed=[self.seed, epoch, window], **self.options)
+            epoch, window = self.after(epoch, window)
+
+    def read_from(self, epoch: int, window: int) -> Iterator[Window]:
+        jobs = self.jobs(epoch, window)
+        if not self.workers:
+            yield from map(read_window, jobs)
+        first = next(jobs)
+        self.pool = ParallelMap(read_window, jobs, self.workers)
+        yield read_window(first)  # here: the workers are still starting
+        yield from self.pool
+
+    def read(self, epoch: int, window: int) -> Window:
+        """A window; it stays in memory until forget_before."""
+        place = epoch, window
+        if place not in self.loaded and place != self.next:
+            self.close()
+            self.ahead, self.next = self.read_from(*place), place
+        if place not in self.loaded:
+            self.loaded[place] = next(self.ahead)
+            self.next = self.after(*place)
+        return self.loaded[place]
+
+    def forget_before(self, epoch: int, window: int) -> None:
+        for place in [place for place in self.loaded if place < (epoch, window)]:
+            del self.loaded[place]
+
+    def close(self) -> None:
+        """Stop the background processes."""
+        if self.pool:
+            self.pool.close()
+        self.pool, self.next = None, (-1, 0)
+
+
+class Place(NamedTuple):
+    """The place of a batch in the sequence. A batch number beyond its window counts on into the
+    next ones."""
+    epoch: int = 0
+    window: int = 0
+    batch: int = 0
+
+
 class PairStream:
     """An endless sequence of batches, epoch after epoch: dicts of int64 tensors.
 
@@ -1974,10 +2104,10 @@ class PairStream:
         batches  b b b b | b b b b | ...        G = 4, W = 2
         rank     0 1 0 1 | 0 1 0 1 | ...
 
-    state is the place of the next group, {"epoch", "window", "batch"}. It advances before the last
-    batch of a group is yielded: a checkpoint after the step does not repeat the group.
-    Rows without text in a column are skipped and reported once. Raises FileNotFoundError or
-    ValueError (see open_parquet), and ChildProcessError if a background process was killed.
+    state is the Place of the next group, as a dict. It advances before the last batch of a group is
+    yielded: a checkpoint after the step does not repeat the group. Rows without text in a column
+    are skipped and reported once. Raises FileNotFoundError or ValueError (see open_parquet), and
+    ChildProcessError if a background process was killed.
     """
 
     def __init__(self, files, tokenizer, micro_batch_tokens: int = 8192, max_len: int = 320,
@@ -1997,123 +2127,51 @@ class PairStream:
         if not getattr(tokenizer, "append_eos", True):  # the model must learn where a text ends
             tokenizer = copy.copy(tokenizer)
             tokenizer.append_eos = True
-        self.tokenizer, self.columns, self.max_len, self.seed = tokenizer, columns, max_len, seed
-        self.micro_batch_tokens, self.workers = micro_batch_tokens, workers
-        self.round_to, self.is_main = round_to, rank == 0
+        self.columns, self.round_to, self.is_main = columns, round_to, rank == 0
         self.group = group or world_size
         self.own = range(rank, self.group, world_size)  # this rank's batches in a group
-        self.state = dict(state or {"epoch": 0, "window": 0, "batch": 0})
-        self.row_groups: list[list[Slice]] = []
-        self.rows = 0
-        for path in files:
-            self._add_file(path)
-        if not self.rows:
-            raise ValueError(f"{', '.join(files)}: no rows")
-        self._plan: tuple[int, list] = (-1, [])  # an epoch and its windows
-        self._loaded: dict[tuple[int, int], Window] = {}
-        self._ahead: Iterator[Window] = iter(())  # the windows from self._next on
-        self._next = (-1, 0)
-        self._pool: ParallelMap | None = None
-        self._reported = False
-
-    def _add_file(self, path: str) -> None:
-        """Divide the row groups of a file into slices that fit a window."""
-        file = open_parquet(path, self.columns)
-        indices = [i for i in range(len(file.schema))
-                   if file.schema.column(i).path in self.columns]
-        for g in range(file.num_row_groups):
-            meta = file.metadata.row_group(g)
-            rows = meta.num_rows
-            size_bytes = sum(meta.column(i).total_uncompressed_size for i in indices)
-            share = max(rows / WINDOW_ROWS, size_bytes / WINDOW_BYTES)
-            step = -(-rows // max(1, math.ceil(share) * SLICE_ROWS)) * SLICE_ROWS or 1
-            slices = []
-            for at in range(0, rows, step):
-                n = min(step, rows - at)
-                slices.append(Slice(path, g, at, n, self.rows + at, share * n / rows))
-            self.row_groups.append(slices)
-            self.rows += rows
-
-    def windows(self, epoch: int) -> list[list[Slice]]:
-        """The windows of an epoch: shuffled row groups, as many as fit."""
-        if epoch != self._plan[0]:
-            windows: list[list[Slice]] = [[]]
-            filled = 0.0
-            order = np.random.default_rng([self.seed, epoch]).permutation(len(self.row_groups))
-            for piece in chain.from_iterable(self.row_groups[i] for i in order):
-                if filled + piece.share > 1 and windows[-1]:
-                    windows.append([])
-                    filled = 0.0
-                windows[-1].append(piece)
-                filled += piece.share
-            self._plan = epoch, windows
-        return self._plan[1]
-
-    def _after(self, epoch: int, window: int) -> tuple[int, int]:
-        is_last = window + 1 == len(self.windows(epoch))
-        return (epoch + 1, 0) if is_last else (epoch, window + 1)
-
-    def _jobs(self, place: tuple[int, int]) -> Iterator[WindowJob]:
-        """The windows from a place on, without end."""
-        while True:
-            epoch, window = place
-            yield WindowJob(self.windows(epoch)[window], self.columns, self.tokenizer, self.max_len,
-                            self.micro_batch_tokens, self.round_to, [self.seed, epoch, window])
-            place = self._after(*place)
-
-    def _read_from(self, place: tuple[int, int]) -> Iterator[Window]:
-        jobs = self._jobs(place)
-        if not self.workers:
-            yield from map(read_window, jobs)
-        first = next(jobs)
-        self._pool = ParallelMap(read_window, jobs, self.workers)
-        yield read_window(first)  # here: the workers are still starting
-        yield from self._pool
+        self.state = dict(state or Place()._asdict())
+        self.reader = WindowReader(files, columns, seed, workers, tokenizer=tokenizer,
+                                   max_len=max_len, micro_batch_tokens=micro_batch_tokens,
+                                   round_to=round_to)
+        self.rows = self.reader.rows
+        self.reported = False
 
     def window(self, epoch: int, window: int) -> Window:
-        """A window. The next ones are read ahead; earlier ones are forgotten by next_group."""
-        place = epoch, window
-        if place not in self._loaded and place != self._next:
-            self.close()
-            self._ahead, self._next = self._read_from(place), place
-        if place not in self._loaded:
-            self._loaded[place] = next(self._ahead)
-            self._next = self._after(*place)
-            self._report(self._loaded[place].first_unusable)
-        return self._loaded[place]
-
-    def _report(self, unusable: str) -> None:
-        if unusable and self.is_main and not self._reported:
-            self._reported = True
+        """A window. Prints a warning for the first row without text."""
+        found = self.reader.read(epoch, window)
+        if found.first_unusable and self.is_main and not self.reported:
+            self.reported = True
             print(f"warning: rows without text in {' or '.join(self.columns)} are skipped (first: "
-                  f"{unusable})", file=sys.stderr)
+                  f"{found.first_unusable})", file=sys.stderr)
+        return found
 
-    def locate(self, epoch: int, window: int, batch: int) -> tuple[int, int, int]:
-        """The same place with `batch` inside its window: a larger number counts on into the next
-        windows."""
+    def locate(self, epoch: int, window: int, batch: int) -> Place:
+        """The same place with `batch` inside its window."""
         empty = 0
         while batch >= (n := len(self.window(epoch, window).batches)):
-            batch, (epoch, window) = batch - n, self._after(epoch, window)
+            batch, (epoch, window) = batch - n, self.reader.after(epoch, window)
             empty = 0 if n else empty + 1
-            if empty > len(self.windows(epoch)):
+            if empty > len(self.reader.plan(epoch)):
                 raise ValueError("no row has text in every one of the columns "
                                  + ", ".join(self.columns))
-        return epoch, window, batch
+        return Place(epoch, window, batch)
 
     @property
     def epoch(self) -> float:
         """Position in epochs, such as 1.25, counted in rows. May read a window."""
         epoch, window, batch = self.locate(**self.state)
-        sizes = [sum(piece.rows for piece in slices) for slices in self.windows(epoch)]
+        sizes = [sum(piece.rows for piece in slices) for slices in self.reader.plan(epoch)]
         part = batch / len(self.window(epoch, window).batches)
         return epoch + (sum(sizes[:window]) + sizes[window] * part) / sum(sizes)
 
-    def _batch(self, epoch: int, window: int, batch: int) -> dict:
+    def batch(self, place: Place) -> dict:
+        """The tensors of a batch."""
         import torch  # not above: the processes that clean and tokenize do not need it
-        loaded = self.window(epoch, window)
-        rows = loaded.batches[batch]
+        window = self.window(place.epoch, place.window)
+        rows = window.batches[place.batch]
         padded = []
-        for i, (ids, offsets) in enumerate(loaded.columns):
+        for i, (ids, offsets) in enumerate(window.columns):
             lengths = offsets[rows + 1] - offsets[rows]
             width = -(-lengths.max() // self.round_to) * self.round_to
             grid = np.full((len(rows), width), IGNORED if i else PAD, dtype=np.int64)
@@ -2126,20 +2184,18 @@ class PairStream:
         if len(padded) == 2:
             return tensors | {"labels": padded[1]}
         names = [f"{column}_labels" for column in self.columns[1:]]
-        numbers = torch.from_numpy(loaded.numbers[rows])
+        numbers = torch.from_numpy(window.numbers[rows])
         return tensors | dict(zip(names, padded[1:])) | {"rows": numbers}
 
     def next_group(self) -> Iterator[dict]:
         """This rank's batches of the next group, perhaps none."""
-        epoch, window, batch = self.locate(**self.state)
-        for old in [place for place in self._loaded if place < (epoch, window)]:
-            del self._loaded[old]
-        after = {"epoch": epoch, "window": window, "batch": batch + self.group}
-        places = [self.locate(epoch, window, batch + i) for i in self.own]
+        start = self.locate(**self.state)
+        self.reader.forget_before(start.epoch, start.window)
+        places = [self.locate(*start[:2], start.batch + i) for i in self.own]
         for place in places[:-1]:
-            yield self._batch(*place)
-        last = self._batch(*places[-1]) if places else None
-        self.state = after
+            yield self.batch(place)
+        last = self.batch(places[-1]) if places else None
+        self.state = start._replace(batch=start.batch + self.group)._asdict()
         if last is not None:
             yield last
 
@@ -2152,17 +2208,15 @@ class PairStream:
 
     def one_epoch(self) -> Iterator[dict]:
         """This rank's batches of epoch 0, once. The state does not change."""
-        for window in range(len(self.windows(0))):
+        for window in range(len(self.reader.plan(0))):
             for batch in range(len(self.window(0, window).batches)):
                 if batch % self.group in self.own:
-                    yield self._batch(0, window, batch)
-            del self._loaded[0, window]
+                    yield self.batch(Place(0, window, batch))
+            self.reader.forget_before(0, window + 1)
 
     def close(self) -> None:
         """Stop the background processes."""
-        if self._pool:
-            self._pool.close()
-        self._pool, self._next = None, (-1, 0)
+        self.reader.close()
 
 
 # --- background processes -------------------------------------------------------------------------

@@ -96,7 +96,7 @@ def test_every_row_comes_once_an_epoch_within_the_budget(demo, monkeypatch):
             for ids, labels in zip(batch["input_ids"], batch["labels"], strict=True):
                 seen.append((tuple(ids[ids != 0].tolist()), tuple(labels[labels != -100].tolist())))
         assert sorted(seen) == expected
-        stream.state = dict(zip(("epoch", "window", "batch"), stream.locate(**stream.state), strict=True))
+        stream.state = stream.locate(**stream.state)._asdict()
 
 
 @pytest.mark.parametrize("world_size", [2, 3, 8])
@@ -192,7 +192,7 @@ def test_a_killed_worker_is_one_line(demo, monkeypatch):
     monkeypatch.setattr(data, "WINDOW_ROWS", 500)
     stream = PairStream(path, tokenizer, 2000, 64, workers=1)
     next(iter(stream))
-    for process in stream._pool.pool._processes.values():
+    for process in stream.reader.pool.pool._processes.values():
         process.kill()
     with pytest.raises(ChildProcessError, match="was killed .*--workers"):
         take(stream, 100)
@@ -205,7 +205,7 @@ def test_a_very_large_row_group_is_several_windows(demo, monkeypatch, tmp_path):
     monkeypatch.setattr(data, "WINDOW_ROWS", 1000)
     monkeypatch.setattr(data, "SLICE_ROWS", 100)
     stream = PairStream(tmp_path / "one.parquet", tokenizer, 2000, 64)
-    assert len(stream.windows(0)) == 4
+    assert len(stream.reader.plan(0)) == 4
     whole = epoch_of(stream)
     seen = sorted(tokenizer.decode(ids) for batch in whole for ids in batch["input_ids"].tolist())
     assert seen == sorted(table["prompt"].to_pylist())
