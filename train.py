@@ -289,7 +289,7 @@ class Trainer:
         # known only after the step
         is_half = s.dtype == "float16"
         scale = (state.loss_scale if is_half else 1.0) / s.batch_tokens
-        total = self.accumulate(scale, stop)
+        total = self.reduce(*self.accumulate(scale), stop, scale)
         normalizer = max(1.0, total["normalizer"])
         finite, overflow = math.isfinite(total["loss"]), not math.isfinite(total["norm"])
         if finite and not overflow:
@@ -315,14 +315,13 @@ class Trainer:
         self.count_bad_steps(not finite or overflow and not can_adapt)
         return values, total["stops"] > 0
 
-    def accumulate(self, scale: float, stop: bool) -> dict[str, float]:
-        """Run this rank's micro-batches of the next group, and all-reduce. self.gradient becomes
-        the clipped mean gradient. Returns sums over the ranks (see `names`) and the gradient's
-        norm. scale: of the loss, to stay within float16."""
+    def accumulate(self, scale: float) -> tuple[Tensor, int, int]:
+        """Run this rank's micro-batches of the next group. self.gradient becomes the sum over all
+        ranks, times scale. Returns this rank's sums: loss, normalizer and extra sums, on the
+        device; source tokens; target tokens."""
         self.model.train()
         self.gradient.zero_()
-        names = ["loss", "normalizer", *self.objective.extra]
-        sums = torch.zeros(len(names), dtype=torch.float64, device=self.device)
+        sums = torch.zeros(2 + len(self.objective.extra), dtype=torch.float64, device=self.device)
         source = target = 0
         ranks, batches = self.ranks, list(self.stream.next_group())
         for i, batch in enumerate(batches):
@@ -340,16 +339,24 @@ class Trainer:
                 (loss * scale).backward()
             sums += torch.stack([x.detach().double() for x in (loss, *others)])
         self.reducer.finish()
+        return sums, source, target
+
+    def reduce(self, sums: Tensor, source: int, target: int, stop: bool,
+               scale: float) -> dict[str, float]:
+        """Turn self.gradient into the clipped mean gradient. The arguments are those of accumulate
+        and its results, and whether this rank was asked to stop. Returns sums over the ranks by
+        name, and the norm of the mean gradient before clipping."""
         now_s = time.perf_counter()
         seconds, self.tick_s = now_s - self.tick_s, now_s
-        counts = torch.tensor([source, target, seconds if ranks.is_main else 0, stop],
+        counts = torch.tensor([source, target, seconds if self.ranks.is_main else 0, stop],
                               dtype=torch.float64)
         counts = counts.to(self.device, non_blocking=True)
-        sums = ranks.all_reduce(torch.cat([sums, counts]))
+        sums = self.ranks.all_reduce(torch.cat([sums, counts]))
         divisor = sums[1].clamp(min=1) * scale
         norm = clip_gradient(self.gradient, divisor, self.settings.grad_clip)
         values = torch.cat([sums, norm.double()[None]]).tolist()  # the only device sync
-        return dict(zip([*names, "source", "target", "seconds", "stops", "norm"], values))
+        return dict(zip(["loss", "normalizer", *self.objective.extra, "source", "target",
+                         "seconds", "stops", "norm"], values))
 
     def adapt_loss_scale(self, overflow: bool) -> None:
         """float16: an overflow halves the loss scale, 1,000 steps without one double it."""
@@ -676,38 +683,44 @@ class StackedAdafactor(torch.optim.Adafactor):
 
     def update(self, params: list[Tensor], group: dict) -> None:
         """One step of N parameters of one shape."""
+        grad = torch.stack([p.grad for p in params if p.grad is not None])  # (N, O, I) or (N, I)
+        states = [self.counted_state(p) for p in params]
+        step, numbers = float(states[0]["step"]), params[0].numel()
         eps1, eps2 = group["eps"]
         eps1 = torch.finfo(torch.float32).eps if eps1 is None else eps1
-        grads = [p.grad for p in params if p.grad is not None]
-        grad = torch.stack(grads)  # (N, O, I) or (N, I)
-        states = [self.state[p] for p in params]
-        for state, g in zip(states, grad):
-            if not state:
-                state["step"] = torch.tensor(0.0)  # on the CPU
-                if g.dim() > 1:
-                    state["row_var"] = g.new_zeros(len(g), 1)
-                    state["col_var"] = g.new_zeros(1, g.size(1))
-                else:
-                    state["variance"] = torch.zeros_like(g)
-            state["step"] += 1
-        step = float(states[0]["step"])
-        fresh, rate = step ** group["beta2_decay"], min(group["lr"], step ** -0.5)
-        size = torch.stack(list(torch._foreach_norm(params))) / params[0].numel() ** 0.5
-        rate = size.clamp(min=eps2) * rate  # (N,)
-        if grad.dim() > 2:
-            rows, columns = grad.norm(dim=2, keepdim=True), grad.norm(dim=1, keepdim=True)
-            row = self.average(states, "row_var", rows, grad.size(2), fresh)
-            col = self.average(states, "col_var", columns, grad.size(1), fresh)
-            update = (row @ col).div_(row.mean(1, keepdim=True).clamp_(min=eps1))
-        else:
-            update = self.average(states, "variance", grad, 1, fresh)
-        update = update.clamp_(min=eps1 * eps1).rsqrt_().mul_(grad)
+        squares = self.mean_squares(states, grad, step ** group["beta2_decay"], eps1)
+        update = squares.clamp_(min=eps1 * eps1).rsqrt_().mul_(grad)
+        # the rate is relative to the size of each parameter, (N,), a root mean square
+        size = torch.stack(list(torch._foreach_norm(params))) / numbers ** 0.5
+        rate = size.clamp(min=eps2) * min(group["lr"], step ** -0.5)
         axes = tuple(range(1, grad.dim()))
-        norm = torch.linalg.vector_norm(update, dim=axes) / (params[0].numel() ** 0.5 * group["d"])
-        update.mul_((rate / norm.clamp(min=1)).view(-1, *[1] * len(axes)))
+        excess = torch.linalg.vector_norm(update, dim=axes) / (numbers ** 0.5 * group["d"])
+        update.mul_((rate / excess.clamp(min=1)).view(-1, *[1] * len(axes)))
         if group["weight_decay"]:
             torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
         torch._foreach_sub_(params, list(update.unbind()))
+
+    def counted_state(self, p: Tensor) -> dict:
+        """A parameter's state, with this step counted."""
+        state = self.state[p]
+        if not state:
+            state["step"] = torch.tensor(0.0)  # on the CPU
+            if p.dim() > 1:
+                state["row_var"], state["col_var"] = p.new_zeros(len(p), 1), p.new_zeros(1, p.size(1))
+            else:
+                state["variance"] = torch.zeros_like(p)
+        state["step"] += 1
+        return state
+
+    def mean_squares(self, states: list[dict], grad: Tensor, fresh: float, eps: float) -> Tensor:
+        """V of every parameter, in the shape of grad. fresh: the share of the new squares in the
+        running means."""
+        if grad.dim() == 2:
+            return self.average(states, "variance", grad, 1, fresh)
+        rows, columns = grad.norm(dim=2, keepdim=True), grad.norm(dim=1, keepdim=True)
+        row = self.average(states, "row_var", rows, grad.size(2), fresh)
+        col = self.average(states, "col_var", columns, grad.size(1), fresh)
+        return (row @ col).div_(row.mean(1, keepdim=True).clamp_(min=eps))
 
     @staticmethod
     def average(states: list[dict], name: str, root: Tensor, count: int, fresh: float) -> Tensor:
