@@ -48,11 +48,9 @@ Shapes in comments: B batch, S source length, T target length, D d_model, H head
 (d_kv), F feed-forward width (d_ff), V vocabulary.
 """
 import dataclasses
-import errno
 import importlib.util
 import json
 import math
-import os
 import re
 import shlex
 import sys
@@ -69,6 +67,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+
+from data import atomic_write, read_json, refuse_pointer, write_errors, write_file
 
 PRESETS = {  # parameters with 29,298 tokens: small 14.8 million, 0.2b 187.7 million
     "demo": {"d_model": 128, "d_ff": 512, "d_kv": 32, "num_heads": 4,
@@ -919,14 +919,11 @@ def save_adapter(model: ChatLM, folder: Path, base: str, rank: int, alpha: float
     config = {"peft_type": "LORA", "task_type": "SEQ_2_SEQ_LM", "r": rank, "lora_alpha": alpha,
               "base_model_name_or_path": str(base), "lora_dropout": dropout, "bias": "none",
               "target_modules": targets, "fan_in_fan_out": False, "inference_mode": True}
-    replace_file(folder / "adapter_model.safetensors",
-                 lambda path: save_file(weights, path, {"format": "pt"}))
-    replace_file(folder / "adapter_config.json",
-                 lambda path: path.write_text(json.dumps(config, indent=2) + "\n"))
+    write_tensors(weights, folder / "adapter_model.safetensors", {"format": "pt"})
+    write_file(folder / "adapter_config.json", json.dumps(config, indent=2) + "\n")
     if "turns" in model.generation:  # see data.py clean --turns
         own = {"turns": model.generation["turns"]}
-        replace_file(folder / "generation_config.json",
-                     lambda path: path.write_text(json.dumps(own) + "\n"))
+        write_file(folder / "generation_config.json", json.dumps(own) + "\n")
 
 
 def load_adapter(model: ChatLM, folder: Path) -> None:
@@ -939,11 +936,11 @@ def load_adapter(model: ChatLM, folder: Path) -> None:
     if not all(path.is_file() for path in files):
         raise FileNotFoundError(f"{folder} is not an adapter: it needs adapter_config.json and "
                                 "adapter_model.safetensors")
+    refuse_pointer(files[1])
     try:
         config, weights = read_json(files[0]), load_file(files[1])
     except (ValueError, SafetensorError) as e:
-        raise ValueError(f"{folder} is not a whole LoRA adapter: {why_unreadable(files[1], e)}"
-                         ) from None
+        raise ValueError(f"{folder} is not a whole LoRA adapter: {e}") from None
     check_adapter(config, files[0])
     try:
         add_lora(model, config["r"], config["lora_alpha"], config["target_modules"])
@@ -1064,20 +1061,18 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
     weights: dict[str, Tensor] = {}
     for path in files:
         try:
+            refuse_pointer(path)
             with safe_open(path, "pt") as f:
                 weights.update((name, f.get_tensor(name)) for name in list(f.keys()))
         except (SafetensorError, OSError) as e:
-            raise ValueError(f"{path} is missing or damaged: {why_unreadable(path, e)}") from None
+            raise ValueError(f"{path} is missing or damaged: {e}") from None
     return weights
 
 
-def why_unreadable(path: Path, error: Exception) -> str:
-    """Why reading path failed: it may be the pointer that git leaves in place of a large file."""
-    if path.is_file():
-        with open(path, "rb") as f:
-            if f.read(19) == b"version https://git":
-                return "it is a Git LFS pointer: run  git lfs pull"
-    return str(error)
+def write_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
+    """Write a safetensors file atomically. Raises OSError if the disk is full or fails."""
+    with atomic_write(path) as temporary, write_errors(path, SafetensorError):
+        save_file(tensors, temporary, metadata)
 
 
 def save_model(model: ChatLM, folder: Path) -> None:
@@ -1086,39 +1081,9 @@ def save_model(model: ChatLM, folder: Path) -> None:
     ids = ("decoder_start_token_id", "eos_token_id", "pad_token_id")
     generation = model.generation | {name: getattr(model.config, name) for name in ids}
     weights = {name: p.detach().contiguous() for name, p in model.named_parameters()}
-    replace_file(folder / "model.safetensors",
-                 lambda path: save_file(weights, path, {"format": "pt"}))
-    replace_file(folder / "generation_config.json",
-                 lambda path: path.write_text(json.dumps(generation, indent=2) + "\n"))
-    replace_file(folder / "config.json", lambda path: path.write_text(model.config.to_json()))
-
-
-def replace_file(path: Path, write: Callable[[Path], object]) -> None:
-    """Call write(temporary path), sync that file to disk and rename it to path. Raises OSError if
-    the disk is full or fails; path is then as it was before."""
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        write(temporary)
-        with open(temporary, "rb+") as f:
-            os.fsync(f.fileno())
-        os.replace(temporary, path)
-    except (OSError, SafetensorError) as e:
-        temporary.unlink(missing_ok=True)
-        code = re.search(r"os error (\d+)", str(e))  # as safetensors prints it
-        number = getattr(e, "errno", None) or (int(code[1]) if code else errno.EIO)
-        message = f"could not be written: {os.strerror(number)}"
-        raise OSError(number, message, str(path)) from None
-
-
-def read_json(path: Path) -> dict:
-    """A JSON object. Raises ValueError, naming the file, for anything else."""
-    try:
-        value = json.loads(path.read_text("utf-8"))
-    except (ValueError, RecursionError):
-        value = None
-    if type(value) is not dict:
-        raise ValueError(f"{path} is damaged: not a JSON object")
-    return value
+    write_tensors(weights, folder / "model.safetensors", {"format": "pt"})
+    write_file(folder / "generation_config.json", json.dumps(generation, indent=2) + "\n")
+    write_file(folder / "config.json", model.config.to_json())
 
 
 def read_generation(folder) -> dict:

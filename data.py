@@ -54,6 +54,7 @@ import copy
 import csv
 import errno
 import functools
+import glob
 import gzip
 import hashlib
 import html
@@ -322,6 +323,17 @@ def read_csv(f, bad: Callable[[str, int, str], None]) -> Iterator[dict]:
         begin += len(record)
 
 
+def read_json(path: Path) -> dict:
+    """A JSON object. Raises ValueError, naming the file, for anything else."""
+    try:
+        value = json.loads(path.read_text("utf-8"))
+    except (ValueError, RecursionError):
+        value = None
+    if type(value) is not dict:
+        raise ValueError(f"{path} is damaged: not a JSON object")
+    return value
+
+
 def refuse_pointer(path: str | Path) -> None:
     """Raise ValueError for the few lines that git leaves in place of a large file without LFS."""
     with open(path, "rb") as f:
@@ -520,8 +532,13 @@ def hash_files(paths: Iterable[str | Path]) -> str:
 @contextlib.contextmanager
 def atomic_write(path) -> Iterator[Path]:
     """Yield a temporary path to write to, then sync it and rename it to `path`. Readers see the old
-    file or the complete new one. After an error the temporary file is deleted."""
+    file or the complete new one. After an error the temporary file is deleted; that of a process
+    that was killed is deleted here by the next one that writes `path`."""
     temporary = Path(f"{path}.{os.getpid()}.tmp")
+    for other in temporary.parent.glob(f"{glob.escape(Path(path).name)}.*.tmp"):
+        pid = other.name.split(".")[-2]
+        if pid.isdecimal() and not is_running(int(pid)):
+            other.unlink(missing_ok=True)
     try:
         yield temporary
         with write_errors(path):
@@ -530,6 +547,18 @@ def atomic_write(path) -> Iterator[Path]:
             os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def is_running(pid: int) -> bool:
+    """Whether there is a process with this number. True if the system cannot tell."""
+    try:
+        if os.name == "posix":
+            os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except (OSError, OverflowError):
+        pass
+    return True
 
 
 @contextlib.contextmanager

@@ -45,26 +45,30 @@ import torch
 import torch.nn.functional as F
 import xxhash
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 import data
 import sample
 import train
-from chatlm import IGNORED, ChatLM, LinearLogProbs, load_adapter, merge_lora
+from chatlm import (
+    IGNORED,
+    ChatLM,
+    LinearLogProbs,
+    load_adapter,
+    merge_lora,
+    write_tensors,
+)
 from data import (
     ArgumentParser,
     PairStream,
     Progress,
     Rows,
-    atomic_write,
     check_folder,
     hash_files,
     memory_hint,
     note_once,
     number,
     run,
-    write_errors,
 )
 from tokenizer import Tokenizer
 
@@ -178,8 +182,7 @@ class Preference(train.Objective):
         ranks.all_reduce(logps)  # each row was filled by one rank, and is 0 on the others
         if ranks.is_main and not is_stored:
             path.parent.mkdir(parents=True, exist_ok=True)
-            with atomic_write(path) as temporary, write_errors(path, SafetensorError):
-                save_file({"logps": logps.cpu()}, temporary, identity)
+            write_tensors({"logps": logps.cpu()}, path, identity)
         return logps
 
     @torch.no_grad()

@@ -75,7 +75,6 @@ from chatlm import (
     Linear,
     RMSNorm,
     pad_rows,
-    read_json,
 )
 from data import (
     PAIR,
@@ -89,6 +88,7 @@ from data import (
     memory_hint,
     note_once,
     number,
+    read_json,
     run,
     write_errors,
     write_file,

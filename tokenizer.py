@@ -562,16 +562,10 @@ class MergeLearner:
         slots = np.zeros(1 << self.slot_bits)
         for found, slot in self.occurrences():
             slots += np.bincount(slot, self.times(found & self.place_mask), len(slots))
-        ranked = np.sort(slots[slots >= self.min_frequency])
-        everything = (-self.min_frequency, self.last_id, self.last_id)
-        if not len(ranked) or not self.stale and self.bound == everything:
-            return False
         self.target_heap_size = 2 * (self.vocab_size - len(self.vocab)) + 1000
-        floor = int(ranked[-min(len(ranked), self.target_heap_size)])
-        if not self.stale:  # all pairs before the old bound are done
-            whole_count = self.bound[1] == self.last_id
-            floor = min(floor, -self.bound[0] // 2 if whole_count else -self.bound[0])
-        floor = max(floor, self.min_frequency)
+        floor = self.next_floor(slots)
+        if floor is None:
+            return False
         self.bound = (-floor, self.last_id, self.last_id)
         self.heap, self.places, self.stale = [], {}, False
         # some of the slots at a time, to sort less at once
@@ -582,6 +576,19 @@ class MergeLearner:
             parts = [found[chosen[slot]] for found, slot in self.occurrences()]
             self.push(np.concatenate(parts))
         return True
+
+    def next_floor(self, slots: np.ndarray) -> int | None:
+        """The count from which on pairs are sorted now. slots: see count_pairs. None: nothing is
+        left."""
+        ranked = np.sort(slots[slots >= self.min_frequency])
+        everything = (-self.min_frequency, self.last_id, self.last_id)
+        if not len(ranked) or not self.stale and self.bound == everything:
+            return None
+        floor = int(ranked[-min(len(ranked), self.target_heap_size)])
+        if not self.stale:  # all pairs before the old bound are done
+            whole_count = self.bound[1] == self.last_id
+            floor = min(floor, -self.bound[0] // 2 if whole_count else -self.bound[0])
+        return max(floor, self.min_frequency)
 
     def occurrences(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """For every stretch of the corpus: its occurrences of pairs, and the slot of each."""

@@ -790,8 +790,6 @@ def save_checkpoint(trainer: Trainer) -> None:
              "state": dataclasses.asdict(state), "identity": trainer.identity,
              "settings": trainer.settings.stored()}
     newest = folder / "newest"
-    for stale in folder.glob("newest.*.tmp"):  # a process was killed while it was writing
-        stale.unlink()
     with atomic_write(newest) as temporary, write_errors(newest, RuntimeError):  # a full disk
         torch.save(saved, temporary)
     newest.rename(folder / f"step-{state.step:08d}-{hash_file(newest)}.pt")

@@ -797,6 +797,17 @@ def test_without_opencc_there_is_one_line(tmp_path, monkeypatch):
     data.opencc.cache_clear()
 
 
+def test_the_temporary_file_of_a_killed_writer_is_deleted_by_the_next_one(tmp_path):
+    gone = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, text=True, check=True).stdout.strip()
+    names = {f"x.json.{gone}.tmp": False, f"x.json.{os.getppid()}.tmp": True, f"y.json.{gone}.tmp": True, "x.json.old.tmp": True, f"x[.json.{gone}.tmp": True}
+    for name in names:
+        (tmp_path / name).write_text("half")
+    data.write_file(tmp_path / "x.json", "whole")
+    assert {name: (tmp_path / name).exists() for name in names} == names
+    data.write_file(tmp_path / "x[.json", "whole")
+    assert not (tmp_path / f"x[.json.{gone}.tmp").exists()
+
+
 def test_a_full_disk_is_named_and_nothing_changes(tmp_path):
     (tmp_path / "x.jsonl").write_text("".join(json.dumps({"prompt": f"第{i}个问题是什么？", "response": f"这是它的一个回答，很长，也不重复：{i * 7919}"}) + "\n" for i in range(20000)), "utf-8")
     (tmp_path / "o.parquet").write_bytes(b"before")
