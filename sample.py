@@ -59,7 +59,7 @@ import warnings
 import weakref
 from collections import Counter, deque
 from collections.abc import Callable, Generator, Iterable, Iterator
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -520,11 +520,6 @@ class Decoder:
 # --- strategies -----------------------------------------------------------------------------------
 
 FINISHED = -1e9  # added to the score of a beam that may not go on: finite, as in transformers
-RANGES = {
-    "max_new_tokens": (1, 1 << 20), "min_new_tokens": (0, 1 << 20), "num_beams": (1, 1000),
-    "num_return_sequences": (1, 10 ** 6), "temperature": (1e-3, 1e3), "top_k": (0, 1 << 31),
-    "top_p": (1e-9, 1), "repetition_penalty": (1e-3, 1e3), "no_repeat_ngram_size": (0, 1 << 20),
-    "length_penalty": (-100, 100), "penalty_alpha": (0, 1)}
 # options of transformers that change answers and that we do not have; None, 0, 1 and [] are off
 UNSUPPORTED = """
     max_length min_length min_p typical_p epsilon_cutoff eta_cutoff suppress_tokens bad_words_ids
@@ -533,32 +528,40 @@ UNSUPPORTED = """
     guidance_scale exponential_decay_length_penalty stop_strings max_time dola_layers"""
 
 
+def option(default: Any, help: str, low: float = 0, high: float = 1) -> Any:
+    """A field of GenerationConfig, from which its flag is made. low, high: the range of numbers."""
+    return field(default=default, metadata={"help": help, "low": low, "high": high})
+
+
 @dataclass
 class GenerationConfig:
     """Options of generate, with transformers' names and meanings."""
-    max_new_tokens: int = 256
-    min_new_tokens: int = 0
-    num_beams: int = 1
-    num_return_sequences: int = 1
-    do_sample: bool = False
-    temperature: float = 1.0
-    top_k: int = 0
-    top_p: float = 1.0
-    repetition_penalty: float = 1.0
-    no_repeat_ngram_size: int = 0
-    length_penalty: float = 1.0
-    # True: stop when num_beams answers have ended; "never": when none can become better
-    early_stopping: bool | str = False
-    penalty_alpha: float = 0.0  # above 0, with top_k above 1: contrastive search
+    max_new_tokens: int = option(256, "tokens per answer", 1, 1 << 20)
+    min_new_tokens: int = option(0, "tokens per answer, at least", 0, 1 << 20)
+    num_return_sequences: int = option(1, "answers per prompt", 1, 10 ** 6)
+    do_sample: bool = option(False, "draw tokens by their probability, instead of the likeliest")
+    temperature: float = option(1.0, "sampling: below 1 likely tokens become likelier; 0: greedy",
+                                0, 1e3)
+    top_k: int = option(0, "sampling: only from the k likeliest tokens; 0: from all", 0, 1 << 31)
+    top_p: float = option(1.0, "sampling: only from the likeliest tokens with this probability "
+                          "together", 1e-9, 1)
+    num_beams: int = option(1, "beams of a beam search; 1: none", 1, 1000)
+    length_penalty: float = option(1.0, "beam search: above 0 favors longer answers", -100, 100)
+    early_stopping: bool | str = option(False, "beam search: true: stop when num_beams answers "
+                                        "have ended; never: when none can become better")
+    penalty_alpha: float = option(0.0, "above 0, with --top_k: contrastive search, likely tokens "
+                                  "that are unlike earlier ones", 0, 1)
+    repetition_penalty: float = option(1.0, "above 1: tokens that occurred become less likely",
+                                       1e-3, 1e3)
+    no_repeat_ngram_size: int = option(0, "no N tokens in a row occur twice; 0: off", 0, 1 << 20)
 
     def __post_init__(self):
         if self.temperature == 0:  # which people write for greedy decoding
             self.do_sample, self.temperature = False, 1.0
-        for field in fields(self):
-            self.check_field(field.name, type(field.default))
-        if self.early_stopping not in (True, False, "never"):
-            raise ValueError("early_stopping must be True, False or 'never', not "
-                             f"{self.early_stopping!r}")
+        for f in fields(self):
+            self.check_field(f.name, type(f.default), f.metadata["low"], f.metadata["high"])
+        if self.temperature < 1e-3:
+            raise ValueError(f"temperature must be 0, or 0.001 or more, not {self.temperature!r}")
         if self.num_return_sequences > self.num_beams and not self.do_sample:
             raise ValueError("num_return_sequences must be at most num_beams without sampling, not "
                              f"{self.num_return_sequences}")
@@ -566,16 +569,15 @@ class GenerationConfig:
             raise ValueError("min_new_tokens must be at most max_new_tokens "
                              f"({self.max_new_tokens}), not {self.min_new_tokens}")
 
-    def check_field(self, name: str, kind: type) -> None:
-        """Raise ValueError if a field is not of its type, or out of range."""
+    def check_field(self, name: str, kind: type, low: float, high: float) -> None:
+        """Raise ValueError if a field is not of its kind, or out of range."""
         value = getattr(self, name)
+        is_number = type(value) is int or kind is float and type(value) is float
+        if name == "early_stopping" and value not in (True, False, "never"):
+            raise ValueError(f"early_stopping must be True, False or 'never', not {value!r}")
         if name == "do_sample" and type(value) is not bool:
             raise ValueError(f"do_sample must be true or false, not {value!r}")
-        if name not in RANGES:
-            return
-        low, high = RANGES[name]
-        is_number = type(value) is int or kind is float and type(value) is float
-        if not is_number or not low <= value <= high:
+        if kind is not bool and not (is_number and low <= value <= high):
             what = "a whole number" if kind is int else "a number"
             raise ValueError(f"{name} must be {what} from {low:g} to {high:g}, not {value!r}")
 
@@ -1753,30 +1755,17 @@ def parse_args() -> argparse.Namespace:
         help="tokens per prompt; longer ones are cut")
 
     add = parser.add_argument_group("decoding").add_argument
-    add("--max_new_tokens", type=number(int, 1, 1 << 20), help="tokens per answer (default: 256)")
-    add("--min_new_tokens", type=number(int, 0), help="tokens per answer, at least (default: 0)")
-    add("--num_return_sequences", type=number(int, 1), help="answers per prompt (default: 1)")
-    add("--do_sample", action="store_true", default=None,
-        help="draw tokens by their probability (default: take the likeliest)")
-    add("--temperature", type=number(float, 0),
-        help="sampling: below 1 likely tokens become likelier; 0: greedy (default: 1)")
-    add("--top_k", type=number(int, 0),
-        help="sampling: only from the k likeliest tokens; 0: from all (default: 0)")
-    add("--top_p", type=number(float, 0, 1, above=True),
-        help="sampling: only from the likeliest tokens with this probability together (default: 1)")
+    for f in fields(GenerationConfig):
+        kind: Any = type(f.default)
+        how: dict[str, Any] = {"type": number(kind, f.metadata["low"], f.metadata["high"])}
+        if f.name == "do_sample":
+            how = {"action": "store_true", "default": None}
+        elif f.name == "early_stopping":
+            how = {"type": early_stopping, "nargs": "?", "const": True,
+                   "metavar": "true|false|never"}
+        default = str(f.default).lower() if kind is bool else f"{f.default:g}"
+        add(f"--{f.name}", help=f"{f.metadata['help']} (default: {default})", **how)
     add("--seed", type=number(int, 0, 2 ** 63 - 1), help="seed of sampling (default: random)")
-    add("--num_beams", type=number(int, 1), help="beams of a beam search; 1: none (default: 1)")
-    add("--length_penalty", type=number(float, -100, 100),
-        help="beam search: above 0 favors longer answers (default: 1)")
-    add("--early_stopping", type=early_stopping, nargs="?", const=True, metavar="true|false|never",
-        help="beam search: true: stop when num_beams answers have ended; never: when none can "
-        "become better (default: false)")
-    add("--penalty_alpha", type=number(float, 0, 1), help="above 0, with --top_k: contrastive "
-        "search, likely tokens that are unlike earlier ones (default: 0)")
-    add("--repetition_penalty", type=number(float, 0, above=True),
-        help="above 1: tokens that occurred become less likely (default: 1)")
-    add("--no_repeat_ngram_size", type=number(int, 0),
-        help="no N tokens in a row occur twice; 0: off (default: 0)")
     add("--reference_settings", action="store_true", help="decode like ChatLM-mini-Chinese: 5 "
         "beams, sampled, top-k 50, top-p 0.95, no 4 tokens twice")
     args = parser.parse_args()
