@@ -36,6 +36,7 @@ import argparse
 import os
 import shlex
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
@@ -126,21 +127,29 @@ def pair_logps(model: ChatLM, batch: dict) -> tuple[Tensor, Tensor]:
 class Settings(train.Settings):
     """train.py's settings, with those of DPO."""
     optimizer: str = "adamw"
-    beta: float = 0.1
-    loss: str = "sigmoid"
-    label_smoothing: float = 0.0
-    sft_alpha: float = 0.0
+    data: Sequence[str] = train.flag(
+        (), "triples (prompt, chosen, rejected): files or folders", group="data", nargs="+",
+        metavar="A.parquet")
+    lr: float = train.flag(0.0, "peak learning rate; Adafactor caps it at 1/sqrt(step) (default: "
+                           "1e-5, with LoRA 1e-4)", group="optimizer", type=train.POSITIVE)
+
+    beta: float = train.flag(0.1, "higher stays closer to the starting model",
+                             group="only in dpo.py", fixed=True, type=train.POSITIVE)
+    loss: str = train.flag("sigmoid", "sigmoid is the paper's", fixed=True,
+                           choices=["sigmoid", "ipo"])
+    label_smoothing: float = train.flag(
+        0.0, "share of pairs assumed to be labeled the wrong way round (default: 0)", fixed=True,
+        type=number(float, 0, 0.5))
+    sft_alpha: float = train.flag(0.0, "weight of an extra SFT loss on chosen answers (default: 0)",
+                                  fixed=True, type=train.NOT_NEGATIVE)
 
     columns: ClassVar[tuple[str, ...]] = COLUMNS
-    fixed: ClassVar[tuple[str, ...]] = (*train.Settings.fixed, "beta", "loss", "label_smoothing",
-                                        "sft_alpha")
-    help_data: ClassVar[str] = "triples (prompt, chosen, rejected): files or folders"
-    help_lr: ClassVar[str] = "1e-5, with LoRA 1e-4"
+    without: ClassVar[tuple[str, ...]] = ("preset", "vocab_size", "bleu_every")
 
     def default_lr(self) -> float:
         return 1e-4 if self.lora_rank else 1e-5
 
-    def find_files(self, paths: list[str], ranks: train.Ranks) -> list[str]:
+    def find_files(self, paths: Sequence[str], ranks: train.Ranks) -> list[str]:
         return find_triples(paths, ranks, Path(self.out_dir))
 
     def check(self) -> None:
@@ -242,7 +251,7 @@ def read_reference(path: Path, identity: dict[str, str]) -> Tensor | None:
 # --- the commands ---------------------------------------------------------------------------------
 
 
-def find_triples(paths: list[str], ranks: train.Ranks, out_dir: Path) -> list[str]:
+def find_triples(paths: Sequence[str], ranks: train.Ranks, out_dir: Path) -> list[str]:
     """Parquet files of triples. Other files and folders are converted into out_dir/triples.
 
     Raises ValueError, naming file and row, for a missing column, an empty prompt, or two equal
@@ -289,14 +298,6 @@ EXAMPLES = """\
 def tune(argv: list[str]) -> None:
     parser = train.parser_for(Settings, "DPO on prompt, chosen, rejected: of all weights, or of a "
                               "LoRA adapter.", EXAMPLES)
-    add = parser.add_argument_group("only in dpo.py").add_argument
-    add("--beta", type=number(float, 0, above=True),
-        help="higher stays closer to the starting model (default: 0.1)")
-    add("--loss", choices=["sigmoid", "ipo"], help="sigmoid is the paper's (default: sigmoid)")
-    add("--label_smoothing", type=number(float, 0, 0.5),
-        help="share of pairs assumed to be labeled the wrong way round (default: 0)")
-    add("--sft_alpha", type=number(float, 0),
-        help="weight of an extra SFT loss on chosen answers (default: 0)")
     train.run_training(parser.parse_args(argv), Settings, Preference)
 
 

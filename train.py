@@ -55,8 +55,8 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field, fields, replace
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import Field, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -1142,62 +1142,108 @@ MEMORY_HINT = ("--micro_batch_tokens in a new run, or resume this one with "
                "--checkpoint_activations")
 
 
+def flag(default: Any, help: str, group: str = "", fixed: bool = False, **how) -> Any:
+    """A field of Settings that has a flag. group: the title of the flags from here on. fixed: a
+    resumed run cannot change it. how: arguments of add_argument."""
+    about = {"help": help, "group": group, "fixed": fixed, "how": how}
+    return field(default=default, metadata=about)
+
+
+COUNT, SHARE = number(int, 1), number(float, 0, 1)
+POSITIVE, NOT_NEGATIVE = number(float, 0, above=True), number(float, 0)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """The settings of a run. They are resolved once, when it starts, and kept in its checkpoints.
-    The names are those of the flags. 0, "" or None: chosen later (see choose_defaults), or off."""
+    """The settings of a run, and the flags of train.py and dpo.py. They are resolved once, when it
+    starts, and kept in its checkpoints. 0, "", () or None: chosen later (see choose_defaults), or
+    off."""
     out_dir: str
     resume: str = "auto"
     given: frozenset[str] = frozenset()  # names of the flags in this call
-    data: list[str] = field(default_factory=list)
-    valid: str = ""
-    tokenizer: str = ""
-    init_from: str = ""
     demo: bool = False
     data_files: tuple[str, ...] = ()
     valid_files: tuple[str, ...] = ()
     valid_hash: str = ""
-    preset: str = ""
-    vocab_size: int = 29298
-    freeze: str = ""
-    dropout: float = 0.0
-    lora_rank: int = 0
-    lora_alpha: float = 16.0
-    lora_dropout: float = 0.0
-    lora_targets: str = "q,v"
-    max_steps: int = 0
-    epochs: float = 0.0
-    time_limit: float = 0.0
-    batch_tokens: int = 0
-    micro_batch_tokens: int = 0
-    round_to: int = 0  # lengths of a batch are multiples of this, for compiled kernels
-    max_len: int = 320
-    lr: float = 0.0
-    min_lr: float | None = None
-    schedule: str = "cosine"
-    warmup_steps: int = 100
-    optimizer: str = "adafactor"
-    weight_decay: float = 0.01
-    grad_clip: float = 1.0
-    dtype: str = "auto"
-    compile: bool = False
-    checkpoint_activations: bool = False
-    eval_every: int = 500
-    bleu_every: int = 0
-    save_every: int = 500
-    keep: int = 2
-    seed: int = 0
-    workers: int = 1
+    # lengths of a batch are multiples of this, for compiled kernels
+    round_to: int = field(default=0, metadata={"fixed": True})
+
+    data: Sequence[str] = flag((), "training pairs: Parquet files or folders of them (default: the "
+                               "demo)", group="data", nargs="+", metavar="A.parquet")
+    valid: str = flag("", "held-out pairs to validate on (default: no validation)",
+                      metavar="V.parquet")
+    tokenizer: str = flag("", "folder of tokenizer.json (default: that of --init_from, else one is "
+                          "trained on --data)", metavar="DIR")
+    vocab_size: int = flag(29298, "size of a tokenizer that is trained here (default: 29298; 2048 "
+                           "for the demo)", type=number(int, 264))
+    max_len: int = flag(320, "tokens per side, longer ones are cut", fixed=True,
+                        type=number(int, 2, 1 << 20))
+    workers: int = flag(1, "tokenizing processes per training process", type=number(int, 0))
+
+    preset: str = flag("", "model size (default: small; demo without --data)", group="model",
+                       choices=list(PRESETS))
+    init_from: str = flag("", "model folder to start from", metavar="MODEL_DIR")
+    freeze: str = flag("", "parts that are not trained: shared, encoder, decoder", fixed=True,
+                       metavar="shared,encoder")
+    dropout: float = flag(0.0, "dropout rate, wherever T5 has it (default: 0)", type=SHARE)
+    lora_rank: int = flag(0, "train low-rank additions to --lora_targets, and nothing else "
+                          "(default: train all weights)", fixed=True, type=COUNT)
+    lora_alpha: float = flag(16.0, "the additions are scaled by alpha / rank", fixed=True,
+                             type=POSITIVE)
+    lora_dropout: float = flag(0.0, "dropout on LoRA inputs (default: 0)", fixed=True, type=SHARE)
+    lora_targets: str = flag("q,v", "linear layers that get LoRA, or all", fixed=True,
+                             metavar="q,k,v,o,wi,wo")
+
+    max_steps: int = flag(0, "stop after N steps, including earlier runs (default: no limit)",
+                          group="length", type=COUNT)
+    epochs: float = flag(0.0, "stop after N passes over the data (default: 1)", type=POSITIVE)
+    time_limit: float = flag(0.0, "stop after N seconds of training, including earlier runs "
+                             "(default: no limit)", metavar="SECONDS", type=POSITIVE)
+
+    lr: float = flag(0.0, "peak learning rate; Adafactor caps it at 1/sqrt(step) (default: 0.02, "
+                     "for 0.2b 0.005, with --init_from 0.002; other optimizers 0.002, with "
+                     "--init_from 1e-4)", group="optimizer", type=POSITIVE)
+    min_lr: float | None = flag(None, "learning rate at the end, and at the beginning of onecycle "
+                                "(default: --lr / 100)", type=NOT_NEGATIVE)
+    schedule: str = flag("cosine", "how the learning rate changes",
+                         choices=["cosine", "onecycle", "wsd", "constant"])
+    warmup_steps: int = flag(100, "ramp the learning rate up over N steps, at most a tenth of the "
+                             "training", type=number(int, 0))
+    optimizer: str = flag("adafactor", "muon is for the hidden matrices, with AdamW for the rest",
+                          fixed=True, choices=["adamw", "adafactor", "muon"])
+    weight_decay: float = flag(0.01, "weight decay of matrices, not of norms and embeddings",
+                               type=NOT_NEGATIVE)
+    grad_clip: float = flag(1.0, "largest norm of the gradient", type=POSITIVE)
+    batch_tokens: int = flag(0, "prompt and response tokens per update, over all processes "
+                             "(default: 65536 on a GPU, 2560 on a CPU, rounded up to equal shares)",
+                             type=COUNT)
+
+    micro_batch_tokens: int = flag(
+        0, "padded tokens per forward pass, B * (S + T); lower it if memory runs out (default: up "
+        "to 65536, as the GPU's memory allows; on a CPU 2560 over all processes, or 1280 each for "
+        "a large model)", group="memory", fixed=True, type=COUNT)
+    checkpoint_activations: bool = flag(False, "recompute activations in backward: less memory, a "
+                                        "quarter slower", action=argparse.BooleanOptionalAction)
+    dtype: str = flag("auto", "of the matrix products; auto: what the device is fast at",
+                      choices=["auto", "float32", "bfloat16", "float16"])
+    compile: bool = flag(False, "torch.compile the model", action=argparse.BooleanOptionalAction)
+
+    eval_every: int = flag(500, "validate every N steps", group="running", type=COUNT)
+    bleu_every: int = flag(0, "score answers on --valid every N steps (default: at the end)",
+                           type=COUNT)
+    save_every: int = flag(500, "save a checkpoint every N steps", type=COUNT)
+    keep: int = flag(2, "checkpoints to keep", type=COUNT)
+    seed: int = flag(0, "seed of the weights, the order of the data and dropout (default: 0)",
+                     fixed=True, type=number(int, 0, 2 ** 63 - 1))
 
     columns: ClassVar[tuple[str, ...]] = PAIR
-    # what may not change when a run is resumed, besides data, tokenizer and model
-    fixed: ClassVar[tuple[str, ...]] = (
-        "micro_batch_tokens", "round_to", "max_len", "seed", "optimizer", "freeze", "lora_rank",
-        "lora_alpha", "lora_targets", "lora_dropout")
-    help_data: ClassVar[str] = ("training pairs: Parquet files or folders of them (default: the "
-                                "demo)")
-    help_lr: ClassVar[str] = ("0.02, for 0.2b 0.005, with --init_from 0.002; other optimizers "
-                              "0.002, with --init_from 1e-4")
+    without: ClassVar[tuple[str, ...]] = ()  # fields that have no flag in this command
+
+    @classmethod
+    def about(cls, f: Field) -> Mapping:
+        """What flag() said of a field. A subclass may change the default only."""
+        inherited: dict[str, Mapping] = {f.name: f.metadata for f in fields(Settings)}
+        return f.metadata or inherited.get(f.name, {})
 
     def stored(self) -> dict:
         """What a checkpoint keeps."""
@@ -1236,7 +1282,7 @@ class Settings:
             return 2e-3
         return 5e-3 if self.preset == "0.2b" else 2e-2
 
-    def find_files(self, paths: list[str], ranks: Ranks) -> list[str]:
+    def find_files(self, paths: Sequence[str], ranks: Ranks) -> list[str]:
         """The Parquet files that --data or --valid stand for."""
         return training_files(paths, self.columns, [self.out_dir])
 
@@ -1379,7 +1425,7 @@ def activation_bytes(config: ChatLMConfig, s: Settings) -> int:
 # --- the parts of a run ---------------------------------------------------------------------------
 
 
-def training_files(paths: list[str], columns: tuple[str, ...],
+def training_files(paths: Sequence[str], columns: tuple[str, ...],
                    outputs: Iterable[str] = ()) -> list[str]:
     """Parquet files, and those in folders, in a fixed order. Raises ValueError for another file,
     naming the command that converts it, and for a missing column."""
@@ -1548,7 +1594,7 @@ def run_identity(s: Settings, model: ChatLM, tokenizer: Tokenizer, init_hash: st
             "--init_from (the model's weights)": init_hash,
             "--tokenizer": xxhash.xxh3_64_hexdigest(tokenizer.to_json().encode()),
             "--data": hash_files(s.data_files),
-            **{f"--{name}": getattr(s, name) for name in s.fixed}}
+            **{f"--{f.name}": getattr(s, f.name) for f in fields(s) if s.about(f).get("fixed")}}
 
 
 def make_stream(s: Settings, ranks: Ranks, tokenizer: Tokenizer, files: Iterable[str],
@@ -1578,86 +1624,25 @@ def training_stream(s: Settings, ranks: Ranks, tokenizer: Tokenizer) -> PairStre
 
 
 def parser_for(kind: type[Settings], description: str, examples: str) -> ArgumentParser:
-    """The flags that train.py and dpo.py share. Without a flag its value is None: see resolve."""
+    """The flags of kind. Without a flag its value is None: see resolve."""
     parser = ArgumentParser(description=description, epilog=f"examples:\n{examples}")
-    defaults = {f.name: f.default for f in fields(kind) if f.default is not dataclasses.MISSING}
     group: Any = parser
-
-    def add(flag: str, help: str, **options) -> None:
-        default = defaults.get(flag[2:])
-        if default and "(default:" not in help:
-            help += f" (default: {default})"
-        group.add_argument(flag, help=help, **options)
-
-    positive = {"type": number(int, 1)}
-    group = parser.add_argument_group("data")
-    add("--data", kind.help_data,
-        nargs="+", metavar="A.parquet")
-    add("--valid", "held-out pairs to validate on (default: no validation)", metavar="V.parquet")
-    add("--tokenizer", "folder of tokenizer.json (default: that of --init_from, else one is "
-        "trained on --data)", metavar="DIR")
-    add("--max_len", "tokens per side, longer ones are cut", type=number(int, 2, 1 << 20))
-    add("--workers", "tokenizing processes per training process", type=number(int, 0))
-
-    group = parser.add_argument_group("model")
-    add("--init_from", "model folder to start from", metavar="MODEL_DIR")
-    add("--freeze", "parts that are not trained: shared, encoder, decoder",
-        metavar="shared,encoder")
-    add("--dropout", "dropout rate, wherever T5 has it (default: 0)", type=number(float, 0, 1))
-    add("--lora_rank", "train low-rank additions to --lora_targets, and nothing else (default: "
-        "train all weights)", **positive)
-    add("--lora_alpha", "the additions are scaled by alpha / rank",
-        type=number(float, 0, above=True))
-    add("--lora_dropout", "dropout on LoRA inputs (default: 0)", type=number(float, 0, 1))
-    add("--lora_targets", "linear layers that get LoRA, or all", metavar="q,k,v,o,wi,wo")
-
-    group = parser.add_argument_group("length").add_mutually_exclusive_group()
-    add("--max_steps", "stop after N steps, including earlier runs (default: no limit)", **positive)
-    add("--epochs", "stop after N passes over the data (default: 1)",
-        type=number(float, 0, above=True))
-    add("--time_limit", "stop after N seconds of training, including earlier runs (default: no "
-        "limit)", type=number(float, 0, above=True), metavar="SECONDS")
-
-    group = parser.add_argument_group("optimizer")
-    add("--lr", "peak learning rate; Adafactor caps it at 1/sqrt(step) "
-        f"(default: {kind.help_lr})", type=number(float, 0, above=True))
-    add("--min_lr", "learning rate at the end, and at the beginning of onecycle (default: --lr / "
-        "100)", type=number(float, 0))
-    add("--schedule", "how the learning rate changes",
-        choices=["cosine", "onecycle", "wsd", "constant"])
-    add("--warmup_steps", "ramp the learning rate up over N steps, at most a tenth of the training",
-        type=number(int, 0))
-    add("--optimizer", "muon is for the hidden matrices, with AdamW for the rest",
-        choices=["adamw", "adafactor", "muon"])
-    add("--weight_decay", "weight decay of matrices, not of norms and embeddings",
-        type=number(float, 0))
-    add("--grad_clip", "largest norm of the gradient", type=number(float, 0, above=True))
-    add("--batch_tokens", "prompt and response tokens per update, over all processes (default: "
-        "65536 on a GPU, 2560 on a CPU, rounded up to equal shares)", **positive)
-
-    group = parser.add_argument_group("memory")
-    add("--micro_batch_tokens", "padded tokens per forward pass, B * (S + T); lower it if memory "
-        "runs out (default: up to 65536, as the GPU's memory allows; on a CPU 2560 over all "
-        "processes, or 1280 each for a large model)",
-        **positive)
-    add("--checkpoint_activations", "recompute activations in backward: less memory, a quarter "
-        "slower", action=argparse.BooleanOptionalAction)
-    add("--dtype", "of the matrix products; auto: what the device is fast at",
-        choices=["auto", "float32", "bfloat16", "float16"])
-    add("--compile", "torch.compile the model", action=argparse.BooleanOptionalAction)
-
-    group = parser.add_argument_group("running")
-    group.add_argument("--out_dir", default="out",
-                       help="folder for the model, best/, checkpoint/ and log.jsonl")
-    group.add_argument("--resume", default="auto", metavar="auto|never|CHECKPOINT",
-                       help="auto: resume from the newest checkpoint of --out_dir, if there is "
-                       "one, with its settings; never: delete them and start anew")
-    add("--eval_every", "validate every N steps", **positive)
-    add("--save_every", "save a checkpoint every N steps", **positive)
-    add("--keep", "checkpoints to keep", **positive)
-    add("--seed", "seed of the weights, the order of the data and dropout (default: 0)",
-        type=number(int, 0, 2 ** 63 - 1))
-    add("--device", "cpu, cuda or cuda:N (default: a GPU if there is one)")
+    for f in fields(kind):
+        about = kind.about(f)
+        if about.get("group"):
+            group = parser.add_argument_group(about["group"])
+            if about["group"] == "length":
+                group = group.add_mutually_exclusive_group()
+        if "help" in about and f.name not in kind.without:
+            show = f.default and "(default:" not in about["help"]
+            help_text = about["help"] + (f" (default: {f.default})" if show else "")
+            group.add_argument(f"--{f.name}", help=help_text, **about["how"])
+    add = parser.add_argument_group("files and device").add_argument
+    add("--out_dir", default="out", help="folder for the model, best/, checkpoint/ and log.jsonl")
+    add("--resume", default="auto", metavar="auto|never|CHECKPOINT",
+        help="auto: resume from the newest checkpoint of --out_dir, if there is one, with its "
+        "settings; never: delete them and start anew")
+    add("--device", help="cpu, cuda or cuda:N (default: a GPU if there is one)")
     return parser
 
 
@@ -1670,13 +1655,6 @@ EXAMPLES = """\
 def main() -> None:
     parser = parser_for(Settings, "Train a model on pairs of prompt and response: pre-training, or "
                         "fine-tuning with --init_from. Without --data: a demo.", EXAMPLES)
-    add = parser.add_argument_group("only in train.py").add_argument
-    add("--preset", choices=list(PRESETS),
-        help="model size (default: small; demo without --data)")
-    add("--vocab_size", type=number(int, 264),
-        help="size of a tokenizer that is trained here (default: 29298; 2048 for the demo)")
-    add("--bleu_every", type=number(int, 1),
-        help="score answers on --valid every N steps (default: at the end)")
     run_training(parser.parse_args(), Settings, ResponseLoss)
 
 
