@@ -68,7 +68,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from data import atomic_write, read_json, refuse_pointer, write_errors, write_file
+from data import IGNORED, atomic_write, read_json, refuse_pointer, write_errors, write_file
 
 PRESETS = {  # parameters with 29,298 tokens: small 14.8 million, 0.2b 187.7 million
     "demo": {"d_model": 128, "d_ff": 512, "d_kv": 32, "num_heads": 4,
@@ -82,7 +82,6 @@ T5_DEFAULTS = {"vocab_size": 32128, "d_model": 512, "d_kv": 64, "d_ff": 2048, "n
                "num_heads": 8}  # what transformers assumes where a config.json leaves a field out
 T5_ALIASES = {"hidden_size": "d_model", "num_attention_heads": "num_heads",
               "num_hidden_layers": "num_layers", "head_dim": "d_kv"}
-IGNORED = -100  # the label of padding
 LOSS_CHUNK_BYTES = 1 << 26  # logits that the loss holds at once
 CACHE_BYTES = 1 << 23  # logits that stay in a CPU's cache while several operations pass over them
 ROW_BLOCK = 64  # see Linear

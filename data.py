@@ -532,13 +532,15 @@ def hash_files(paths: Iterable[str | Path]) -> str:
 @contextlib.contextmanager
 def atomic_write(path) -> Iterator[Path]:
     """Yield a temporary path to write to, then sync it and rename it to `path`. Readers see the old
-    file or the complete new one. After an error the temporary file is deleted; that of a process
-    that was killed is deleted here by the next one that writes `path`."""
+    file or the complete new one. After an error the temporary file is deleted. A killed process
+    leaves its own, which the next write of `path` on this machine deletes."""
     temporary = Path(f"{path}.{os.getpid()}.tmp")
-    for other in temporary.parent.glob(f"{glob.escape(Path(path).name)}.*.tmp"):
-        pid = other.name.split(".")[-2]
+    name = Path(path).name
+    for other in temporary.parent.glob(f"{glob.escape(name)}.*.tmp"):
+        pid = other.name[len(name) + 1:-len(".tmp")]
         if pid.isdecimal() and not is_running(int(pid)):
-            other.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                other.unlink()
     try:
         yield temporary
         with write_errors(path):
@@ -1707,8 +1709,8 @@ class Comparison:
         return ["" if stay else NEAR if is_first else EQUAL for stay, is_first in zip(stays, first)]
 
     def drop_near(self, begin: int) -> None:
-        """Set keep to False for texts of the batch from `begin` on that are near to an earlier
-        one that stays."""
+        """Set keep to False for each text of the batch that is near to an earlier text that stays.
+        begin: number of the batch's first text."""
         here = slice(*np.searchsorted(self.later, [begin, self.end]))
         later, earlier = self.later[here], self.earlier[here]
         # cheap pass: one candidate per text, from before this batch, settles most duplicates
@@ -2073,13 +2075,14 @@ class WindowReader:
         return (epoch + 1, 0) if is_last else (epoch, window + 1)
 
     def jobs(self, epoch: int, window: int) -> Iterator[WindowJob]:
-        """The windows from one on, without end."""
+        """The job of this window, then those of the next ones, without end."""
         while True:
             yield WindowJob(self.plan(epoch)[window], self.columns,
                             seed=[self.seed, epoch, window], **self.options)
             epoch, window = self.after(epoch, window)
 
     def read_from(self, epoch: int, window: int) -> Iterator[Window]:
+        """This window and the next ones, without end."""
         jobs = self.jobs(epoch, window)
         if not self.workers:
             yield from map(read_window, jobs)
@@ -2100,6 +2103,7 @@ class WindowReader:
         return self.loaded[place]
 
     def forget_before(self, epoch: int, window: int) -> None:
+        """Drop the windows before this one from memory."""
         for place in [place for place in self.loaded if place < (epoch, window)]:
             del self.loaded[place]
 

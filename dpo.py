@@ -52,7 +52,6 @@ import data
 import sample
 import train
 from chatlm import (
-    IGNORED,
     ChatLM,
     LinearLogProbs,
     load_adapter,
@@ -60,6 +59,7 @@ from chatlm import (
     write_tensors,
 )
 from data import (
+    IGNORED,
     ArgumentParser,
     PairStream,
     Progress,
@@ -145,6 +145,7 @@ class Settings(train.Settings):
 
     columns: ClassVar[tuple[str, ...]] = COLUMNS
     without: ClassVar[tuple[str, ...]] = ("preset", "vocab_size", "bleu_every")
+    cpu_batch_tokens: ClassVar[int] = 2 * train.CPU_BATCH_TOKENS  # a pair has two answers
 
     def default_lr(self) -> float:
         return 1e-4 if self.lora_rank else 1e-5

@@ -69,7 +69,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from chatlm import (
-    IGNORED,
     ChatLM,
     ChatLMConfig,
     Linear,
@@ -77,6 +76,7 @@ from chatlm import (
     pad_rows,
 )
 from data import (
+    IGNORED,
     PAIR,
     SEP,
     ArgumentParser,
@@ -529,7 +529,8 @@ UNSUPPORTED = """
 
 
 def option(default: Any, help: str, low: float = 0, high: float = 1) -> Any:
-    """A field of GenerationConfig, from which its flag is made. low, high: the range of numbers."""
+    """A field of GenerationConfig, from which its flag is made. low, high: the range, of numbers
+    only."""
     return field(default=default, metadata={"help": help, "low": low, "high": high})
 
 
@@ -541,7 +542,7 @@ class GenerationConfig:
     num_return_sequences: int = option(1, "answers per prompt", 1, 10 ** 6)
     do_sample: bool = option(False, "draw tokens by their probability, instead of the likeliest")
     temperature: float = option(1.0, "sampling: below 1 likely tokens become likelier; 0: greedy",
-                                0, 1e3)
+                                1e-3, 1e3)
     top_k: int = option(0, "sampling: only from the k likeliest tokens; 0: from all", 0, 1 << 31)
     top_p: float = option(1.0, "sampling: only from the likeliest tokens with this probability "
                           "together", 1e-9, 1)
@@ -560,8 +561,6 @@ class GenerationConfig:
             self.do_sample, self.temperature = False, 1.0
         for f in fields(self):
             self.check_field(f.name, type(f.default), f.metadata["low"], f.metadata["high"])
-        if self.temperature < 1e-3:
-            raise ValueError(f"temperature must be 0, or 0.001 or more, not {self.temperature!r}")
         if self.num_return_sequences > self.num_beams and not self.do_sample:
             raise ValueError("num_return_sequences must be at most num_beams without sampling, not "
                              f"{self.num_return_sequences}")
@@ -579,7 +578,8 @@ class GenerationConfig:
             raise ValueError(f"do_sample must be true or false, not {value!r}")
         if kind is not bool and not (is_number and low <= value <= high):
             what = "a whole number" if kind is int else "a number"
-            raise ValueError(f"{name} must be {what} from {low:g} to {high:g}, not {value!r}")
+            also = ", or 0" if name == "temperature" else ""
+            raise ValueError(f"{name} must be {what} from {low:g} to {high:g}{also}, not {value!r}")
 
     @property
     def contrastive(self) -> bool:
@@ -1757,7 +1757,8 @@ def parse_args() -> argparse.Namespace:
     add = parser.add_argument_group("decoding").add_argument
     for f in fields(GenerationConfig):
         kind: Any = type(f.default)
-        how: dict[str, Any] = {"type": number(kind, f.metadata["low"], f.metadata["high"])}
+        low = f.metadata["low"] if f.name != "temperature" else 0  # 0: greedy
+        how: dict[str, Any] = {"type": number(kind, low, f.metadata["high"])}
         if f.name == "do_sample":
             how = {"action": "store_true", "default": None}
         elif f.name == "early_stopping":

@@ -578,8 +578,8 @@ class MergeLearner:
         return True
 
     def next_floor(self, slots: np.ndarray) -> int | None:
-        """The count from which on pairs are sorted now. slots: see count_pairs. None: nothing is
-        left."""
+        """The lowest count with which a pair enters the heap this time; None if no pair is left.
+        slots: see count_pairs."""
         ranked = np.sort(slots[slots >= self.min_frequency])
         everything = (-self.min_frequency, self.last_id, self.last_id)
         if not len(ranked) or not self.stale and self.bound == everything:

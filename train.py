@@ -317,8 +317,8 @@ class Trainer:
 
     def accumulate(self, scale: float) -> tuple[Tensor, int, int]:
         """Run this rank's micro-batches of the next group. self.gradient becomes the sum over all
-        ranks, times scale. Returns this rank's sums: loss, normalizer and extra sums, on the
-        device; source tokens; target tokens."""
+        ranks, of the loss times scale, which keeps it within float16. Returns this rank's sums:
+        loss, normalizer and extra sums, on the device; source tokens; target tokens."""
         self.model.train()
         self.gradient.zero_()
         sums = torch.zeros(2 + len(self.objective.extra), dtype=torch.float64, device=self.device)
@@ -343,8 +343,8 @@ class Trainer:
 
     def reduce(self, sums: Tensor, source: int, target: int, stop: bool,
                scale: float) -> dict[str, float]:
-        """Turn self.gradient into the clipped mean gradient. The arguments are those of accumulate
-        and its results, and whether this rank was asked to stop. Returns sums over the ranks by
+        """Turn self.gradient into the clipped mean gradient. sums, source, target: from accumulate.
+        stop: this rank was asked to stop. scale: see accumulate. Returns sums over the ranks by
         name, and the norm of the mean gradient before clipping."""
         now_s = time.perf_counter()
         seconds, self.tick_s = now_s - self.tick_s, now_s
@@ -690,7 +690,7 @@ class StackedAdafactor(torch.optim.Adafactor):
         eps1 = torch.finfo(torch.float32).eps if eps1 is None else eps1
         squares = self.mean_squares(states, grad, step ** group["beta2_decay"], eps1)
         update = squares.clamp_(min=eps1 * eps1).rsqrt_().mul_(grad)
-        # the rate is relative to the size of each parameter, (N,), a root mean square
+        # Adafactor's rate is relative: it is multiplied by each parameter's root mean square, (N,)
         size = torch.stack(list(torch._foreach_norm(params))) / numbers ** 0.5
         rate = size.clamp(min=eps2) * min(group["lr"], step ** -0.5)
         axes = tuple(range(1, grad.dim()))
@@ -706,7 +706,8 @@ class StackedAdafactor(torch.optim.Adafactor):
         if not state:
             state["step"] = torch.tensor(0.0)  # on the CPU
             if p.dim() > 1:
-                state["row_var"], state["col_var"] = p.new_zeros(len(p), 1), p.new_zeros(1, p.size(1))
+                state["row_var"] = p.new_zeros(len(p), 1)
+                state["col_var"] = p.new_zeros(1, p.size(1))
             else:
                 state["variance"] = torch.zeros_like(p)
         state["step"] += 1
@@ -790,6 +791,8 @@ def save_checkpoint(trainer: Trainer) -> None:
              "state": dataclasses.asdict(state), "identity": trainer.identity,
              "settings": trainer.settings.stored()}
     newest = folder / "newest"
+    for stale in folder.glob("newest.*.tmp"):  # of killed processes: no other run writes here
+        stale.unlink()
     with atomic_write(newest) as temporary, write_errors(newest, RuntimeError):  # a full disk
         torch.save(saved, temporary)
     newest.rename(folder / f"step-{state.step:08d}-{hash_file(newest)}.pt")
@@ -1133,7 +1136,7 @@ class ResponseLoss(Objective):
 
 # --- settings -------------------------------------------------------------------------------------
 
-GPU_BATCH_TOKENS, CPU_BATCH_TOKENS = 65536, 2560  # of a step, by default
+GPU_BATCH_TOKENS, CPU_BATCH_TOKENS = 65536, 1280  # of a step, by default
 LIMITS = ("max_steps", "epochs", "time_limit")
 PATHS = ("data", "valid", "tokenizer", "init_from")  # may differ between machines
 DEMO = {"preset": "demo", "micro_batch_tokens": 512, "max_len": 64, "vocab_size": 2048}
@@ -1143,8 +1146,8 @@ MEMORY_HINT = ("--micro_batch_tokens in a new run, or resume this one with "
 
 
 def flag(default: Any, help: str, group: str = "", fixed: bool = False, **how) -> Any:
-    """A field of Settings that has a flag. group: the title of the flags from here on. fixed: a
-    resumed run cannot change it. how: arguments of add_argument."""
+    """A field of Settings that has a flag. group: a title in --help, for this field and those after
+    it. fixed: a resumed run cannot change it. how: arguments of add_argument."""
     about = {"help": help, "group": group, "fixed": fixed, "how": how}
     return field(default=default, metadata=about)
 
@@ -1215,13 +1218,13 @@ class Settings:
                                type=NOT_NEGATIVE)
     grad_clip: float = flag(1.0, "largest norm of the gradient", type=POSITIVE)
     batch_tokens: int = flag(0, "prompt and response tokens per update, over all processes "
-                             "(default: 65536 on a GPU, 2560 on a CPU, rounded up to equal shares)",
-                             type=COUNT)
+                             "(default: 65536 on a GPU; on a CPU 1280, 2560 in dpo.py; rounded up "
+                             "to equal shares)", type=COUNT)
 
     micro_batch_tokens: int = flag(
         0, "padded tokens per forward pass, B * (S + T); lower it if memory runs out (default: up "
-        "to 65536, as the GPU's memory allows; on a CPU 2560 over all processes, or 1280 each for "
-        "a large model)", group="memory", fixed=True, type=COUNT)
+        "to 65536, as the GPU's memory allows; on a CPU 1280 over all processes)", group="memory",
+        fixed=True, type=COUNT)
     checkpoint_activations: bool = flag(False, "recompute activations in backward: less memory, a "
                                         "quarter slower", action=argparse.BooleanOptionalAction)
     dtype: str = flag("auto", "of the matrix products; auto: what the device is fast at",
@@ -1238,10 +1241,11 @@ class Settings:
 
     columns: ClassVar[tuple[str, ...]] = PAIR
     without: ClassVar[tuple[str, ...]] = ()  # fields that have no flag in this command
+    cpu_batch_tokens: ClassVar[int] = CPU_BATCH_TOKENS
 
     @classmethod
     def about(cls, f: Field) -> Mapping:
-        """What flag() said of a field. A subclass may change the default only."""
+        """What flag() said of a field. A subclass that sets only a default inherits it."""
         inherited: dict[str, Mapping] = {f.name: f.metadata for f in fields(Settings)}
         return f.metadata or inherited.get(f.name, {})
 
@@ -1342,7 +1346,7 @@ def choose_defaults(s: Settings, ranks: Ranks) -> Settings:
         fits = default_micro_batch(s, ranks.device, len(s.columns), ranks.world_size)
         s = replace(s, micro_batch_tokens=min(ranks.all_gather(fits)))
     if not s.batch_tokens:
-        wanted = GPU_BATCH_TOKENS if ranks.device.type == "cuda" else CPU_BATCH_TOKENS
+        wanted = GPU_BATCH_TOKENS if ranks.device.type == "cuda" else s.cpu_batch_tokens
         wanted = DEMO_BATCH_TOKENS if s.demo else wanted
         group = max(1, round(wanted / s.micro_batch_tokens))
         group = -(-group // ranks.world_size) * ranks.world_size  # equal shares
@@ -1376,18 +1380,16 @@ def report_unused(s: Settings) -> None:
 
 def default_micro_batch(s: Settings, device: torch.device, columns: int, ranks: int = 1) -> int:
     """Padded tokens B * (S + T) for one forward pass, at least one row of max_len tokens in every
-    column. On a GPU a power of two that fits the free memory, at most 65,536 over all ranks. On a
-    CPU 2,560 over all ranks, a whole step, if its activations fit in a gigabyte, else 1,280 per
-    rank. Raises ValueError if the model leaves no room on the GPU."""
+    column. On a CPU 1,280 over all ranks, a whole step. On a GPU a power of two that fits the free
+    memory, at most 65,536 over all ranks. Raises ValueError if the model leaves no room on it."""
     step = max(1, s.round_to)
     one_row = columns * -(-s.max_len // step) * step
+    if device.type != "cuda":
+        return max(one_row, CPU_BATCH_TOKENS // ranks)
     if s.init_from:
         config = ChatLMConfig.from_pretrained(s.init_from)
     else:
         config = ChatLMConfig.preset(s.preset, vocab_size=s.vocab_size)
-    if device.type != "cuda":
-        is_small = CPU_BATCH_TOKENS * activation_bytes(config, s) < 1 << 30
-        return max(one_row, CPU_BATCH_TOKENS // ranks if is_small else CPU_BATCH_TOKENS // 2)
     free_bytes = torch.cuda.mem_get_info(device)[0]
     room_bytes = 0.85 * free_bytes - state_bytes(config, s)
     fits = int(room_bytes / activation_bytes(config, s))

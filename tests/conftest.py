@@ -30,7 +30,7 @@ def pytest_collection_modifyitems(items: list) -> None:
 
 def run_script(name: str, *args, stdin: str = "") -> subprocess.CompletedProcess:
     """What `python NAME ARGS` does, in this process, where torch is loaded already: that saves two
-    to three seconds. test_road.py and the tests of several processes start real commands."""
+    to three seconds. test_road.py starts real commands."""
     main, data = importlib.import_module(name.removesuffix(".py")).main, importlib.import_module("data")
     out, err, code = io.StringIO(), io.StringIO(), 0
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
@@ -65,7 +65,10 @@ class Script:
 
     def wait(self, timeout: float = 100) -> int:
         self.process.join(timeout)
-        assert self.process.exitcode is not None, self.args
+        ended = self.process.exitcode is not None
+        self.kill()
+        self.process.join()
+        assert ended, self.args
         return self.process.exitcode
 
     def completed(self) -> subprocess.CompletedProcess:
@@ -95,8 +98,12 @@ def start_ranks(path: str | Path, *args_of_ranks: list[str], **env) -> list[Scri
 
 def run_ranks(path: str | Path, *args, ranks: int) -> subprocess.CompletedProcess:
     """What `torchrun --nproc_per_node=RANKS PATH ARGS` does, without its own process and its second
-    attempts. The exit status is that of the first rank that fails."""
+    attempts. The exit status is that of the failed rank with the lowest number."""
     scripts = start_ranks(path, *[list(args)] * ranks, LOCAL_WORLD_SIZE=str(ranks))
-    ends = [script.completed() for script in scripts]
+    try:
+        ends = [script.completed() for script in scripts]
+    finally:
+        for script in scripts:
+            script.kill()
     code = next((end.returncode for end in ends if end.returncode), 0)
     return subprocess.CompletedProcess(ends[0].args, code, "".join(end.stdout for end in ends), "".join(end.stderr for end in ends))
