@@ -1145,10 +1145,12 @@ MEMORY_HINT = ("--micro_batch_tokens in a new run, or resume this one with "
                "--checkpoint_activations")
 
 
-def flag(default: Any, help: str, group: str = "", fixed: bool = False, **how) -> Any:
+def flag(default: Any, help: str, group: str = "", fixed: bool = False, early: bool = False,
+         **how) -> Any:
     """A field of Settings that has a flag. group: a title in --help, for this field and those after
-    it. fixed: a resumed run cannot change it. how: arguments of add_argument."""
-    about = {"help": help, "group": group, "fixed": fixed, "how": how}
+    it. fixed: a resumed run cannot change it. early: needed before settings are resolved, so the
+    parser knows its default. how: arguments of add_argument."""
+    about = {"help": help, "group": group, "fixed": fixed, "early": early, "how": how}
     return field(default=default, metadata=about)
 
 
@@ -1161,8 +1163,6 @@ class Settings:
     """The settings of a run, and the flags of train.py and dpo.py. They are resolved once, when it
     starts, and kept in its checkpoints. 0, "", () or None: chosen later (see choose_defaults), or
     off."""
-    out_dir: str
-    resume: str = "auto"
     given: frozenset[str] = frozenset()  # names of the flags in this call
     demo: bool = False
     data_files: tuple[str, ...] = ()
@@ -1231,13 +1231,19 @@ class Settings:
                       choices=["auto", "float32", "bfloat16", "float16"])
     compile: bool = flag(False, "torch.compile the model", action=argparse.BooleanOptionalAction)
 
-    eval_every: int = flag(500, "validate every N steps", group="running", type=COUNT)
+    out_dir: str = flag("out", "folder for the model, best/, checkpoint/ and log.jsonl",
+                        group="running", early=True)
+    resume: str = flag("auto", "auto: resume from the newest checkpoint of --out_dir, if there is "
+                       "one, with its settings; never: delete them and start anew", early=True,
+                       metavar="auto|never|CHECKPOINT")
+    eval_every: int = flag(500, "validate every N steps", type=COUNT)
     bleu_every: int = flag(0, "score answers on --valid every N steps (default: at the end)",
                            type=COUNT)
     save_every: int = flag(500, "save a checkpoint every N steps", type=COUNT)
     keep: int = flag(2, "checkpoints to keep", type=COUNT)
     seed: int = flag(0, "seed of the weights, the order of the data and dropout (default: 0)",
                      fixed=True, type=number(int, 0, 2 ** 63 - 1))
+    device: str = flag("", "cpu, cuda or cuda:N (default: a GPU if there is one)")
 
     columns: ClassVar[tuple[str, ...]] = PAIR
     without: ClassVar[tuple[str, ...]] = ()  # fields that have no flag in this command
@@ -1251,7 +1257,7 @@ class Settings:
 
     def stored(self) -> dict:
         """What a checkpoint keeps."""
-        own = {"out_dir", "resume", "given", "data_files", "valid_files"}
+        own = {"out_dir", "resume", "device", "given", "data_files", "valid_files"}
         return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in own}
 
     def check(self) -> None:
@@ -1626,7 +1632,8 @@ def training_stream(s: Settings, ranks: Ranks, tokenizer: Tokenizer) -> PairStre
 
 
 def parser_for(kind: type[Settings], description: str, examples: str) -> ArgumentParser:
-    """The flags of kind. Without a flag its value is None: see resolve."""
+    """The flags of kind. A value without its flag is None (see resolve), but for out_dir and
+    resume."""
     parser = ArgumentParser(description=description, epilog=f"examples:\n{examples}")
     group: Any = parser
     for f in fields(kind):
@@ -1636,15 +1643,11 @@ def parser_for(kind: type[Settings], description: str, examples: str) -> Argumen
             if about["group"] == "length":
                 group = group.add_mutually_exclusive_group()
         if "help" in about and f.name not in kind.without:
-            show = f.default and "(default:" not in about["help"]
-            help_text = about["help"] + (f" (default: {f.default})" if show else "")
-            group.add_argument(f"--{f.name}", help=help_text, **about["how"])
-    add = parser.add_argument_group("files and device").add_argument
-    add("--out_dir", default="out", help="folder for the model, best/, checkpoint/ and log.jsonl")
-    add("--resume", default="auto", metavar="auto|never|CHECKPOINT",
-        help="auto: resume from the newest checkpoint of --out_dir, if there is one, with its "
-        "settings; never: delete them and start anew")
-    add("--device", help="cpu, cuda or cuda:N (default: a GPU if there is one)")
+            help_text = about["help"]
+            default = f.default if about["early"] else None
+            if f.default and not default and "(default:" not in help_text:
+                help_text += f" (default: {f.default})"
+            group.add_argument(f"--{f.name}", help=help_text, default=default, **about["how"])
     return parser
 
 
