@@ -1628,7 +1628,7 @@ def find_candidates(exact: np.ndarray,
     rows, pairs = np.flatnonzero(first), np.empty(0, np.uint64)
     for keys in bands:
         pairs = np.unique(np.concatenate([pairs, bucket_pairs(keys[first], rows)]))
-        later, n = pairs >> np.uint64(32), MAX_CANDIDATES
+        later, n = pairs >> np.uint64(32), MAX_CANDIDATES  # keep the first n of each later text
         pairs = pairs[np.append(np.ones(n, bool), later[n:] != later[:-n])[:len(pairs)]]
     return first, *unpack(pairs)
 
@@ -1673,7 +1673,7 @@ def find_duplicates(items: Iterable, text_of: Callable, threshold: float = 0.85,
     comparison = Comparison(*find_candidates(exact, keys), threshold)
     del sketches, keys
     for batch in batches(against, BATCH_CHARS):
-        comparison.reasons(batch)
+        comparison.reasons(batch)  # they are only compared with
     pairs = ((text_of(item), item) for item in items)
     for batch in batches(pairs, BATCH_CHARS, lambda pair: len(pair[0])):
         reasons = comparison.reasons([text for text, _ in batch])
@@ -1705,8 +1705,8 @@ class Comparison:
         self.drop_near(begin)
         for i in [i for i in self.sets if self.last_use[i] < self.end or not self.keep[i]]:
             del self.sets[i]
-        stays, first = (flags[begin:self.end].tolist() for flags in (self.keep, self.first))
-        return ["" if stay else NEAR if is_first else EQUAL for stay, is_first in zip(stays, first)]
+        here = slice(begin, self.end)
+        return np.select([self.keep[here], self.first[here]], ["", NEAR], EQUAL).tolist()
 
     def drop_near(self, begin: int) -> None:
         """Set keep to False for each text of the batch that is near to an earlier text that stays.
@@ -2094,10 +2094,10 @@ class WindowReader:
     def read(self, epoch: int, window: int) -> Window:
         """A window; it stays in memory until forget_before."""
         place = epoch, window
-        if place not in self.loaded and place != self.next:
-            self.close()
-            self.ahead, self.next = self.read_from(*place), place
         if place not in self.loaded:
+            if place != self.next:
+                self.close()
+                self.ahead = self.read_from(*place)
             self.loaded[place] = next(self.ahead)
             self.next = self.after(*place)
         return self.loaded[place]

@@ -51,13 +51,7 @@ from torch import Tensor
 import data
 import sample
 import train
-from chatlm import (
-    ChatLM,
-    LinearLogProbs,
-    load_adapter,
-    merge_lora,
-    write_tensors,
-)
+from chatlm import ChatLM, LinearLogProbs, load_adapter, merge_lora, write_tensors
 from data import (
     IGNORED,
     ArgumentParser,
@@ -145,7 +139,7 @@ class Settings(train.Settings):
 
     columns: ClassVar[tuple[str, ...]] = COLUMNS
     without: ClassVar[tuple[str, ...]] = ("preset", "vocab_size", "bleu_every")
-    cpu_batch_tokens: ClassVar[int] = 2 * train.CPU_BATCH_TOKENS  # a pair has two answers
+    cpu_batch_tokens: ClassVar[int] = 2 * train.CPU_BATCH_TOKENS  # a row has two answers
 
     def default_lr(self) -> float:
         return 1e-4 if self.lora_rank else 1e-5

@@ -59,7 +59,7 @@ import warnings
 import weakref
 from collections import Counter, deque
 from collections.abc import Callable, Generator, Iterable, Iterator
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import Field, asdict, dataclass, field, fields, replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -68,13 +68,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from chatlm import (
-    ChatLM,
-    ChatLMConfig,
-    Linear,
-    RMSNorm,
-    pad_rows,
-)
+from chatlm import ChatLM, ChatLMConfig, Linear, RMSNorm, pad_rows
 from data import (
     IGNORED,
     PAIR,
@@ -559,8 +553,14 @@ class GenerationConfig:
     def __post_init__(self):
         if self.temperature == 0:  # which people write for greedy decoding
             self.do_sample, self.temperature = False, 1.0
+        if type(self.do_sample) is not bool:
+            raise ValueError(f"do_sample must be true or false, not {self.do_sample!r}")
+        if self.early_stopping not in (True, False, "never"):
+            raise ValueError("early_stopping must be True, False or 'never', not "
+                             f"{self.early_stopping!r}")
         for f in fields(self):
-            self.check_field(f.name, type(f.default), f.metadata["low"], f.metadata["high"])
+            if type(f.default) is not bool:
+                self.check_number(f)
         if self.num_return_sequences > self.num_beams and not self.do_sample:
             raise ValueError("num_return_sequences must be at most num_beams without sampling, not "
                              f"{self.num_return_sequences}")
@@ -568,18 +568,16 @@ class GenerationConfig:
             raise ValueError("min_new_tokens must be at most max_new_tokens "
                              f"({self.max_new_tokens}), not {self.min_new_tokens}")
 
-    def check_field(self, name: str, kind: type, low: float, high: float) -> None:
-        """Raise ValueError if a field is not of its kind, or out of range."""
-        value = getattr(self, name)
-        is_number = type(value) is int or kind is float and type(value) is float
-        if name == "early_stopping" and value not in (True, False, "never"):
-            raise ValueError(f"early_stopping must be True, False or 'never', not {value!r}")
-        if name == "do_sample" and type(value) is not bool:
-            raise ValueError(f"do_sample must be true or false, not {value!r}")
-        if kind is not bool and not (is_number and low <= value <= high):
-            what = "a whole number" if kind is int else "a number"
-            also = ", or 0" if name == "temperature" else ""
-            raise ValueError(f"{name} must be {what} from {low:g} to {high:g}{also}, not {value!r}")
+    def check_number(self, f: Field) -> None:
+        """Raise ValueError if a field is not a number of its kind, or out of range."""
+        value, low, high = getattr(self, f.name), f.metadata["low"], f.metadata["high"]
+        is_whole = type(f.default) is int
+        is_number = type(value) is int or not is_whole and type(value) is float
+        if not is_number or not low <= value <= high:
+            what = "a whole number" if is_whole else "a number"
+            also = ", or 0" if f.name == "temperature" else ""
+            raise ValueError(f"{f.name} must be {what} from {low:g} to {high:g}{also}, not "
+                             f"{value!r}")
 
     @property
     def contrastive(self) -> bool:
@@ -663,7 +661,9 @@ def draw(scores: Tensor, count: int) -> Tensor:
     """Sample indices (N, count) from scores (N, V). Raises ValueError, on a CPU, for NaN."""
     try:
         return scores.softmax(-1).multinomial(count)
-    except RuntimeError:
+    except RuntimeError as e:
+        if "probability tensor" not in str(e):  # no memory, for example
+            raise
         raise ValueError("the model's scores are not finite: its weights are damaged") from None
 
 

@@ -1273,8 +1273,8 @@ class Settings:
         if self.lora_rank and not self.init_from:
             raise ValueError("--lora_rank adds to a model: name it with --init_from")
         if "vocab_size" in self.given and (self.tokenizer or self.init_from):
-            flag = "tokenizer" if self.tokenizer else "init_from"
-            raise ValueError(f"--vocab_size is for a tokenizer that is trained here; --{flag} "
+            other = "tokenizer" if self.tokenizer else "init_from"
+            raise ValueError(f"--vocab_size is for a tokenizer that is trained here; --{other} "
                              "brings its own")
         if self.init_from and self.preset:
             began = f", and the run in {self.out_dir} began with the other one"
@@ -1304,6 +1304,8 @@ def resolve(kind: type[Settings], args: argparse.Namespace, ranks: Ranks,
     demo's data is written."""
     s = combine_layers(kind, args, saved["settings"] if saved else {})
     s.check()
+    if s.init_from:
+        ChatLMConfig.from_pretrained(s.init_from)  # fails early
     if s.demo:
         s = make_demo_data(s, ranks)
     s = choose_defaults(s, ranks)

@@ -79,6 +79,7 @@ class Script:
 
 
 def run_as_main(argv: list[str], env: dict[str, str], folder: str) -> None:
+    """In the new process: run the script argv[0]. What it prints goes to files in folder."""
     os.environ.update(env)
     for number, name in ((1, "stdout"), (2, "stderr")):
         os.dup2(os.open(f"{folder}/{name}", os.O_CREAT | os.O_WRONLY | os.O_APPEND), number)
