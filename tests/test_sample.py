@@ -28,9 +28,9 @@ from data import locked, run
 from sample import (
     BFloat16Product,
     Decoder,
-    Float32Product,
     GenerationConfig,
     bleu4,
+    float32_product,
     generate,
     pack,
     triples,
@@ -217,13 +217,16 @@ def test_half_a_model_decodes_as_it_computes(tmp_path, device, dtype):
 @pytest.mark.parametrize("rows", [1, 2, 7, 8, 16, 129])
 @pytest.mark.parametrize("columns", [7, 64, 90, 3 * 257])
 def test_products_of_few_rows_are_the_product(rows, columns):
-    """Also with one packed weight for several numbers of rows, and where torch has no oneDNN."""
+    """Also with one packed weight for several numbers of rows, without AMX, and where torch has no oneDNN."""
     weight, x = torch.randn(columns, 33), torch.randn(33, rows).T
-    product, expected = Float32Product(weight), x @ weight.T
-    for n in (rows, 1, rows):
-        torch.testing.assert_close(product(x[:n]), expected[:n])
-    with mock.patch("torch.backends.mkldnn.is_available", lambda: False):
-        torch.testing.assert_close(Float32Product(weight)(x), expected)
+    expected = x @ weight.T
+    for has_amx, has_onednn in itertools.product((True, False), {False, torch.backends.mkldnn.is_available()}):
+        with (mock.patch("torch.cpu._is_amx_tile_supported", mock.Mock(return_value=has_amx)),
+              mock.patch("torch.backends.mkldnn.is_available", mock.Mock(return_value=has_onednn))):
+            product = float32_product(weight)
+        for n in (rows, 1, rows):
+            torch.testing.assert_close(product(x[:n]), expected[:n])
+            assert product(x[:n]).is_contiguous()
     rounded = weight.bfloat16()
     for has_bfloat16, threads in itertools.product({False, sample.has_bfloat16(x.device)}, (1, 2, 3)):
         with (mock.patch("sample.has_bfloat16", mock.Mock(return_value=has_bfloat16)),
@@ -242,19 +245,22 @@ def test_products_of_few_rows_are_the_product(rows, columns):
 @pytest.mark.quick
 def test_products_of_many_numbers_of_rows_need_few_kernels():
     """oneDNN keeps one for every number of rows, about a megabyte each; a batch loses rows one by one."""
-    class Rows(TorchDispatchMode):
+    class Shapes(TorchDispatchMode):
         def __torch_dispatch__(self, function, types, args=(), kwargs=None):
             if function is torch.ops.mkldnn._linear_pointwise.default:
-                seen.add(len(args[0]))
+                seen.add((args[0].shape, args[1].shape))
             return function(*args, **(kwargs or {}))
 
     if not torch.backends.mkldnn.is_available():
         pytest.skip("torch without oneDNN")
-    product, x, seen = Float32Product(torch.randn(24, 33)), torch.randn(160, 33), set[int]()
-    with Rows():
-        for rows in range(1, 161):
-            assert len(product(x[:rows])) == rows
-    assert 160 in seen and len(seen) <= 8 + 160 // 8, seen
+    weight, x = torch.randn(24, 33), torch.randn(160, 33)
+    products = [float32_product(weight)] + [sample.packed_product(weight.bfloat16())] * sample.has_bfloat16(x.device)
+    for product in products:
+        seen = set[tuple]()
+        with Shapes():
+            for rows in range(1, 161):
+                assert len(product(x[:rows])) == rows
+        assert 10 < len(seen) <= 8 + 160 // 8, seen
 
 
 @pytest.mark.quick
