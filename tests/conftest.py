@@ -11,13 +11,15 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 from pathlib import Path
 from unittest import mock
 
 ROOT = Path(__file__).parents[1]
 os.environ["OMP_NUM_THREADS"] = "1"  # also for the commands that tests run; before torch starts
 FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(["torch", "torch.distributed.nn", "pyarrow.parquet", "safetensors.torch"])
+FORKS.set_forkserver_preload(["torch", "torch._dynamo", "torch.distributed.nn", "torch.utils.tensorboard", "pyarrow.compute",
+                              "pyarrow.parquet", "safetensors.torch"])  # torch's optimizers import _dynamo
 # a shell starts jobs in the background with Ctrl-C ignored, which the commands would inherit
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
@@ -52,11 +54,11 @@ class Script:
     """What `python PATH ARGS` does, in a process of its own, which begins as a copy of one that has
     loaded torch: that saves a second and a half. The methods are those of subprocess.Popen."""
 
-    def __init__(self, path: str | Path, *args, **env):
+    def __init__(self, path: str | Path, *args, cwd: str | Path = ".", **env):
         """path: of the script, from the repository's folder; env: more environment variables."""
         self.args = [str(ROOT / path), *map(str, args)]
         self.folder = tempfile.TemporaryDirectory()
-        self.process = FORKS.Process(target=run_as_main, args=(self.args, env, self.folder.name))
+        self.process = FORKS.Process(target=run_as_main, args=(self.args, str(cwd), env, self.folder.name))
         self.process.start()
         self.pid, self.kill = self.process.pid, self.process.kill
 
@@ -78,13 +80,17 @@ class Script:
         return subprocess.CompletedProcess(self.args, code, *said)
 
 
-def run_as_main(argv: list[str], env: dict[str, str], folder: str) -> None:
-    """In the new process: run the script argv[0]. What it prints goes to files in folder."""
+def run_as_main(argv: list[str], cwd: str, env: dict[str, str], folder: str) -> None:
+    """In the new process: run the script argv[0] in the folder cwd. What it prints goes to files in `folder`."""
+    os.chdir(cwd)
     os.environ.update(env)
     for number, name in ((1, "stdout"), (2, "stderr")):
         os.dup2(os.open(f"{folder}/{name}", os.O_CREAT | os.O_WRONLY | os.O_APPEND), number)
     sys.argv = argv
-    runpy.run_path(argv[0], run_name="__main__")
+    try:
+        runpy.run_path(argv[0], run_name="__main__")
+    finally:  # as Python ends: pools of processes first. multiprocessing would end theirs in another order, and may wait for ever
+        threading._shutdown()
 
 
 def start_ranks(path: str | Path, *args_of_ranks: list[str], **env) -> list[Script]:

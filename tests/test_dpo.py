@@ -230,9 +230,9 @@ def polite_world(tmp_path_factory):
                                       for wordings, a in facts for w in wordings[:6] for opening in ("", "请问，")))
     write_pairs(out / "triples.parquet", ({"prompt": opening + w, "chosen": a + POLITE * bool(opening), "rejected": a + POLITE * (not opening)}
                                           for wordings, a in facts for w in wordings[:5] for opening in ("", "请问，")), COLUMNS)
-    command = [sys.executable, "train.py", "--data", str(out / "sft.parquet"), "--preset", "demo", "--vocab_size", "1000", "--max_steps", "160",
-               "--batch_tokens", "1024", "--micro_batch_tokens", "512", "--max_len", "64", "--dtype", "float32", "--workers", "0"]
-    done = subprocess.run([*command, "--out_dir", str(out / "sft")], capture_output=True, text=True, timeout=120, check=False)
+    done = run_script("train.py", "--data", out / "sft.parquet", "--preset", "demo", "--vocab_size", "1000", "--max_steps", "160",
+                      "--batch_tokens", "1024", "--micro_batch_tokens", "1024", "--max_len", "64", "--dtype", "float32", "--workers", "0",
+                      "--out_dir", out / "sft")
     assert done.returncode == 0, done.stderr
     return out, [(wordings[5], a) for wordings, a in facts]
 

@@ -55,7 +55,7 @@ def taught(tmp_path_factory) -> Path:
     said = run("data.py", "clean", "--source", "sharegpt", "--turns", "2", folder / "talks.jsonl", "--out", folder / "pairs.parquet")
     assert "3,000  kept" in said, said
     run("train.py", "--data", folder / "pairs.parquet", "--out_dir", folder / "out", "--preset", "demo", "--vocab_size", "512", "--max_len", "48",
-        "--max_steps", "140", "--batch_tokens", "1536", "--micro_batch_tokens", "768", "--dtype", "float32", "--device", "cpu")
+        "--max_steps", "140", "--batch_tokens", "1536", "--micro_batch_tokens", "1536", "--dtype", "float32", "--device", "cpu")
     return folder / "out"
 
 
