@@ -1875,6 +1875,14 @@ def open_parquet(path, columns: tuple[str, ...]):
     return file
 
 
+def text_bytes(file, group: int, columns: tuple[str, ...]) -> int:
+    """Bytes of the columns in a row group of a ParquetFile, before compression. Equal texts may
+    count once."""
+    meta = file.metadata.row_group(group)
+    parts = [meta.column(i) for i in range(meta.num_columns)]
+    return sum(part.total_uncompressed_size for part in parts if part.path_in_schema in columns)
+
+
 class Slice(NamedTuple):
     """Rows of a row group: a whole one, or a part of a very large one."""
     path: str
@@ -2039,13 +2047,9 @@ class WindowReader:
     def add_file(self, path: str) -> None:
         """Divide the row groups of a file into slices that fit a window."""
         file = open_parquet(path, self.columns)
-        indices = [i for i in range(len(file.schema))
-                   if file.schema.column(i).path in self.columns]
         for g in range(file.num_row_groups):
-            meta = file.metadata.row_group(g)
-            rows = meta.num_rows
-            size_bytes = sum(meta.column(i).total_uncompressed_size for i in indices)
-            share = max(rows / WINDOW_ROWS, size_bytes / WINDOW_BYTES)
+            rows = file.metadata.row_group(g).num_rows
+            share = max(rows / WINDOW_ROWS, text_bytes(file, g, self.columns) / WINDOW_BYTES)
             step = -(-rows // max(1, math.ceil(share) * SLICE_ROWS)) * SLICE_ROWS or 1
             slices = []
             for at in range(0, rows, step):

@@ -1137,6 +1137,8 @@ class ResponseLoss(Objective):
 # --- settings -------------------------------------------------------------------------------------
 
 GPU_BATCH_TOKENS, CPU_BATCH_TOKENS = 65536, 1280  # of a step, by default
+MIN_UPDATES = 1000  # that a run has on a GPU by default: for little data its steps are smaller
+BYTES_PER_TOKEN = 4.5  # of Chinese: 3 per character, 1.5 characters per token
 LIMITS = ("max_steps", "epochs", "time_limit")
 PATHS = ("data", "valid", "tokenizer", "init_from")  # may differ between machines
 DEMO = {"preset": "demo", "micro_batch_tokens": 512, "max_len": 64, "vocab_size": 2048}
@@ -1218,12 +1220,14 @@ class Settings:
                                type=NOT_NEGATIVE)
     grad_clip: float = flag(1.0, "largest norm of the gradient", type=POSITIVE)
     batch_tokens: int = flag(0, "prompt and response tokens per update, over all processes "
-                             "(default: 65536 on a GPU; on a CPU 1280, 2560 in dpo.py; rounded up "
-                             "to equal shares)", type=COUNT)
+                             "(default: 65536 on a GPU, fewer if the data has less than 1,000 such "
+                             "updates; on a CPU 1280, 2560 in dpo.py; rounded up to equal shares)",
+                             type=COUNT)
 
     micro_batch_tokens: int = flag(
         0, "padded tokens per forward pass, B * (S + T); lower it if memory runs out (default: up "
-        "to 65536, as the GPU's memory allows; on a CPU 1280 over all processes)", group="memory",
+        "to --batch_tokens, as the GPU's memory allows; on a CPU 1280 over all processes)",
+        group="memory",
         fixed=True, type=COUNT)
     checkpoint_activations: bool = flag(False, "recompute activations in backward: less memory, a "
                                         "quarter slower", action=argparse.BooleanOptionalAction)
@@ -1306,16 +1310,16 @@ def resolve(kind: type[Settings], args: argparse.Namespace, ranks: Ranks,
     s.check()
     if s.init_from:
         ChatLMConfig.from_pretrained(s.init_from)  # fails early
+    check_out_dir(s, resumes=saved is not None)
     if s.demo:
         s = make_demo_data(s, ranks)
+    valid_files = s.find_files([s.valid] if s.valid else [], ranks)
+    s = replace(s, data_files=tuple(s.find_files(s.data, ranks)), valid_files=tuple(valid_files),
+                valid_hash=hash_files(valid_files))
     s = choose_defaults(s, ranks)
     # machines may differ in what they are fast at: the first rank decides
     agreed = ranks.all_gather(s.stored())[0]
     s = replace(s, **{k: v for k, v in agreed.items() if k not in (*PATHS, "valid_hash")})
-    valid_files = s.find_files([s.valid] if s.valid else [], ranks)
-    s = replace(s, data_files=tuple(s.find_files(s.data, ranks)), valid_files=tuple(valid_files),
-                valid_hash=hash_files(valid_files))
-    check_out_dir(s, resumes=saved is not None)
     if ranks.is_main:
         report_unused(s)
         found = overlap(s.data_files, s.valid_files) if s.valid else 0
@@ -1350,16 +1354,30 @@ def choose_defaults(s: Settings, ranks: Ranks) -> Settings:
                   "instructions: it will be slow")
     if not s.round_to:  # a resumed run keeps its own
         s = replace(s, round_to=8 if s.compile else 1)
+    is_given = s.batch_tokens > 0
+    s = replace(s, batch_tokens=s.batch_tokens or default_batch(s, ranks.device))
     if not s.micro_batch_tokens:
         fits = default_micro_batch(s, ranks.device, len(s.columns), ranks.world_size)
         s = replace(s, micro_batch_tokens=min(ranks.all_gather(fits)))
-    if not s.batch_tokens:
-        wanted = GPU_BATCH_TOKENS if ranks.device.type == "cuda" else s.cpu_batch_tokens
-        wanted = DEMO_BATCH_TOKENS if s.demo else wanted
-        group = max(1, round(wanted / s.micro_batch_tokens))
+    if not is_given:
+        group = max(1, round(s.batch_tokens / s.micro_batch_tokens))
         group = -(-group // ranks.world_size) * ranks.world_size  # equal shares
         s = replace(s, batch_tokens=group * s.micro_batch_tokens)
     return s
+
+
+def default_batch(s: Settings, device: torch.device) -> int:
+    """Tokens of a step. On a GPU few steps of many tokens are the fastest, but a model that has
+    learned from 50 updates has learned little."""
+    if s.demo:
+        return DEMO_BATCH_TOKENS
+    if device.type != "cuda":
+        return s.cpu_batch_tokens
+    files = [data.open_parquet(path, s.columns) for path in s.data_files]
+    size_bytes = sum(data.text_bytes(file, group, s.columns)
+                     for file in files for group in range(file.num_row_groups))
+    tokens = (s.epochs or 1.0) * size_bytes / BYTES_PER_TOKEN
+    return min(GPU_BATCH_TOKENS, max(s.cpu_batch_tokens, int(tokens / MIN_UPDATES)))
 
 
 def check_out_dir(s: Settings, resumes: bool) -> None:
@@ -1387,13 +1405,13 @@ def report_unused(s: Settings) -> None:
 
 
 def default_micro_batch(s: Settings, device: torch.device, columns: int, ranks: int = 1) -> int:
-    """Padded tokens B * (S + T) for one forward pass, at least one row of max_len tokens in every
-    column. On a CPU 1,280 over all ranks, a whole step. On a GPU a power of two that fits the free
-    memory, at most 65,536 over all ranks. Raises ValueError if the model leaves no room on it."""
+    """Padded tokens B * (S + T) for one forward pass: at least one row of max_len tokens in every
+    column, at most an equal share of a step. On a CPU up to 1,280 over all ranks. On a GPU a power
+    of two that fits the free memory. Raises ValueError if the model leaves no room on it."""
     step = max(1, s.round_to)
     one_row = columns * -(-s.max_len // step) * step
     if device.type != "cuda":
-        return max(one_row, CPU_BATCH_TOKENS // ranks)
+        return max(one_row, min(CPU_BATCH_TOKENS, s.batch_tokens) // ranks)
     if s.init_from:
         config = ChatLMConfig.from_pretrained(s.init_from)
     else:
@@ -1405,8 +1423,8 @@ def default_micro_batch(s: Settings, device: torch.device, columns: int, ranks: 
         raise ValueError(f"{free_bytes / 1e9:.1f} GB of GPU memory are free, too little for this "
                          f"model and rows of {columns} x {s.max_len} tokens: lower --max_len, add "
                          "--checkpoint_activations, or choose a smaller --preset")
-    return max(one_row, min(1 << (GPU_BATCH_TOKENS // ranks).bit_length() - 1,
-                            1 << fits.bit_length() - 1))
+    most = max(1, min(fits, s.batch_tokens // ranks))
+    return max(one_row, 1 << most.bit_length() - 1)
 
 
 def state_bytes(config: ChatLMConfig, s: Settings) -> int:

@@ -629,7 +629,7 @@ def test_out_of_memory_is_one_line_and_touches_no_checkpoint(base, straight, tmp
 
 
 def gpu_args(**changes) -> train.Settings:
-    return train.Settings(out_dir="out", **{"preset": "0.2b", "dtype": "bfloat16", **changes})
+    return train.Settings(out_dir="out", **{"preset": "0.2b", "dtype": "bfloat16", "batch_tokens": 65536, **changes})
 
 
 def test_the_micro_batch_fits_the_free_memory(monkeypatch):
@@ -645,8 +645,26 @@ def test_the_micro_batch_fits_the_free_memory(monkeypatch):
     assert train.state_bytes(config, args) + 640 * train.activation_bytes(config, args) < 4e9  # --micro_batch_tokens 640
     with pytest.raises(ValueError, match=r"2\.5 GB of GPU memory are free, too little .* --checkpoint_activations"):
         chosen(2.5)
+    assert [chosen(80, batch_tokens=tokens) for tokens in (3000, 900, 100)] == [2048, 640, 640]  # no more than a step, no less than a row
     cpu = torch.device("cpu")
     assert [train.default_micro_batch(gpu_args(preset=preset), cpu, 2, ranks) for preset in ("0.2b", "small") for ranks in (1, 2)] == [1280, 640] * 2
+    assert train.default_micro_batch(gpu_args(batch_tokens=800), cpu, 2) == 800
+
+
+@pytest.mark.quick
+def test_a_step_on_a_gpu_is_small_for_little_data(tmp_path):
+    """So that a run has about a thousand updates; 65,536 tokens where the data has as many of them."""
+    texts = ["".join(random.Random(i).choices("今天气很好北京首都法国", k=300)) for i in range(3000)]  # 900,000 characters
+    data.write_pairs(tmp_path / "x.parquet", [{"prompt": t[:100], "response": t[100:]} for t in texts])
+
+    def chosen(device: str = "cuda", files: int = 1, **changes) -> int:
+        settings = gpu_args(data_files=(str(tmp_path / "x.parquet"),) * files, **changes)
+        return train.default_batch(settings, torch.device(device))
+
+    assert 1280 == chosen() < chosen(epochs=4.0) < chosen(epochs=8.0) == chosen(files=8) < chosen(epochs=16.0) < 65536
+    assert 0.8 < chosen(epochs=8.0) * train.MIN_UPDATES / (8 * 900_000 / 1.5) < 1.3
+    assert chosen(epochs=1000.0) == 65536 and chosen("cpu", epochs=8.0) == 1280
+    assert chosen(demo=True) == chosen("cpu", demo=True) == 1024
 
 
 @pytest.mark.quick
