@@ -735,10 +735,9 @@ class StackedAdafactor(torch.optim.Adafactor):
 def clip_gradient(gradient: Tensor, divisor: Tensor | float, max_norm: float) -> Tensor:
     """Divide the flat gradient (P,) in place, then scale it down if its norm exceeds max_norm.
     Returns the norm before clipping, (), on the device: there is no sync here."""
-    gradient.div_(divisor)
     parts = gradient.split(1 << 22)  # rounding of one float32 sum over all would add up
-    norm = torch.stack([part.dot(part) for part in parts]).sum().sqrt()
-    gradient.mul_((max_norm / norm).clamp(max=1))
+    norm = torch.stack([part.dot(part) for part in parts]).sum().sqrt() / divisor
+    gradient.mul_((max_norm / norm).clamp(max=1) / divisor)  # both in one pass over memory
     return norm
 
 
