@@ -1226,8 +1226,7 @@ class Settings:
     micro_batch_tokens: int = flag(
         0, "padded tokens per forward pass, B * (S + T); lower it if memory runs out (default: up "
         "to --batch_tokens, as the GPU's memory allows; on a CPU 1280 over all processes)",
-        group="memory",
-        fixed=True, type=COUNT)
+        group="memory", fixed=True, type=COUNT)
     checkpoint_activations: bool = flag(False, "recompute activations in backward: less memory, a "
                                         "quarter slower", action=argparse.BooleanOptionalAction)
     dtype: str = flag("auto", "of the matrix products; auto: what the device is fast at",
@@ -1583,7 +1582,8 @@ def make_model(s: Settings, ranks: Ranks, tokenizer: Tokenizer) -> tuple[ChatLM,
         if turns > 1:
             model.generation["turns"] = turns
         print(f"{model.num_parameters() / 1e6:.1f} million parameters, {len(tokenizer):,} tokens, "
-              f"{ranks.world_size} x {ranks.device.type}, {s.dtype}", flush=True)
+              f"{ranks.world_size} x {ranks.device.type}, {s.dtype}, {s.batch_tokens:,} tokens per "
+              "step", flush=True)
     return model, init_hash
 
 
