@@ -94,23 +94,20 @@ from tokenizer import Tokenizer
 Product = Callable[[Tensor], Tensor]  # (N, in) -> (N, out), for few rows N
 
 
-FEW_ROWS = 16  # see float32_product
-
-
 def float32_product(weight: Tensor) -> Product:
     """x -> x @ weight.T in float32 on a CPU, for a weight (O, I).
 
-    For 3 to 16 rows, oneDNN's product is up to half as fast again as torch's own, with exchanged
-    roles: weight @ x.T. It packs its right side for the processor. So it packs x, which is small,
-    and there is no second copy of the weight. For 1 or 2 rows torch's own is as fast where it uses
-    all threads, which we have seen only on CPUs with AMX.
+    For 3 to 16 rows, oneDNN computes weight @ x.T faster than torch computes x @ weight.T. oneDNN
+    copies its right matrix into a layout of its own. Here that is x, which is small, so there is no
+    second copy of the weight. For 1 or 2 rows torch's own product is as fast where it uses all
+    threads, which we have seen only on CPUs with AMX.
     """
-    has_onednn = torch.backends.mkldnn.is_available()
-    first = 3 if torch.cpu._is_amx_tile_supported() else 1
-    rows = range(first, FEW_ROWS + 1 if has_onednn else 0)
+    few_rows = range(3 if torch.cpu._is_amx_tile_supported() else 1, 17)
+    if not torch.backends.mkldnn.is_available():
+        few_rows = range(0)
 
     def product(x: Tensor) -> Tensor:
-        if len(x) not in rows:
+        if len(x) not in few_rows:
             return F.linear(x, weight)
         y = torch.ops.mkldnn._linear_pointwise(weight, x, None, "none", [], "")  # (O, N)
         return y.t().contiguous()

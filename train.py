@@ -1136,7 +1136,7 @@ class ResponseLoss(Objective):
 # --- settings -------------------------------------------------------------------------------------
 
 GPU_BATCH_TOKENS, CPU_BATCH_TOKENS = 65536, 1280  # of a step, by default
-MIN_UPDATES = 1000  # that a run has on a GPU by default: for little data its steps are smaller
+MIN_UPDATES = 1000  # of a run on a GPU, by default; see default_batch
 BYTES_PER_TOKEN = 4.5  # of Chinese: 3 per character, 1.5 characters per token
 LIMITS = ("max_steps", "epochs", "time_limit")
 PATHS = ("data", "valid", "tokenizer", "init_from")  # may differ between machines
@@ -1302,8 +1302,8 @@ class Settings:
 def resolve(kind: type[Settings], args: argparse.Namespace, ranks: Ranks,
             saved: dict | None) -> Settings:
     """Decide every setting: by its flag, else by the checkpoint that the run resumes from, else by
-    default. The same on every rank. Raises ValueError for what cannot work, before anything but the
-    demo's data is written."""
+    default. The same on every rank. Raises ValueError for what cannot work, before anything but
+    data (the demo's, or converted triples) is written."""
     s = combine_layers(kind, args, saved["settings"] if saved else {})
     s.check()
     if s.init_from:
@@ -1365,8 +1365,8 @@ def choose_defaults(s: Settings, ranks: Ranks) -> Settings:
 
 
 def default_batch(s: Settings, device: torch.device) -> int:
-    """Tokens of a step. On a GPU few steps of many tokens are the fastest, but a model that has
-    learned from 50 updates has learned little."""
+    """Tokens of a step. A GPU is fastest with large steps. On little data they would leave few
+    updates, and the model would learn little: then steps are smaller, for about MIN_UPDATES."""
     if s.demo:
         return DEMO_BATCH_TOKENS
     if device.type != "cuda":

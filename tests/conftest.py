@@ -52,7 +52,7 @@ def run_script(name: str, *args, stdin: str = "") -> subprocess.CompletedProcess
 
 class Script:
     """What `python PATH ARGS` does, in a process of its own, which begins as a copy of one that has
-    loaded torch: that saves a second and a half. The methods are those of subprocess.Popen."""
+    loaded torch: that saves three to four seconds. The methods are those of subprocess.Popen."""
 
     def __init__(self, path: str | Path, *args, cwd: str | Path = ".", **env):
         """path: of the script, from the repository's folder; env: more environment variables."""
@@ -89,7 +89,7 @@ def run_as_main(argv: list[str], cwd: str, env: dict[str, str], folder: str) -> 
     sys.argv = argv
     try:
         runpy.run_path(argv[0], run_name="__main__")
-    finally:  # as Python ends: pools of processes first. multiprocessing would end theirs in another order, and may wait for ever
+    finally:  # end pools of processes first, as Python does; multiprocessing ends them in another order, and may wait forever
         threading._shutdown()
 
 

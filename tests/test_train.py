@@ -882,10 +882,9 @@ def test_stacked_adafactor_is_torchs_and_takes_over_its_state():
     assert all({k: v.shape for k, v in ours_state[i].items()} == {k: v.shape for k, v in theirs_state[i].items()} for i in range(len(shapes)))
 
 
-@pytest.mark.parametrize(("recompute", "backends"), [(False, ("eager", "aot_eager")), (True, ("aot_eager", "eager"))], ids=["plain", "recompute"])
-def test_compiled_training_has_few_graphs_and_no_breaks(base, tmp_path, recompute, backends):
-    """An epoch of batches, each of another shape: one graph for each stack. Both stacks have the same blocks, and building the
-    backward graph takes 12 to 20 s: it is built for one of them."""
+@pytest.mark.parametrize("recompute", [False, True])
+def test_compiled_training_has_few_graphs_and_no_breaks(base, tmp_path, recompute):
+    """An epoch of batches, each of another shape: one graph for each stack."""
     tokenizer = Tokenizer.from_pretrained(base[base.index("--tokenizer") + 1])
     rng = random.Random(0)
     texts = ["".join(rng.choices("今天气很好北京首都", k=rng.choice([3, 9, 20, 60]))) for _ in range(800)]
@@ -894,7 +893,7 @@ def test_compiled_training_has_few_graphs_and_no_breaks(base, tmp_path, recomput
     torch._dynamo.utils.counters.clear()
     model = ChatLM(ChatLMConfig.preset("demo", vocab_size=len(tokenizer), num_layers=1, num_decoder_layers=1)).train()
     model.encoder.checkpoint_activations = model.decoder.checkpoint_activations = recompute
-    model.encode, model.decode = (torch.compile(f, dynamic=True, backend=backend) for f, backend in zip((model.encode, model.decode), backends))
+    model.encode, model.decode = (torch.compile(f, dynamic=True, backend="aot_eager") for f in (model.encode, model.decode))
     shapes = set()
     for batch in itertools.islice(data.PairStream(tmp_path / "x.parquet", tokenizer, 1024, 64, round_to=8).one_epoch(), 40):
         assert batch["input_ids"].size(1) % 8 == batch["labels"].size(1) % 8 == 0
