@@ -1570,8 +1570,8 @@ def sketch(job: tuple[list[str], int, int]) -> tuple[np.ndarray, np.ndarray]:
     """(texts, bands, rows) -> a hash of each whole text (N,) uint64, and keys of its bands
     (bands, N) uint32."""
     texts, bands, rows = job
-    exact = np.array([xxhash.xxh3_64_intdigest(text.encode("utf-8", "surrogatepass"))
-                      for text in texts], np.uint64)
+    digests = (xxhash.xxh3_64_intdigest(text.encode("utf-8", "surrogatepass")) for text in texts)
+    exact = np.fromiter(digests, np.uint64, len(texts))
     signatures, counts = minhash(texts)
     keys = np.zeros((len(texts), bands), dtype=np.uint64)
     for i in range(rows):  # band k has the values k, k + bands, k + 2 bands, ...
