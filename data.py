@@ -1513,12 +1513,11 @@ def shingles(texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
     gap = "\0" * (SHINGLE - 1)  # after every text: no shingle reads into the next one
     texts = [text.replace("\0", "") + gap for text in texts]
     codes = to_codepoints("".join(texts))
-    kept = compared_chars()[codes]
-    text_ends = np.cumsum([0] + [len(text) for text in texts])
-    ends = np.concatenate([[0], np.cumsum(kept)])[text_ends]
-    begins, sizes = ends[:-1], np.diff(ends) - len(gap)
+    codes = codes[compared_chars()[codes]].astype(np.uint64)
+    gaps = np.flatnonzero(codes == 0).reshape(-1, len(gap))
+    begins = np.append(0, gaps[:, -1] + 1)[:-1]
+    sizes = gaps[:, 0] - begins
     counts = np.where(sizes > 0, np.maximum(sizes - SHINGLE + 1, 1), 0)
-    codes = codes[kept].astype(np.uint64)
     # a polynomial in the factor, of the 5 characters from each position on
     factor, square = np.uint64(FACTOR), np.uint64(FACTOR * FACTOR % 2 ** 64)
     pair = codes[:-1] * factor + codes[1:]
@@ -1662,6 +1661,8 @@ def find_duplicates(items: Iterable, text_of: Callable, threshold: float = 0.85,
     decides. The texts of `against` come before all items. items and against are iterated over
     twice: for the sketches (8 bytes per text and 4 per band), then to compare.
     """
+    # once this block is freed, glibc keeps the memory of a batch for the next one
+    np.empty(1 << 24, np.uint8)
     bands, rows = banding(threshold)
     texts = chain(against, map(text_of, items))
     jobs = ((batch, bands, rows) for batch in batches(texts, BATCH_CHARS))
