@@ -545,11 +545,13 @@ class ChatLM(nn.Module):
         hidden = self.decode(self.shift_right(labels), encoded, mask)
         if targets is None:
             targets = find_targets(labels)
-        weight = self.head_weight()
-        if not torch.is_grad_enabled():  # or the Function would compute the weight's gradient
-            weight = weight.detach()
-        return LinearCrossEntropy.apply(hidden.flatten(0, 1).index_select(0, targets), weight,
-                                        labels.flatten().index_select(0, targets))
+        hidden = hidden.flatten(0, 1).index_select(0, targets)
+        weight, labels = self.head_weight(), labels.flatten().index_select(0, targets)
+        if torch.is_grad_enabled():
+            return LinearCrossEntropy.apply(hidden, weight, labels)
+        if hidden.is_cuda:  # without the gradient, whose function would have to be compiled
+            return -LinearLogProbs.apply(hidden, weight, labels).sum()
+        return LinearCrossEntropy.apply(hidden, weight.detach(), labels)
 
     def num_parameters(self) -> int:
         return sum(p.numel() for p in self.parameters())
@@ -849,7 +851,8 @@ class LoRALinear(Linear):
         self.weight = base.weight
         self.scale, self.dropout = alpha / rank, dropout
         device, dtype = base.weight.device, base.weight.dtype
-        self.lora_A = Linear(base.in_features, rank, device, dtype)
+        # drawn on the CPU: GPUs of two kinds draw different numbers from one seed
+        self.lora_A = Linear(base.in_features, rank, dtype=dtype).to(device)
         self.lora_B = Linear(rank, base.out_features, device, dtype)
         nn.init.zeros_(self.lora_B.weight)
 

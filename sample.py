@@ -367,6 +367,8 @@ class Decoder:
         # for each number of rows: its steps on this cache and these sources, and its graph
         self.step_counts: Counter = Counter()
         self.graphs: dict[int, StepGraph] = {}
+        self.stream: torch.cuda.Stream | None = None  # of captures
+        self.can_capture = True
         self.sources: list[tuple[Tensor, Tensor]] = []
         # keys and values in turn for each layer: (2 * layers, rows, H, capacity, K)
         self.cache = model.shared.weight.new_empty(2 * layers, 0, c.num_heads, 0, c.d_kv,
@@ -443,23 +445,37 @@ class Decoder:
             return self.forward(ids, bias)
         self.visible[..., :self.length] = bias
         self.step_counts[self.rows] += 1
-        if ids.is_cuda and self.step_counts[self.rows] > 9:
+        if ids.is_cuda and self.step_counts[self.rows] > 9 and self.can_capture:
             return self.replay(ids)
         return self.forward(ids, self.visible)
 
     def replay(self, ids: Tensor) -> tuple[Tensor, Tensor]:
         """The static step as a CUDA graph, captured at the first call for this number of rows."""
         if self.rows not in self.graphs:
-            graph, graph_ids = torch.cuda.CUDAGraph(), ids.clone()
-            # thread_local: other threads, such as TensorBoard's, may use the GPU meanwhile
-            with torch.cuda.device(ids.device), torch.cuda.graph(
-                    graph, capture_error_mode="thread_local"):
-                result = self.forward(graph_ids, self.visible)
-            self.graphs[self.rows] = StepGraph(graph, graph_ids, *result)
+            try:
+                self.graphs[self.rows] = self.capture(ids.clone())
+            except torch.OutOfMemoryError:
+                raise
+            except RuntimeError as e:
+                self.can_capture = False
+                note_once(f"note: decoding without a CUDA graph, which is slower: {e}")
+                return self.forward(ids, self.visible)
         step = self.graphs[self.rows]
         step.ids.copy_(ids)
         step.graph.replay()
         return step.logits.clone(), step.hidden.clone()
+
+    def capture(self, ids: Tensor) -> StepGraph:
+        """Record the kernels of a step as a CUDA graph, without running them."""
+        graph, current = torch.cuda.CUDAGraph(), torch.cuda.current_stream(ids.device)
+        if self.stream is None:  # cuBLAS's memory belongs to a stream, and goes with its graphs
+            self.stream = torch.cuda.Stream(ids.device)
+        # the outer stream() restores the current stream even if the capture fails;
+        # thread_local: other threads, such as TensorBoard's, may use the GPU meanwhile
+        with (torch.cuda.device(ids.device), torch.cuda.stream(current),
+              torch.cuda.graph(graph, stream=self.stream, capture_error_mode="thread_local")):
+            result = self.forward(ids, self.visible)
+        return StepGraph(graph, ids, *result)
 
     def forward(self, ids: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
         """Run ids (rows,) through the decoder. Their keys and values go to self.place in the cache,
@@ -1621,9 +1637,10 @@ class ChatHandler(BaseHTTPRequestHandler):
                ids: list[int]) -> Generator[int, None, None]:
         """The ids of an answer, as they come; they are also appended to ids. Raises
         ConnectionResetError when the client has left."""
-        server = self.server
-        batch = to_batch(server.tokenizer, [prompt], server.max_len,
-                         server.model.shared.weight.device)
+        server, device = self.server, self.server.model.shared.weight.device
+        if device.type == "cuda":  # every thread has its own current device
+            torch.cuda.set_device(device)
+        batch = to_batch(server.tokenizer, [prompt], server.max_len, device)
         for row in steps(server.model, *batch, config, server.idle):
             if self.has_left():
                 raise ConnectionResetError

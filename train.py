@@ -1067,8 +1067,15 @@ class ResponseLoss(Objective):
     def score_answers(self, rows: list[dict]) -> tuple[dict, list[str]]:
         """Scores of the model's answers to rows, and the answers."""
         max_len = self.settings.max_len
-        return sample.score(self.model, self.tokenizer, rows, max_len,
-                            max_new_tokens=min(128, max_len))
+        with self.uncompiled():
+            return sample.score(self.model, self.tokenizer, rows, max_len,
+                                max_new_tokens=min(128, max_len))
+
+    def uncompiled(self) -> contextlib.AbstractContextManager:
+        """Here --compile has no effect: compiling would take longer than it saves."""
+        if not self.settings.compile:
+            return contextlib.nullcontext()
+        return torch.compiler.set_stance("force_eager")
 
     def report(self, state: "State") -> None:
         """Print scores on held-out pairs, and a few answers."""
@@ -1111,9 +1118,10 @@ class ResponseLoss(Objective):
         before[offsets[:-1]] = data.PAD  # the decoder's start token
         if self.ranks.is_main and len(after):  # a window may hold no text at all
             random = [p.detach().cpu().clone() for p in self.model.parameters()]
-            random_loss = self.first_loss(stream)
-            init_bigrams(self.model, torch.from_numpy(before), torch.from_numpy(after))
-            counts_loss = self.first_loss(stream)
+            with self.uncompiled():
+                random_loss = self.first_loss(stream)
+                init_bigrams(self.model, torch.from_numpy(before), torch.from_numpy(after))
+                counts_loss = self.first_loss(stream)
             if counts_loss < random_loss:
                 print(f"initialized from counts of {len(after):,} token pairs", flush=True)
             else:
@@ -1403,26 +1411,29 @@ def report_unused(s: Settings) -> None:
 
 
 def default_micro_batch(s: Settings, device: torch.device, columns: int, ranks: int = 1) -> int:
-    """Padded tokens B * (S + T) for one forward pass: at least one row of max_len tokens in every
-    column, at most an equal share of a step. On a CPU up to 1,280 over all ranks. On a GPU a power
-    of two that fits the free memory. Raises ValueError if the model leaves no room on it."""
+    """Padded tokens B * (S + T) for one forward pass: each rank's share of a step, divided evenly
+    into as few parts as fit; at least one row of max_len tokens in every column. What fits: on a
+    CPU 1,280 over all ranks, on a GPU by the free memory. Raises ValueError if that is too little.
+    """
     step = max(1, s.round_to)
     one_row = columns * -(-s.max_len // step) * step
-    if device.type != "cuda":
-        return max(one_row, min(CPU_BATCH_TOKENS, s.batch_tokens) // ranks)
-    if s.init_from:
-        config = ChatLMConfig.from_pretrained(s.init_from)
-    else:
-        config = ChatLMConfig.preset(s.preset, vocab_size=s.vocab_size)
-    free_bytes = torch.cuda.mem_get_info(device)[0]
-    room_bytes = 0.85 * free_bytes - state_bytes(config, s)
-    fits = int(room_bytes / activation_bytes(config, s))
-    if fits < one_row:
-        raise ValueError(f"{free_bytes / 1e9:.1f} GB of GPU memory are free, too little for this "
-                         f"model and rows of {columns} x {s.max_len} tokens: lower --max_len, add "
-                         "--checkpoint_activations, or choose a smaller --preset")
-    most = max(1, min(fits, s.batch_tokens // ranks))
-    return max(one_row, 1 << most.bit_length() - 1)
+    fits = max(1, CPU_BATCH_TOKENS // ranks)
+    if device.type == "cuda":
+        if s.init_from:
+            config = ChatLMConfig.from_pretrained(s.init_from)
+        else:
+            config = ChatLMConfig.preset(s.preset, vocab_size=s.vocab_size)
+        free_bytes = torch.cuda.mem_get_info(device)[0]
+        room_bytes = 0.85 * free_bytes - state_bytes(config, s)
+        fits = int(room_bytes / activation_bytes(config, s))
+        if fits < one_row:
+            raise ValueError(f"{free_bytes / 1e9:.1f} GB of GPU memory are free, too little for "
+                             f"this model and rows of {columns} x {s.max_len} tokens: lower "
+                             "--max_len, add --checkpoint_activations, or choose a smaller "
+                             "--preset")
+    share = -(-s.batch_tokens // ranks)
+    parts = -(-share // fits)
+    return max(one_row, -(-share // parts))
 
 
 def state_bytes(config: ChatLMConfig, s: Settings) -> int:
@@ -1436,16 +1447,20 @@ def state_bytes(config: ChatLMConfig, s: Settings) -> int:
 
 
 def activation_bytes(config: ChatLMConfig, s: Settings) -> int:
-    """Bytes that autograd saves per padded token, and a tenth more (counted in tests/test_gpu.py).
-    Weights are in state_bytes."""
-    inner, halves = config.num_heads * config.d_kv, 2 if s.dtype == "float32" else 1
-    gated = 4 if config.feed_forward_proj == "gated-gelu" else 1
-    layer = halves * (22 * config.d_model + 18 * inner + 2 * (1 + gated) * config.d_ff
-                      + 2 * config.num_heads * s.max_len)
-    if s.dropout:  # the output of each dropout and its mask
-        layer += 3 * config.d_model + (1 + 2 * halves) * config.d_ff
+    """Bytes that autograd saves per padded token (counted in tests/test_gpu.py), and a third more
+    for what backward computes. Weights are in state_bytes."""
+    inner, size = config.num_heads * config.d_kv, 4 if s.dtype == "float32" else 2
+    # tensors of d_ff numbers that a feed-forward layer saves
+    feed = 4 if config.feed_forward_proj == "gated-gelu" else 2 if s.dropout else 1
+    # the mean of an encoder's and a decoder's layer, which have 2.5 norms and 1.5 attentions
+    layer = 2.5 * 4 * config.d_model  # the float32 input of the norms
+    layer += size * (2.5 * config.d_model + 6 * inner + feed * config.d_ff)
+    if s.dropout:
+        layer += 2.5 * config.d_model + config.d_ff  # masks
     layers = max(config.num_layers, config.num_decoder_layers or 0)
-    return layers * 4 * config.d_model + layer if s.checkpoint_activations else layers * layer
+    saved = layers * 4 * config.d_model + layer if s.checkpoint_activations else layers * layer
+    saved += size * config.num_heads * s.max_len  # the encoder's bias and mask, for all layers
+    return int(4 / 3 * saved)
 
 
 # --- the parts of a run ---------------------------------------------------------------------------
@@ -1576,6 +1591,8 @@ def make_model(s: Settings, ranks: Ranks, tokenizer: Tokenizer) -> tuple[ChatLM,
     if s.compile:
         for name in ("encode", "decode"):
             setattr(model, name, torch.compile(getattr(model, name), dynamic=True))
+        # some kernels have graphs of their own for lengths that are multiples of 16
+        torch._dynamo.config.recompile_limit = 32
     known_turns = sample.known_turns(model)  # on every rank: it may fail
     if ranks.is_main:
         turns = max(count_turns(s.data_files), known_turns)

@@ -640,15 +640,20 @@ def test_the_micro_batch_fits_the_free_memory(monkeypatch):
     sizes = [chosen(gb) for gb in (4, 6, 8, 12, 24, 80)]
     assert sizes == sorted(sizes) and sizes[0] >= 640 and sizes[2] < 16384 and sizes[-1] == 65536, sizes
     assert chosen(8, checkpoint_activations=True) > chosen(8) > chosen(8, dtype="float32") and chosen(8, preset="small") > 16384
-    assert train.default_micro_batch(gpu_args(), torch.device("cuda"), 2, ranks=3) <= 65536 // 3  # a step is shared
+    assert train.default_micro_batch(gpu_args(), torch.device("cuda"), 2, ranks=3) <= -(-65536 // 3)  # a step is shared
+    for gb, tokens, ranks in itertools.product((6, 24, 80, 141), (48000, 96000, 100000), (1, 2)):  # the step is what was asked for
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (int(gb * 1e9), int(gb * 1e9)))
+        micro = train.default_micro_batch(gpu_args(batch_tokens=tokens), torch.device("cuda"), 2, ranks)
+        group = round(tokens / micro)
+        assert group % ranks == 0 and abs(group * micro / tokens - 1) < 0.001
     config, args = ChatLMConfig.preset("0.2b"), gpu_args()
     assert train.state_bytes(config, args) + 640 * train.activation_bytes(config, args) < 4e9  # --micro_batch_tokens 640
     with pytest.raises(ValueError, match=r"2\.5 GB of GPU memory are free, too little .* --checkpoint_activations"):
         chosen(2.5)
-    assert [chosen(80, batch_tokens=tokens) for tokens in (3000, 900, 100)] == [2048, 640, 640]  # no more than a step, no less than a row
+    assert [chosen(80, batch_tokens=tokens) for tokens in (3000, 900, 100)] == [3000, 900, 640]  # no more than a step, no less than a row
     cpu = torch.device("cpu")
-    assert [train.default_micro_batch(gpu_args(preset=preset), cpu, 2, ranks) for preset in ("0.2b", "small") for ranks in (1, 2)] == [1280, 640] * 2
-    assert train.default_micro_batch(gpu_args(batch_tokens=800), cpu, 2) == 800
+    assert [train.default_micro_batch(gpu_args(preset=preset, batch_tokens=5120), cpu, 2, ranks) for preset in ("0.2b", "small") for ranks in (1, 2)] == [1280, 640] * 2
+    assert [train.default_micro_batch(gpu_args(batch_tokens=tokens), cpu, 2) for tokens in (800, 2000)] == [800, 1000]
 
 
 @pytest.mark.quick
