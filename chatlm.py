@@ -68,7 +68,15 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from data import IGNORED, atomic_write, read_json, refuse_pointer, write_errors, write_file
+from data import (
+    IGNORED,
+    atomic_write,
+    check_name,
+    read_json,
+    refuse_pointer,
+    write_errors,
+    write_file,
+)
 
 PRESETS = {  # parameters with 29,298 tokens: small 14.8 million, 0.2b 187.7 million
     "demo": {"d_model": 128, "d_ff": 512, "d_kv": 32, "num_heads": 4,
@@ -954,6 +962,8 @@ def load_adapter(model: ChatLM, folder: Path) -> None:
     if own != {name: w.shape for name, w in weights.items()}:
         raise ValueError(f"{folder}: the adapter is for another model, or its weights are not "
                          "those that adapter_config.json describes")
+    common_dtype(weights, folder)
+    check_finite(weights, folder)
     model.load_state_dict(weights, strict=False)
     if turns := read_generation(folder).get("turns"):
         model.generation["turns"] = turns
@@ -1002,6 +1012,7 @@ def load_model(cls: type[ChatLM], folder, dtype: torch.dtype | None, device) -> 
     """A model in evaluation mode, from a Hugging Face T5 folder: config.json and model.safetensors,
     in one file or in shards. Raises FileNotFoundError or ValueError naming what is missing or does
     not fit."""
+    check_name(Path(folder))
     config = ChatLMConfig.from_pretrained(folder)
     weights = read_weights(Path(folder))
     # a file of tied weights may keep them under any one of these names
@@ -1030,6 +1041,7 @@ def load_model(cls: type[ChatLM], folder, dtype: torch.dtype | None, device) -> 
     wrong = wrong or [name for name in shapes if weights[name].shape != shapes[name]]
     if wrong:
         raise ValueError(f"{folder}: config.json and the weights do not fit, first at {wrong[0]}")
+    check_finite(weights, folder)
     model.load_state_dict(weights, assign=True)
     model.generation = read_generation(folder) or model.generation
     return model.eval()
@@ -1045,6 +1057,15 @@ def common_dtype(weights: dict[str, Tensor], folder) -> torch.dtype:
                              "read")
         numbers[w.dtype] += w.numel()
     return numbers.most_common(1)[0][0]
+
+
+def check_finite(weights: dict[str, Tensor], folder) -> None:
+    """Raise ValueError for weights with NaN or infinity, which would give empty answers."""
+    sums = torch.stack([w.sum(dtype=torch.float32).cpu() for w in weights.values()])
+    bad = [name for name, total in zip(weights, sums.tolist()) if not math.isfinite(total)]
+    if bad:
+        raise ValueError(f"{folder}: {bad[0]} is not finite: the file is damaged, or its training "
+                         "went wrong")
 
 
 def read_weights(folder: Path) -> dict[str, Tensor]:

@@ -79,7 +79,7 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from itertools import chain, compress, islice, pairwise
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple, Self
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 import xxhash
@@ -313,6 +313,10 @@ def read_csv(f, bad: Callable[[str, int, str], None]) -> Iterator[dict]:
             continue
         if header is None:
             header = fields if any(fields) else None  # blank lines may come first
+            if header and (header[0].startswith("sep=")
+                           or len(header) == 1 and re.search(r"[;\t|]", header[0])):
+                raise ValueError(f"its first line is {header[0]!r}: a CSV file begins with the "
+                                 "names of its columns, separated by commas")
             if header and (twice := [name for name, n in Counter(header).items() if n > 1]):
                 raise ValueError(f"the header has the column {twice[0]!r} twice")
         elif len(fields) > len(header):
@@ -351,6 +355,9 @@ def read_parquet(path: Path, problems: Problems) -> Iterator[dict]:
             groups = [file.metadata.row_group(i) for i in range(file.num_row_groups)]
             sizes = [max(1, g.total_byte_size) / g.num_rows for g in groups if g.num_rows]
             rows = int((1 << 23) / max(sizes, default=1))  # 8 MB at a time
+            for name, n in Counter(file.schema_arrow.names).items():
+                if n > 1:
+                    raise ValueError(f"it has the column {name!r} twice")
             columns = [c.name for c in file.schema_arrow if not pa.types.is_temporal(c.type)]
             for name in file.schema_arrow.names:
                 if name not in columns:
@@ -616,13 +623,20 @@ def check_folder(path) -> None:
         raise PermissionError(errno.EACCES, "no permission to write", str(existing))
 
 
-class Writer:
-    """Writes string columns to a Parquet file, atomically. The file's metadata says that this
-    program wrote it: see check_outputs."""
-    MARK: ClassVar[dict[str, str]] = {"written_by": "ChatLM data.py"}
+def check_name(path: Path) -> None:
+    """Raise ValueError for a name that pyarrow, torch and safetensors cannot open."""
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        raise ValueError(f"the name {str(path)!r} is not UTF-8: choose another") from None
 
-    def __init__(self, path, columns: tuple[str, ...] = PAIR):
-        self.path, self.columns, self.total = Path(path), columns, 0
+
+class Writer:
+    """Writes string columns to a Parquet file, atomically. The file's metadata says what it was
+    made of: see check_outputs."""
+
+    def __init__(self, path, columns: tuple[str, ...] = PAIR, made_of: str = ""):
+        self.path, self.columns, self.made_of, self.total = Path(path), columns, made_of, 0
         self.batch: list[dict] = []
         check_parquet_path(self.path)
         check_folder(self.path.parent)
@@ -630,7 +644,8 @@ class Writer:
     def __enter__(self) -> Self:
         pa = arrow()
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.schema = pa.schema([(c, pa.string()) for c in self.columns], self.MARK)
+        self.schema = pa.schema([(c, pa.string()) for c in self.columns],
+                                {"made_of": self.made_of})
         self.exit = contextlib.ExitStack()
         temporary = self.exit.enter_context(atomic_write(self.path))
         with write_errors(self.path, pa.ArrowException):
@@ -678,13 +693,20 @@ class Writer:
 
 def check_parquet_path(path: Path) -> None:
     """Raise ValueError for a path to which no Parquet file can be written."""
+    check_name(path)
     if path.suffix != ".parquet" or path.exists() and not path.is_file():
         raise ValueError(f"{path}: the output is a file whose name ends with .parquet")
 
 
-def check_outputs(inputs: list[str], outputs: list[Path]) -> None:
-    """Raise ValueError for an output that is no Parquet file, or that is a file of an input folder
-    and was not written by this program."""
+def recipe(command: str, inputs: list[str]) -> str:
+    """A hash of a command and its inputs, which does not tell their paths."""
+    paths = [command, *(str(Path(path).resolve()) for path in inputs)]
+    return xxhash.xxh3_64_hexdigest(os.fsencode("\0".join(paths)))
+
+
+def check_outputs(inputs: list[str], outputs: list[Path], made_of: str) -> None:
+    """Raise ValueError for an output that is no Parquet file, or that is a file of an input folder,
+    unless the same command made it of the same inputs before. made_of: see recipe."""
     pa = arrow()
     folders = [Path(path).resolve() for path in inputs if Path(path).is_dir()]
     for output in outputs:
@@ -696,7 +718,7 @@ def check_outputs(inputs: list[str], outputs: list[Path]) -> None:
             metadata = pa.parquet.read_schema(output).metadata or {}
         except (pa.ArrowException, OSError):
             metadata = {}
-        if metadata.get(b"written_by") != Writer.MARK["written_by"].encode():
+        if metadata.get(b"made_of") != made_of.encode():
             raise ValueError(f"{output} is in the folder to read and would be overwritten: choose "
                              "another --out")
 
@@ -951,6 +973,7 @@ def write_demo(folder, seed: int = 0) -> dict[str, int]:
 CHINESE = "\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
 TO_CHINESE = dict(zip(",;:!?", "，；：！？"))
 CLEAN_ROWS = 2048  # rows that a worker cleans at a time
+MIN_CHARS = 5  # of a response, by default
 
 
 def drop_controls(text: str) -> str:
@@ -1419,7 +1442,8 @@ def clean(inputs: list[str], source: str, out: str, fields: tuple[str, ...], min
     """Clean the pairs of a source into the Parquet file `out`, and print how many rows each reason
     dropped. Lengths are in characters. Raises ValueError if no row is kept, or a file does not fit
     the source."""
-    check_outputs(inputs, [Path(out)])
+    made_of = recipe(f"clean {source}", inputs)
+    check_outputs(inputs, [Path(out)], made_of)
     files, counts = input_files(inputs, [out]), Problems()
     problems = Problems(files)
     if to_simplified:
@@ -1432,12 +1456,12 @@ def clean(inputs: list[str], source: str, out: str, fields: tuple[str, ...], min
             first = 1
             for rows in batches(raw_rows(path, source, problems), CLEAN_ROWS, lambda row: 1):
                 if first == 1:
-                    check_source(path, source, fields, rows)
+                    check_source(path, source, fields, rows, turns)
                 yield CleanJob(path, first, rows, source, fields, min_chars, max_chars,
                                to_simplified, turns)
                 first += len(rows)
 
-    with Writer(out, PREFERENCE if source == "preference" else PAIR) as writer:
+    with Writer(out, PREFERENCE if source == "preference" else PAIR, made_of) as writer:
         progress, rows_done, left_out = Progress(), 0, Problems()
         for kept, dropped, shortened in ordered_map(clean_rows, jobs(), workers):
             for row in kept:
@@ -1460,9 +1484,12 @@ def clean(inputs: list[str], source: str, out: str, fields: tuple[str, ...], min
                              f"the source {source}?")
 
 
-def check_source(path: Path, name: str, fields: tuple[str, ...], rows: list[dict]) -> None:
+def check_source(path: Path, name: str, fields: tuple[str, ...], rows: list[dict],
+                 turns: int) -> None:
     """Raise ValueError if none of a file's first rows has the fields of its source."""
     source = find_source(name, fields)
+    if turns > 1 and not any("conversations" in row for row in rows):
+        note_once(f"note: {path} has no conversations: --turns has no effect on it")
     if not any(source.fits(row) for row in rows):
         hint = " (name them with --prompt_field and --response_field)" if name == "pairs" else ""
         raise ValueError(f"{path}: {name} needs {source.needs()}; found "
@@ -1736,10 +1763,10 @@ def dedup_indices(texts: Iterable[str], threshold: float = 0.85, against: Iterab
     return np.flatnonzero(np.fromiter((reason != "" for _, reason in found), bool, len(texts)))
 
 
-def pair_rows(paths: list[str], outputs: Iterable[Path]) -> Rows:
+def pair_rows(paths: list[str], outputs: Iterable[Path], made_of: str) -> Rows:
     """The rows of pairs or preferences, whichever the files have."""
     outputs = list(outputs)
-    check_outputs(paths, outputs)
+    check_outputs(paths, outputs, made_of)
     rows = Rows(paths, skip=True, outputs=outputs)
     columns = list(next(iter(rows), {}))
     rows.columns = PREFERENCE if set(PREFERENCE) <= set(columns) else PAIR
@@ -1756,9 +1783,10 @@ def row_text(row: dict, columns: tuple[str, ...]) -> str:
 def dedup(inputs: list[str], out: str, threshold: float, against: str | None, workers: int) -> None:
     """Write the rows of inputs without near-duplicates to the Parquet file `out`. threshold: the
     Jaccard similarity, above 0, up to 1. against: a file whose near-duplicates are dropped too."""
-    rows, others, counts = pair_rows(inputs, [Path(out)]), [], Problems()
+    made_of, others, counts = recipe("dedup", inputs), [], Problems()
+    rows = pair_rows(inputs, [Path(out)], made_of)
     if against:
-        other_rows = pair_rows([against], [Path(out)])
+        other_rows = pair_rows([against], [Path(out)], made_of)
         if other_rows.columns != rows.columns:
             raise ValueError(f"--against {against} has {', '.join(other_rows.columns)}, and the "
                              f"input has {', '.join(rows.columns)}: they cannot be compared")
@@ -1767,7 +1795,7 @@ def dedup(inputs: list[str], out: str, threshold: float, against: str | None, wo
         other_rows.problems.warn()
     found = find_duplicates(Progress("rows", rows, passes=2),
                             lambda row: row_text(row, rows.columns), threshold, others, workers)
-    with Writer(out, rows.columns) as writer:
+    with Writer(out, rows.columns, made_of) as writer:
         for row, reason in found:
             counts[reason or "kept"] += 1
             if not reason:
@@ -1786,9 +1814,10 @@ def split(inputs: list[str], out: str, valid: float, test: float) -> None:
     if valid + test >= 1:
         raise ValueError(f"--valid {valid} and --test {test} leave nothing to train on")
     paths = {side: Path(out) / f"{side}.parquet" for side in ("train", "valid", "test")}
-    rows, counts = pair_rows(inputs, paths.values()), Problems()
+    made_of, counts = recipe("split", inputs), Problems()
+    rows = pair_rows(inputs, paths.values(), made_of)
     with contextlib.ExitStack() as stack:
-        writers = {side: stack.enter_context(Writer(paths[side], rows.columns))
+        writers = {side: stack.enter_context(Writer(paths[side], rows.columns, made_of))
                    for side, share in (("train", 1.0), ("valid", valid), ("test", test)) if share}
         for row in Progress("rows", rows):
             digest = xxhash.xxh3_64_intdigest(row["prompt"].encode("utf-8", "surrogatepass"))
@@ -2090,7 +2119,7 @@ class WindowReader:
         """This window and the next ones, without end."""
         jobs = self.jobs(epoch, window)
         if not self.workers:
-            yield from map(read_window, jobs)
+            yield from map(read_window, jobs)  # without end
         first = next(jobs)
         self.pool = ParallelMap(read_window, jobs, self.workers)
         yield read_window(first)  # here: the workers are still starting
@@ -2103,7 +2132,18 @@ class WindowReader:
             if place != self.next:
                 self.close()
                 self.ahead = self.read_from(*place)
-            self.loaded[place] = next(self.ahead)
+            try:
+                self.loaded[place] = next(self.ahead)
+            except ChildProcessError:
+                if not (self.pool and self.pool.is_terminated()):
+                    raise
+                # by a SIGTERM to all processes of a run, which asks this one to save and stop
+                note_once("note: the background processes were terminated; from now on this "
+                          "process tokenizes alone")
+                self.close()
+                self.workers = 0
+                self.ahead = self.read_from(*place)
+                self.loaded[place] = next(self.ahead)
             self.next = self.after(*place)
         return self.loaded[place]
 
@@ -2296,6 +2336,11 @@ class ParallelMap:
         self.close()
         raise StopIteration
 
+    def is_terminated(self) -> bool:
+        """Whether background processes were ended by SIGTERM only, not for lack of memory."""
+        processes = getattr(self.pool, "_processes", None) or {}
+        return all(p.exitcode in (None, -signal.SIGTERM) for p in processes.values())
+
     def close(self) -> None:
         self.pool.shutdown(wait=False, cancel_futures=True)
 
@@ -2425,9 +2470,39 @@ def memory_hint(flag: str) -> Iterator[None]:
         raise MemoryError(f"out of {kind}: lower {flag}") from None
 
 
+class Output(io.FileIO):
+    """Standard output or error. If its reader leaves, such as `head` or a terminal, the command
+    still finishes its work."""
+
+    def write(self, content) -> int:  # type: ignore[override]
+        try:
+            return super().write(content) or 0
+        except OSError as e:
+            if e.errno not in (errno.EPIPE, errno.EIO):
+                raise
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.fileno())
+            return len(content)
+
+
+def prepare_output(name: str) -> None:
+    """Let printing never end a command: not in a terminal's encoding that lacks a character, not
+    without a reader, and not if sys.stdout or sys.stderr (the name) is closed."""
+    stream = getattr(sys, name)
+    if stream is None:
+        setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
+    elif stream is getattr(sys, f"__{name}__") and isinstance(stream, io.TextIOWrapper):
+        stream.flush()
+        raw = Output(stream.fileno(), "w", closefd=False)
+        setattr(sys, name, io.TextIOWrapper(
+            io.BufferedWriter(raw), stream.encoding, "backslashreplace",
+            line_buffering=stream.line_buffering, write_through=stream.write_through))
+
+
 def run(main: Callable) -> None:
     """Call main() and exit like a command: an error is one line on stderr and status 2, or 1 if
     disk or memory is full."""
+    for name in ("stdout", "stderr"):
+        prepare_output(name)
     try:
         main()
     except KeyboardInterrupt:
@@ -2435,9 +2510,6 @@ def run(main: Callable) -> None:
     except MemoryError as e:
         leave(f"error: {e or 'out of memory'}", 1)
     except (ValueError, OSError) as e:
-        if isinstance(e, BrokenPipeError):  # the reader of our output has left
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            sys.exit(1)
         text, status = str(e), 2
         if isinstance(e, OSError) and e.strerror:
             name = os.fsdecode(e.filename) if isinstance(e.filename, bytes) else e.filename
@@ -2454,7 +2526,7 @@ def leave(text: str, status: int) -> None:
         clear = "\r\x1b[K" if sys.stderr.isatty() else ""
         line = " ".join(map(str.strip, text.splitlines()))
         print(f"{clear}{Path(sys.argv[0]).name}: {line}", file=sys.stderr)
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if int(os.environ.get("WORLD_SIZE") or 1) > 1:
         # do not exit normally: threads of the process group would abort, or wait for other ranks
         sys.stdout.flush()
         sys.stderr.flush()
@@ -2486,7 +2558,7 @@ def parse_args() -> argparse.Namespace:
         help="data source; see below for its fields")
     add("--prompt_field", help="for --source pairs: column of the prompt (default: prompt)")
     add("--response_field", help="for --source pairs: column of the response (default: response)")
-    add("--min_chars", type=number(int, 1), default=5, help="shortest response, in characters")
+    add("--min_chars", type=number(int, 1), default=MIN_CHARS, help="shortest response, in characters")
     add("--max_chars", type=number(int, 1), default=1024,
         help="longest prompt and longest response, in characters")
     add("--turns", type=number(int, 1, 100), default=1, metavar="N", help="for conversations: a "
@@ -2514,6 +2586,8 @@ def parse_args() -> argparse.Namespace:
     has_fields = args.command == "clean" and (args.prompt_field or args.response_field)
     if has_fields and args.source != "pairs":
         error("--prompt_field and --response_field are for --source pairs")
+    if args.command == "clean" and args.source == "duie" and args.min_chars != MIN_CHARS:
+        note_once("note: --min_chars has no effect with --source duie: any triple is long enough")
     return args
 
 

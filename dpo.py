@@ -365,11 +365,12 @@ def merge(argv: list[str]) -> None:
         raise ValueError(f"--out {args.out} is --model or --adapter, which would be overwritten: "
                          "choose another")
     check_folder(args.out)
+    tokenizer = Tokenizer.from_pretrained(args.model)
     model = ChatLM.from_pretrained(args.model)
     load_adapter(model, Path(args.adapter))
     merge_lora(model)
     model.save_pretrained(args.out)
-    Tokenizer.from_pretrained(args.model).save_pretrained(args.out)
+    tokenizer.save_pretrained(args.out)
     print(f"{args.out}: a plain model folder")
 
 

@@ -50,7 +50,6 @@ import math
 import os
 import re
 import secrets
-import select
 import socket
 import sys
 import threading
@@ -875,8 +874,10 @@ def to_batch(tokenizer: Tokenizer, prompts: list[str], max_len: int,
              device) -> tuple[Tensor, Tensor]:
     """input_ids and attention_mask (B, S) int64. Longer prompts are cut to max_len tokens; their
     [EOS] stays."""
-    rows = [ids if len(ids) <= max_len else ids[:max_len - 1] + ids[-1:]
-            for ids in tokenizer.encode_batch(prompts)]
+    rows = tokenizer.encode_batch(prompts)
+    if any(len(ids) > max_len for ids in rows):
+        note_once(f"note: prompts longer than --max_len {max_len} tokens are cut")
+        rows = [ids if len(ids) <= max_len else ids[:max_len - 1] + ids[-1:] for ids in rows]
     width = max(map(len, rows))
     ids = torch.tensor([row + [0] * (width - len(row)) for row in rows], device=device)
     lengths = torch.tensor([[len(row)] for row in rows], device=device)
@@ -1187,6 +1188,8 @@ def answer_file(model: ChatLM, tokenizer: Tokenizer, source: str, target: str, b
     target is another file.
     """
     out = Path(target)
+    if out.is_dir():
+        raise ValueError(f"--output {target} is not a file")
     record = out.with_name(f".{out.name}.settings")
     rows, is_new = Rows(source, outputs=[target, *outputs]), not out.exists()
     if not is_new and not out.is_file():
@@ -1198,6 +1201,8 @@ def answer_file(model: ChatLM, tokenizer: Tokenizer, source: str, target: str, b
         try:
             done = count_answers(read_prompts(rows), out, record, made_by)
             total = sum(1 for _ in read_prompts(rows))
+            if not total:
+                raise ValueError(f"{source} has no prompts")
             write_file(record, json.dumps(made_by) + "\n")
             with open(out, "ab+") as f:  # drop a line that was cut off
                 f.seek(0)
@@ -1207,7 +1212,7 @@ def answer_file(model: ChatLM, tokenizer: Tokenizer, source: str, target: str, b
                           options)
             return total - done
         finally:
-            if is_new and not out.stat().st_size:
+            if is_new and not out.stat().st_size:  # nothing was answered
                 out.unlink()
                 record.unlink(missing_ok=True)
 
@@ -1279,7 +1284,7 @@ def chat(model: ChatLM, tokenizer: Tokenizer, max_len: int, options: dict) -> No
     while True:
         try:
             prompt = input("\n> ").strip()
-        except (EOFError, KeyboardInterrupt):
+        except (EOFError, KeyboardInterrupt, RuntimeError):  # RuntimeError: stdin is closed
             print()
             return
         words = prompt.split()
@@ -1330,11 +1335,12 @@ def with_setting(config: GenerationConfig, name: str = "", value: str = "",
         if name == "early_stopping":
             values[name] = early_stopping(value)
         elif kind is bool:
-            values[name] = value.lower() in ("true", "1", "yes")
+            values[name] = {"true": True, "false": False}[value.lower()]
         else:
             values[name] = kind(value)
-    except ValueError:
-        what = "a whole number" if kind is int else "a number"
+    except (ValueError, KeyError):
+        kinds = {int: "a whole number", float: "a number", bool: "true or false"}
+        what = "true, false or never" if name == "early_stopping" else kinds[kind]
         raise ValueError(f"{name} takes {what}, not {value!r}") from None
     return GenerationConfig(**values)
 
@@ -1422,6 +1428,8 @@ class ChatServer(ThreadingHTTPServer):
 
     def __init__(self, address: tuple[str, int], model: ChatLM, tokenizer: Tokenizer, name: str,
                  max_len: int, options: dict, api_key: str | None):
+        if ":" in address[0]:
+            self.address_family = socket.AF_INET6
         super().__init__(address, ChatHandler)
         self.model, self.tokenizer, self.name = model, tokenizer, name
         self.max_len, self.options, self.api_key = max_len, options, api_key
@@ -1468,7 +1476,9 @@ class ChatRequest:
     def __init__(self, body: Any, defaults: dict):
         if type(body) is not dict:
             raise BadRequest("the body is not a JSON object")
-        self.texts, self.stream = read_messages(body.get("messages")), body.get("stream") is True
+        self.texts, self.stream = read_messages(body.get("messages")), body.get("stream") or False
+        if type(self.stream) is not bool:
+            raise BadRequest("stream must be true or false")
         stop = body.get("stop") or []
         self.stop = [stop] if type(stop) is str else stop
         if type(self.stop) is not list or not all(type(s) is str and s for s in self.stop):
@@ -1537,7 +1547,7 @@ class ChatHandler(BaseHTTPRequestHandler):
             self.reply(200, {"object": "list", "data": [model]})
 
     def do_POST(self) -> None:
-        if self.path != "/v1/chat/completions":
+        if self.path.partition("?")[0] != "/v1/chat/completions":
             self.close_connection = True  # its body is not read
             self.refuse(404, f"there is no {self.path}")
             return
@@ -1566,7 +1576,7 @@ class ChatHandler(BaseHTTPRequestHandler):
 
     def is_allowed(self) -> bool:
         key = self.server.api_key
-        given = self.headers.get("Authorization", "").encode("utf-8", "replace")
+        given = self.headers.get("Authorization", "").encode("latin-1", "replace")  # the bytes sent
         if key is None or hmac.compare_digest(given, f"Bearer {key}".encode()):
             return True
         self.close_connection = True
@@ -1582,7 +1592,8 @@ class ChatHandler(BaseHTTPRequestHandler):
         if not 0 <= length <= MAX_BODY_BYTES:
             self.close_connection = True
             if length < 0:
-                raise BadRequest("Content-Length is missing", 411)
+                raise BadRequest("the header Content-Length is missing (bodies in chunks are not "
+                                 "read)", 411)
             raise BadRequest(f"the body has more than {MAX_BODY_BYTES:,} bytes", 413)
         body = self.rfile.read(length)
         if len(body) < length:
@@ -1594,8 +1605,14 @@ class ChatHandler(BaseHTTPRequestHandler):
 
     def has_left(self) -> bool:
         """Whether the client has closed the connection."""
-        readable, _, _ = select.select([self.connection], [], [], 0)
-        return bool(readable) and self.connection.recv(1, socket.MSG_PEEK) == b""
+        timeout = self.connection.gettimeout()
+        self.connection.settimeout(0)
+        try:
+            return self.connection.recv(1, socket.MSG_PEEK) == b""
+        except BlockingIOError:
+            return False
+        finally:
+            self.connection.settimeout(timeout)
 
     def answer(self, request: ChatRequest) -> None:
         """Decode, and send the answers as events or as one object."""
@@ -1688,10 +1705,12 @@ def serve(model: ChatLM, tokenizer: Tokenizer, args: argparse.Namespace, options
             note_once(f"note: {option} {options[option]} has no effect with --serve, which streams")
     try:
         server = ChatServer(address, model, tokenizer, name, args.max_len, options, args.api_key)
-    except OSError as e:
-        raise ValueError(f"--serve {args.serve}: {e.strerror or e}") from None
-    print(f"http://{args.host}:{server.server_port}/ is a chat page; programs use "
-          f"http://{args.host}:{server.server_port}/v1. Ctrl-C stops.", flush=True)
+    except (OSError, UnicodeError, TypeError) as e:
+        reason = getattr(e, "strerror", None) or e
+        raise ValueError(f"--serve {args.serve} --host {args.host}: {reason}") from None
+    host = f"[{args.host}]" if ":" in args.host else args.host
+    print(f"http://{host}:{server.server_port}/ is a chat page; programs use "
+          f"http://{host}:{server.server_port}/v1. Ctrl-C stops.", flush=True)
     try:
         server.serve_forever()
     except KeyboardInterrupt:
@@ -1829,8 +1848,6 @@ def run_command(args: argparse.Namespace) -> None:
     if args.seed is not None:
         torch.manual_seed(args.seed)
     if args.prompt is not None:
-        if len(tokenizer.encode(args.prompt)) > args.max_len:
-            note_once(f"note: the prompt is cut to --max_len {args.max_len} tokens")
         print_answer(model, tokenizer, args.prompt, args.max_len, GenerationConfig(**options))
     elif args.input:
         made_by = {"model": model_hash(args.model), **options, "dtype": args.dtype,

@@ -50,6 +50,7 @@ import os
 import pickle
 import re
 import shlex
+import shutil
 import signal
 import sys
 import threading
@@ -90,6 +91,7 @@ from data import (
     Texts,
     atomic_write,
     check_folder,
+    check_name,
     duration,
     hash_file,
     hash_files,
@@ -97,6 +99,7 @@ from data import (
     memory_hint,
     note_once,
     number,
+    read_json,
     run,
     write_errors,
     write_file,
@@ -208,6 +211,7 @@ class Trainer:
 
     def start(self, saved: dict | None) -> None:
         """Resume from the content of a checkpoint, or initialize a new run."""
+        self.is_new = not saved
         if saved:
             load_checkpoint(saved, self)
         else:
@@ -215,7 +219,7 @@ class Trainer:
         self.ranks.barrier()
         if self.ranks.is_main:  # later checkpoints would be taken for the newest of this run
             for path in list_checkpoints(self.out_dir / "checkpoint"):
-                if int(path.name.split("-")[1]) > self.state.step:
+                if step_of(path) > self.state.step:
                     path.unlink()
         self.report = Report(self.out_dir, self.ranks.is_main, self.state.step)
         if saved:
@@ -239,6 +243,7 @@ class Trainer:
         first = done = self.progress()
         if done >= 1 and self.ranks.is_main:  # killed after the last checkpoint, before its export
             self.objective.export(self.out_dir)
+            self.report.say("nothing is left to train")
         self.tick_s = time.perf_counter()
         stopping = False
         while done < 1 and not stopping:
@@ -377,9 +382,10 @@ class Trainer:
 
     def fail(self) -> None:
         """Raise ValueError: the weights, or the data, give no finite loss any more."""
+        folder = self.out_dir / "checkpoint"
+        kept = f"; the checkpoints in {folder} are from before" if list_checkpoints(folder) else ""
         raise ValueError(f"no finite loss in {self.bad_in_a_row} steps in a row: lower --lr or "
-                         "choose another --dtype; the checkpoints in "
-                         f"{self.out_dir / 'checkpoint'} are from before")
+                         f"choose another --dtype{kept}")
 
     def evaluate(self) -> None:
         """Validate, and export the model to best/ if its loss is the lowest so far."""
@@ -411,6 +417,8 @@ class Trainer:
         if self.ranks.is_main:
             save_checkpoint(self)
             self.objective.export(self.out_dir)
+            if self.is_new and self.state.best_val == math.inf:
+                shutil.rmtree(self.out_dir / "best", ignore_errors=True)  # of an earlier run
         self.ranks.barrier()
 
 
@@ -840,15 +848,24 @@ def claimed(folder: Path, ranks: Ranks) -> Iterator[None]:
         yield
         return
     check_folder(folder)
+    check_name(folder)
     folder.mkdir(parents=True, exist_ok=True)
     message = f"another run uses {folder}: wait until it ends, or choose another --out_dir"
     with locked(folder, message, patience_s=5.0):  # a run that was killed takes a moment to end
         yield
 
 
+CHECKPOINT_NAME = re.compile(r"step-[0-9]+-[0-9a-f]{16}\.pt")
+
+
 def list_checkpoints(folder: Path) -> list[Path]:
     """Newest first."""
-    return sorted(folder.glob("step-*.pt"), reverse=True)
+    found = [path for path in folder.glob("step-*.pt") if CHECKPOINT_NAME.fullmatch(path.name)]
+    return sorted(found, key=lambda path: (step_of(path), path.name), reverse=True)
+
+
+def step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.split("-")[1])
 
 
 def candidate_checkpoints(out_dir: Path, resume: str) -> list[Path]:
@@ -864,7 +881,7 @@ def candidate_checkpoints(out_dir: Path, resume: str) -> list[Path]:
         found = list_checkpoints(given) or list_checkpoints(given / "checkpoint")
     if not found:
         raise FileNotFoundError(f"--resume {resume}: no checkpoint there")
-    if not re.fullmatch(r"step-\d+-[0-9a-f]{16}\.pt", found[0].name):
+    if not CHECKPOINT_NAME.fullmatch(found[0].name):
         raise ValueError(f"--resume {resume}: a checkpoint's name is step-NUMBER-HASH.pt, and must "
                          "stay so")
     if own and found[0].name not in [path.name for path in own]:
@@ -978,9 +995,12 @@ class Report:
 def read_log(path: Path, last_step: int) -> list[str]:
     """The whole lines of log.jsonl up to a step; a power cut may leave half a line."""
     lines = []
-    for line in path.read_text("utf-8").splitlines() if path.exists() and last_step else ():
+    if not path.exists() or not last_step:
+        return []
+    for line in path.read_text("utf-8", "replace").splitlines():
         try:
-            if json.loads(line)["step"] <= last_step:
+            row = json.loads(line)
+            if row["step"] <= last_step and ("loss" not in row or row["tokens"] >= 0):
                 lines.append(line + "\n")
         except (ValueError, KeyError, TypeError):
             continue
@@ -1096,8 +1116,8 @@ class ResponseLoss(Objective):
             for row, text in list(zip(part, texts))[::max(1, len(part) // 4)][:4]:
                 mark = "✓ " if text.strip() == row["response"].strip() else "✗ "
                 print(f"  {mark if s.demo else ''}{row['prompt']!r:.120} -> {text!r:.200}")
-        last_line = (Path(s.out_dir) / "log.jsonl").read_text("utf-8").splitlines()[-1]
-        if answers and '"bleu4"' not in last_line:  # a finished run that is started again has it
+        log = read_log(Path(s.out_dir) / "log.jsonl", state.step)
+        if answers and '"bleu4"' not in "".join(log[-1:]):  # a run that is started again has it
             report = Report(Path(s.out_dir), True, state.step)
             report.log({"step": state.step, "bleu4": sample.bleu4(answers, references)})
             report.close()
@@ -1389,10 +1409,11 @@ def default_batch(s: Settings, device: torch.device) -> int:
 def check_out_dir(s: Settings, resumes: bool) -> None:
     """Raise ValueError if the run would overwrite a model that it does not resume."""
     out = Path(s.out_dir)
-    if s.init_from and Path(s.init_from).resolve() == out.resolve():
-        raise ValueError(f"--out_dir {out} is --init_from, which would be overwritten: choose "
-                         "another")
-    if s.resume == "auto" and not resumes and (out / "config.json").exists():
+    if s.init_from and Path(s.init_from).resolve() in (out.resolve(), (out / "best").resolve()):
+        raise ValueError(f"--init_from {s.init_from} would be overwritten: choose another "
+                         "--out_dir")
+    has_model = any((out / name).exists() for name in ("config.json", "adapter_config.json"))
+    if s.resume == "auto" and not resumes and has_model:
         raise ValueError(f"{out} holds a model and no checkpoint to resume from: choose another "
                          "--out_dir, or --resume never to replace it")
 
@@ -1522,42 +1543,52 @@ def find_tokenizer(s: Settings, ranks: Ranks, saved: dict | None = None) -> Toke
     """The tokenizer of --tokenizer or --init_from, else that of --out_dir, trained if need be."""
     if s.tokenizer or s.init_from:
         return Tokenizer.from_pretrained(s.tokenizer or s.init_from, append_eos=True)
-    out = Path(s.out_dir)
-    if ranks.is_main and not saved:  # a resumed run has one; check_identity compares it
-        train_tokenizer(s, out)
-    ranks.barrier()
-    if saved and not (out / "tokenizer.json").is_file():  # --resume from another folder
-        out = Path(saved["path"]).parent.parent
-    if not (out / "tokenizer.json").is_file():
-        raise ValueError(f"{out} has no tokenizer.json, which the first process wrote: --out_dir "
-                         "must be on a file system that all machines share")
-    return Tokenizer.from_pretrained(out)
+    out, trained = Path(s.out_dir), Path("checkpoint", "tokenizer")
+    if saved:
+        before = Path(saved["path"]).parent.parent
+        folders = [out, out / trained, before, before / trained]
+    else:
+        folder = train_tokenizer(s, out, trained) if ranks.is_main else None
+        folders = [out / folder for folder in ranks.all_gather(folder)[:1]]
+    found = [Tokenizer.from_pretrained(f) for f in folders if (f / "tokenizer.json").is_file()]
+    if not found:
+        raise ValueError(f"{folders[0]} has no tokenizer.json, which the first process wrote: "
+                         "--out_dir must be on a file system that all machines share")
+    if saved:  # out may hold the model of an earlier run; check_identity compares the rest
+        wanted = saved["identity"].get("--tokenizer")
+        return next((t for t in found if hash_tokenizer(t) == wanted), found[0])
+    return found[0]
 
 
-def train_tokenizer(s: Settings, out: Path) -> None:
-    """Train a tokenizer, unless out has one of the same data and size (see
-    checkpoint/tokenizer.json), or one that the user has put there."""
+def train_tokenizer(s: Settings, out: Path, trained: Path) -> Path:
+    """Train a tokenizer into the folder out / trained, where it does not harm a model in out. The
+    first export copies it. Returns the folder in out that has the tokenizer: "." if the user has
+    put one there."""
     source = {"data": hash_files(s.data_files), "vocab_size": s.vocab_size}
-    record = out / "checkpoint" / "tokenizer.json"
-    if (out / "tokenizer.json").is_file():
-        if not record.is_file():
-            if "vocab_size" in s.given:
-                raise ValueError(f"--vocab_size has no effect: {out} has a tokenizer already; "
-                                 "delete its tokenizer.json, or choose another --out_dir")
-            print(f"using the tokenizer in {out}", flush=True)
-            return
-        if json.loads(record.read_text("utf-8")) == source:
-            return
-        print(f"the tokenizer in {out} was trained on other data or for another --vocab_size",
+    folder, record = out / trained, out / trained / "source.json"
+    if record.is_file():
+        if read_json(record) == source:
+            return trained
+        print(f"the tokenizer in {folder} was trained on other data or for another --vocab_size",
               flush=True)
+    elif (out / "tokenizer.json").is_file():
+        if "vocab_size" in s.given:
+            raise ValueError(f"--vocab_size has no effect: {out} has a tokenizer already; "
+                             "delete its tokenizer.json, or choose another --out_dir")
+        print(f"using the tokenizer in {out}", flush=True)
+        return Path()
     print(f"training a tokenizer of up to {s.vocab_size:,} tokens on {', '.join(s.data)}",
           flush=True)
     tokenizer = Tokenizer.train(Texts(s.data_files), s.vocab_size, memory_bytes=4 * 10 ** 9,
                                 progress=sys.stderr.isatty())
-    record.parent.mkdir(parents=True, exist_ok=True)
     record.unlink(missing_ok=True)
-    tokenizer.save_pretrained(out)
+    tokenizer.save_pretrained(folder)
     write_file(record, json.dumps(source))
+    return trained
+
+
+def hash_tokenizer(tokenizer: Tokenizer) -> str:
+    return xxhash.xxh3_64_hexdigest(tokenizer.to_json().encode())
 
 
 def hash_weights(model: ChatLM) -> str:
@@ -1636,7 +1667,7 @@ def run_identity(s: Settings, model: ChatLM, tokenizer: Tokenizer, init_hash: st
     del shape["dropout_rate"]
     return {"--preset or --init_from (the model's shape)": shape,
             "--init_from (the model's weights)": init_hash,
-            "--tokenizer": xxhash.xxh3_64_hexdigest(tokenizer.to_json().encode()),
+            "--tokenizer": hash_tokenizer(tokenizer),
             "--data": hash_files(s.data_files),
             **{f"--{f.name}": getattr(s, f.name) for f in fields(s) if s.about(f).get("fixed")}}
 
@@ -1699,11 +1730,25 @@ def main() -> None:
     run_training(parser.parse_args(), Settings, ResponseLoss)
 
 
+@contextlib.contextmanager
+def compile_hint() -> Iterator[None]:
+    """Turn an error of torch.compile into a ValueError that names the flag."""
+    try:
+        yield
+    except Exception as e:
+        compiler = sys.modules.get("torch._dynamo.exc")
+        if compiler is None or not isinstance(e, compiler.TorchDynamoException):
+            raise
+        reason = next((line for line in str(e).splitlines() if line.strip()), type(e).__name__)
+        raise ValueError(f"--compile: {reason:.200}: install a C++ compiler (on a GPU also "
+                         "Triton), or leave out --compile") from None
+
+
 def run_training(args: argparse.Namespace, kind: type[Settings],
                  objective_kind: type[Objective]) -> None:
     """Train; then the first rank reports. The classes are those of train.py or of dpo.py."""
     ranks = Ranks.join(args.device)
-    with memory_hint(MEMORY_HINT), claimed(Path(args.out_dir), ranks):
+    with memory_hint(MEMORY_HINT), compile_hint(), claimed(Path(args.out_dir), ranks):
         saved = find_checkpoint(args.out_dir, args.resume, ranks)
         settings = resolve(kind, args, ranks, saved)
         tokenizer = find_tokenizer(settings, ranks, saved)

@@ -642,7 +642,7 @@ def test_the_micro_batch_fits_the_free_memory(monkeypatch):
     assert chosen(8, checkpoint_activations=True) > chosen(8) > chosen(8, dtype="float32") and chosen(8, preset="small") > 16384
     assert train.default_micro_batch(gpu_args(), torch.device("cuda"), 2, ranks=3) <= -(-65536 // 3)  # a step is shared
     for gb, tokens, ranks in itertools.product((6, 24, 80, 141), (48000, 96000, 100000), (1, 2)):  # the step is what was asked for
-        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (int(gb * 1e9), int(gb * 1e9)))
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device, gb=gb: (int(gb * 1e9), int(gb * 1e9)))
         micro = train.default_micro_batch(gpu_args(batch_tokens=tokens), torch.device("cuda"), 2, ranks)
         group = round(tokens / micro)
         assert group % ranks == 0 and abs(group * micro / tokens - 1) < 0.001
