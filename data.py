@@ -2338,8 +2338,11 @@ class ParallelMap:
 
     def is_terminated(self) -> bool:
         """Whether background processes were ended by SIGTERM only, not for lack of memory."""
-        processes = getattr(self.pool, "_processes", None) or {}
-        return all(p.exitcode in (None, -signal.SIGTERM) for p in processes.values())
+        processes = list((getattr(self.pool, "_processes", None) or {}).values())
+        deadline_s = time.monotonic() + 5
+        while any(p.exitcode is None for p in processes) and time.monotonic() < deadline_s:
+            time.sleep(0.01)  # the pool ends the others
+        return all(p.exitcode == -signal.SIGTERM for p in processes)
 
     def close(self) -> None:
         self.pool.shutdown(wait=False, cancel_futures=True)

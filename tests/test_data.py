@@ -12,6 +12,7 @@ import os
 import random
 import re
 import resource
+import shlex
 import subprocess
 import sys
 import unicodedata
@@ -196,6 +197,20 @@ def test_a_killed_worker_is_one_line(demo, monkeypatch):
         process.kill()
     with pytest.raises(ChildProcessError, match="was killed .*--workers"):
         take(stream, 100)
+
+
+def test_terminated_workers_leave_the_same_batches(demo, monkeypatch, capsys):
+    """SIGTERM to all processes of a run asks the first one to save, for which it may need a window."""
+    path, tokenizer = demo
+    monkeypatch.setattr(data, "WINDOW_ROWS", 500)
+    expected = take(PairStream(path, tokenizer, 2000, 64), 100)
+    stream = PairStream(path, tokenizer, 2000, 64, workers=2)
+    batches = [next(iter(stream))]
+    for process in stream.reader.pool.pool._processes.values():
+        process.terminate()
+    batches += take(stream, 99)
+    assert all(torch.equal(a[name], b[name]) for a, b in zip(batches, expected, strict=True) for name in a)
+    assert "tokenizes alone" in capsys.readouterr().err
 
 
 def test_a_very_large_row_group_is_several_windows(demo, monkeypatch, tmp_path):
@@ -749,6 +764,87 @@ def test_files_of_others_in_an_input_folder_are_not_overwritten(tmp_path):
     before = theirs.read_bytes()
     done = call("split", str(tmp_path), "--out", str(tmp_path), "--valid", "0")
     assert done.returncode == 2 and "would be overwritten" in done.stderr and theirs.read_bytes() == before
+
+
+@pytest.mark.quick
+def test_only_the_command_that_made_a_file_may_replace_it(tmp_path):
+    """In a folder that it reads: there, it would not read the file."""
+    raw, folder = tmp_path / "raw.jsonl", tmp_path / "pairs"
+    raw.write_text("".join(json.dumps({"prompt": f"{i}号问题是什么", "response": f"这是第{i}个回答"}, ensure_ascii=False) + "\n" for i in range(50)), "utf-8")
+    assert call("clean", "--source", "pairs", str(raw), "--out", str(folder / "a.parquet")).returncode == 0
+    for _ in range(2):
+        assert call("split", str(folder), "--out", str(folder)).returncode == 0
+    before = (folder / "train.parquet").read_bytes()
+    for command in (["dedup", str(folder), "--out", str(folder / "train.parquet")], ["split", str(folder), str(raw), "--out", str(folder)],
+                    ["clean", "--source", "pairs", str(folder), "--out", str(folder / "train.parquet")]):
+        done = call(*command)
+        assert done.returncode == 2 and "would be overwritten" in done.stderr and (folder / "train.parquet").read_bytes() == before
+
+
+# --- output ------------------------------------------------------------------------------------------------------------------------
+
+def shell(line: str, **env: str) -> subprocess.CompletedProcess:
+    """A line of bash in which DATA stands for `python data.py`."""
+    line = line.replace("DATA", f"{shlex.quote(sys.executable)} {shlex.quote(data.__file__)}")
+    return subprocess.run(["bash", "-c", line], capture_output=True, env=os.environ | env, timeout=60, check=False)
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("line", ["(DATA dedup in.parquet --out o.parquet; echo $? > status) 2>&1 | true", "DATA dedup in.parquet --out o.parquet 2>&-; echo $? > status",
+                                  "DATA dedup in.parquet --out o.parquet >&-; echo $? > status", "DATA dedup in.parquet --out o.parquet >&- 2>&-; echo $? > status"])
+def test_a_command_finishes_without_a_reader(tmp_path, monkeypatch, line):
+    monkeypatch.chdir(tmp_path)
+    write_pairs("in.parquet", [{"prompt": f"{i}号问题是什么", "response": f"这是第{i}个回答"} for i in range(300)])
+    shell(line)
+    assert Path("status").read_text() == "0\n" and pq.read_table("o.parquet").num_rows > 0
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("encoding", ["gbk", "ascii", "latin-1", "utf-8"])
+def test_output_in_any_encoding(tmp_path, monkeypatch, encoding):
+    monkeypatch.chdir(tmp_path)
+    write_pairs("in.parquet", [{"prompt": "a", "response": "b" * n} for n in range(1, 9)])
+    done = shell("DATA stats in.parquet; DATA stats 不存在✗", PYTHONIOENCODING=encoding)
+    assert done.returncode == 2 and b"8" in done.stdout and b"no such file or folder" in done.stderr and b"codec" not in done.stderr
+
+
+@pytest.mark.quick
+def test_an_empty_world_size_is_none(tmp_path):
+    done = shell("DATA stats nothing", WORLD_SIZE="")
+    assert done.returncode == 2 and done.stderr.splitlines() == [b"data.py: error: no such file or folder: nothing"]
+
+
+@pytest.mark.quick
+def test_names_that_are_not_utf8(tmp_path):
+    done = call("demo", "--out", str(tmp_path / "d\udcff"))
+    assert done.returncode == 2 and "is not UTF-8" in done.stderr
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("first", ["prompt;response", "prompt\tresponse", "sep=,", "sep=;"])
+def test_csv_with_other_separators(tmp_path, first):
+    (tmp_path / "a.csv").write_text(f"{first}\n你好吗;我很好谢谢你\n", "utf-8")
+    done = call("clean", "--source", "pairs", str(tmp_path / "a.csv"), "--out", str(tmp_path / "o.parquet"))
+    assert done.returncode == 2 and "separated by commas" in done.stderr
+
+
+@pytest.mark.quick
+def test_a_parquet_column_that_is_there_twice(tmp_path):
+    table = pa.Table.from_arrays([pa.array(["你好吗"])] * 3, names=["prompt", "response", "response"])
+    pq.write_table(table, tmp_path / "a.parquet")
+    for command in (["stats"], ["dedup", "--out", str(tmp_path / "o.parquet")]):
+        done = call(command[0], str(tmp_path / "a.parquet"), *command[1:])
+        assert done.returncode == 2 and "the column 'response' twice" in done.stderr
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize(("source", "row", "flags", "note"), [
+    ("duie", {"text": "甲是乙", "spo_list": [{"subject": "甲", "predicate": "是", "object": "乙"}]}, ["--min_chars", "500"], "--min_chars has no effect"),
+    ("belle", {"instruction": "你好吗朋友", "output": "我很好谢谢你"}, ["--turns", "3"], "--turns has no effect")])
+def test_flags_of_clean_without_effect_are_told(tmp_path, source, row, flags, note):
+    (tmp_path / "a.jsonl").write_text(json.dumps(row, ensure_ascii=False), "utf-8")
+    done = call("clean", "--source", source, str(tmp_path / "a.jsonl"), "--out", str(tmp_path / "o.parquet"), *flags)
+    assert done.returncode == 0 and note in done.stderr
 
 
 @pytest.mark.parametrize(("row", "expected"), [

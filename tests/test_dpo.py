@@ -15,6 +15,7 @@ import pytest
 import torch
 from conftest import Script, run_ranks, run_script
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSeq2SeqLM
 
 import dpo
@@ -427,6 +428,28 @@ def test_triples_and_references_follow_their_files(folder, tmp_path):
     path.write_text(content, "utf-8")
     (second,) = dpo.find_triples([str(path)], ranks, tmp_path / "out")
     assert first != second and [row["prompt"] for row in Rows(second)][7] == "第8问"
+
+
+def test_merge_leaves_what_is_there_if_it_cannot_end(folder, adapter, tmp_path):
+    """Without a tokenizer, or with an adapter whose weights are no numbers."""
+    shutil.copytree(folder, tmp_path / "out")
+    shutil.copytree(folder, tmp_path / "bare", ignore=shutil.ignore_patterns("*token*"))
+    before = {p: p.read_bytes() for p in (tmp_path / "out").iterdir()}
+    done = call("merge", "--model", str(tmp_path / "bare"), "--adapter", str(adapter), "--out", str(tmp_path / "out"))
+    assert done.returncode == 2 and "has no tokenizer.json" in done.stderr
+    weights = load_file(adapter / "adapter_model.safetensors")
+    for change, message in ((lambda x: x * math.nan, "is not finite"), (lambda x: x.to(torch.int8), "dtype torch.int8"), (lambda x: x.to(torch.complex64), "dtype torch.complex64")):
+        save_file({name: change(x) for name, x in weights.items()}, adapter / "adapter_model.safetensors")
+        done = call("merge", "--model", str(folder), "--adapter", str(adapter), "--out", str(tmp_path / "out"))
+        assert done.returncode == 2 and message in done.stderr
+    assert {p: p.read_bytes() for p in (tmp_path / "out").iterdir()} == before
+
+
+def test_an_adapter_of_another_run_is_not_replaced(folder, adapter, triples, tmp_path):
+    before = (adapter / "adapter_model.safetensors").read_bytes()
+    done = call("--init_from", str(folder), "--data", str(triples), "--lora_rank", "2", "--max_steps", "1", "--out_dir", str(adapter))
+    assert done.returncode == 2 and "holds a model and no checkpoint" in done.stderr
+    assert (adapter / "adapter_model.safetensors").read_bytes() == before
 
 
 def test_merge_does_not_overwrite_what_it_reads(folder, adapter, tmp_path):

@@ -353,6 +353,21 @@ def test_dpo_loss_and_its_backward(fake_gpu, kind):
 
 
 @pytest.mark.quick
+def test_validation_compiles_no_loss(fake_gpu, monkeypatch):
+    """For a file of scores, compiling would take longer than it saves."""
+    def fail(*args):
+        raise AssertionError("compiled")
+
+    monkeypatch.setattr(chatlm.compiled_gradient, "is_usable", True)
+    monkeypatch.setattr(chatlm.CompiledFunction, "__call__", fail)
+    model, ids = make_model(), ones(B, T)
+    with torch.no_grad():
+        assert model.loss_sum(ones(B, S), ones(B, S), ids, ones(5)).shape == ()
+    with pytest.raises(AssertionError, match="compiled"):
+        model.loss_sum(ones(B, S), ones(B, S), ids, ones(5))
+
+
+@pytest.mark.quick
 def test_clip_gradient_does_not_sync(fake_gpu):
     gradient = ones(50, dtype=torch.float32)
     for divisor in (2.0, ones(dtype=torch.float32), ones(dtype=torch.float64)):

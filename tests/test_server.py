@@ -144,10 +144,43 @@ def test_other_paths_large_bodies_and_keys(server):
     with socket.create_connection(("127.0.0.1", server.server_port), timeout=60) as s:
         s.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 9999999\r\n\r\n")
         assert b" 413 " in s.recv(1000)
+    assert post(server, b'{"stream": "true", "messages": [{"role": "user", "content": "a"}]}')[0] == 400
+    asked = urllib.request.Request(url(server, "/v1/chat/completions?api-version=1"), json.dumps({"messages": QUESTION}).encode())
+    assert urllib.request.urlopen(asked, timeout=60).status == 200
+    server.api_key = "密钥"
+    status, _ = post(server, json.dumps({"messages": QUESTION}).encode(), Authorization="Bearer 密钥".encode().decode("latin-1"))
+    assert status == 200
     server.api_key = "secret"
     with pytest.raises(openai.AuthenticationError):
         client(server, "wrong").chat.completions.create(model="tiny", messages=QUESTION)
     assert client(server, "secret").chat.completions.create(model="tiny", messages=QUESTION)
+
+
+def test_a_client_is_noticed_with_more_open_files_than_select_can_take(server):
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if hard < 1400:
+        pytest.skip("too few files may be open")
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, 1400), hard))
+    files = []
+    try:
+        with open(os.devnull) as null:
+            files = [os.dup(null.fileno()) for _ in range(1100)]
+        assert client(server).chat.completions.create(model="tiny", messages=QUESTION).choices[0].message.content
+    finally:
+        for number in files:
+            os.close(number)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def test_an_ipv6_address(server):
+    try:
+        other = ChatServer(("::1", 0), server.model, server.tokenizer, "tiny", 64, server.options, None)
+    except OSError:
+        pytest.skip("this machine has no IPv6")
+    threading.Thread(target=other.serve_forever, daemon=True).start()
+    assert urllib.request.urlopen(f"http://[::1]:{other.server_port}/health", timeout=60).status == 200
+    other.shutdown()
+    other.server_close()
 
 
 def test_a_client_that_leaves_stops_its_answer(server, monkeypatch):

@@ -431,14 +431,14 @@ def test_infinite_gradients_change_nothing_and_end_the_run(base, straight, tmp_p
     model = tmp_path / "model"
     shutil.copytree(straight / "best", model)
     weights = load_file(model / "model.safetensors")
-    weights["decoder.final_layer_norm.weight"][0] = math.nan
+    weights["decoder.final_layer_norm.weight"][0] = 3e38  # finite, but not times the embedding
     save_file(weights, model / "model.safetensors", {"format": "pt"})
     i = base.index("--preset")
     done = call(*base[:i], *base[i + 2:], "--init_from", str(model), "--max_steps", "30", "--out_dir", str(tmp_path / "out"))
     assert done.returncode == 2 and "no finite loss in 10 steps" in done.stderr.splitlines()[-1], done.stderr
     assert [r["loss"] for r in log(tmp_path / "out")] == [None] * 10
     done = call(*base[:i], *base[i + 2:], "--init_from", str(model), "--max_steps", "3", "--out_dir", str(tmp_path / "short"))
-    assert done.returncode == 2 and "no finite loss in 3 steps" in done.stderr.splitlines()[-1]
+    assert done.returncode == 2 and done.stderr.splitlines()[-1].endswith("no finite loss in 3 steps in a row: lower --lr or choose another --dtype")
     assert not (tmp_path / "short" / "model.safetensors").exists()
 
 
@@ -606,6 +606,32 @@ def test_a_killed_loader_process_is_one_line(small, tmp_path):
     said = process.communicate(timeout=60)[1].splitlines()
     assert process.returncode == 2 and "a background process was killed" in said[-1] and not any("Traceback" in line for line in said), said
     assert all(train.hash_file(path) == path.stem.rpartition("-")[2] for path in list_checkpoints(out / "checkpoint"))
+
+
+def test_a_sigterm_to_all_processes_saves(small, tmp_path):
+    """As `timeout` and job schedulers send it: the background processes end, too."""
+    out = tmp_path / "out"
+    args = [*small[0], "--batch_tokens", "256", "--workers", "2", "--out_dir", str(out), "--max_steps", "100000", "--save_every", "5"]
+    process = subprocess.Popen(command(*args), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENV, start_new_session=True)
+    while process.poll() is None and not list_checkpoints(out / "checkpoint"):
+        time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGTERM)
+    said, errors = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGTERM and "and saved" in said and "error" not in errors, errors
+
+
+def test_ctrl_c_saves_although_the_reader_of_the_output_has_left(base, tmp_path):
+    """As with `train.py | tee log`, where Ctrl-C ends tee at once."""
+    out = tmp_path / "out"
+    process = subprocess.Popen(command(*base, "--out_dir", str(out), "--max_steps", "100000", "--eval_every", "1"), stdout=subprocess.PIPE,
+                               stderr=subprocess.STDOUT, text=True, env=ENV)
+    while "step 3" not in process.stdout.readline():
+        assert process.poll() is None
+    process.stdout.close()
+    time.sleep(0.5)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(60) == 128 + signal.SIGINT
+    assert list_checkpoints(out / "checkpoint")
 
 
 # --- memory -----------------------------------------------------------------------------------------------------------------
@@ -839,7 +865,75 @@ def test_the_starting_model_is_not_overwritten(base, straight, tmp_path):
     shutil.copytree(straight / "best", tmp_path / "model")
     before = (tmp_path / "model" / "model.safetensors").read_bytes()
     line = refused("--data", base[1], "--init_from", str(tmp_path / "model"), "--out_dir", str(tmp_path / "model"), "--resume", "never", "--max_steps", "1")
-    assert "is --init_from, which would be overwritten" in line and (tmp_path / "model" / "model.safetensors").read_bytes() == before
+    assert f"--init_from {tmp_path / 'model'} would be overwritten" in line and (tmp_path / "model" / "model.safetensors").read_bytes() == before
+    shutil.copytree(straight, tmp_path / "run")  # best/ is overwritten, too
+    line = refused("--data", base[1], "--init_from", str(tmp_path / "run" / "best"), "--out_dir", str(tmp_path / "run"), "--resume", "never", "--max_steps", "1")
+    assert "best would be overwritten" in line
+
+
+def test_a_run_that_fails_early_leaves_the_model_of_an_earlier_one(base, tmp_path, monkeypatch):
+    out, common = tmp_path / "out", ["--preset", "demo", "--max_len", "40", "--workers", "0", "--device", "cpu", "--dtype", "float32"]
+    common += ["--out_dir", str(out)]
+    assert call("--data", base[1], "--vocab_size", "1100", "--max_steps", "2", *common).returncode == 0
+    kept = {p: p.read_bytes() for p in out.iterdir() if p.is_file()}
+    again = ["--data", base[3], "--vocab_size", "900", "--resume", "never", "--max_steps", "2", *common]
+    done = call(*again, "--freeze", "shared,encoder,decoder")
+    assert done.returncode == 2 and "leaves nothing to train" in done.stderr
+    assert all(p.read_bytes() == content for p, content in kept.items())
+    done = call("--out_dir", str(out), "--max_steps", "3")  # the earlier run goes on, with its tokenizer
+    assert done.returncode == 0 and "resuming from" in done.stdout, done.stderr
+    done = call(*again)
+    assert done.returncode == 0 and "training a tokenizer" not in done.stdout, done.stderr  # it is there already
+    assert len(Tokenizer.from_pretrained(out)) == ChatLM.from_pretrained(out).config.vocab_size <= 900
+
+
+def test_a_new_run_has_no_best_of_an_earlier_one(base, straight, tmp_path):
+    out = tmp_path / "out"
+    shutil.copytree(straight, out)
+    i = base.index("--valid")
+    assert call(*base[:i], *base[i + 2:], "--resume", "never", "--max_steps", "1", "--out_dir", str(out)).returncode == 0
+    assert not (out / "best").exists()
+
+
+def test_copies_of_checkpoints_and_odd_logs_are_not_in_the_way(base, straight, tmp_path):
+    out = tmp_path / "out"
+    shutil.copytree(straight, out)
+    newest = list_checkpoints(out / "checkpoint")[0]
+    shutil.copy(newest, newest.with_name("step-copy.pt"))
+    with open(out / "log.jsonl", "ab") as f:
+        f.write(b'{"step": 5, "loss": 1.0}\n\xff\n[]\n')
+    done = call("--out_dir", str(out), "--max_steps", "25")
+    assert done.returncode == 0 and f"resuming from {newest}" in done.stdout, done.stderr
+    (out / "log.jsonl").unlink()
+    done = call("--out_dir", str(out))
+    assert done.returncode == 0 and "nothing is left to train" in done.stdout, done.stderr
+
+
+def test_a_model_that_cannot_be_compiled_is_one_line(base, tmp_path, monkeypatch):
+    def fail(*args, **kwargs):
+        raise torch._dynamo.exc.BackendCompilerFailed(fail, RuntimeError("no working C++ compiler"), None)
+
+    monkeypatch.setattr(torch, "compile", lambda function, **options: fail)
+    line = call(*base, "--compile", "--max_steps", "1", "--out_dir", str(tmp_path / "out")).stderr.splitlines()[-1]
+    assert "error: --compile: " in line and "leave out --compile" in line
+
+
+def test_answers_and_first_losses_are_not_compiled(base, tmp_path, monkeypatch):
+    """They would take graphs of their own; what is compiled runs as plain code in them."""
+    counted, stances = [], []
+
+    def fake(function, **options):
+        def compiled(*args, **kwargs):
+            counted.append(torch.is_grad_enabled())
+            stances.append(torch._dynamo.eval_frame._stance.stance)
+            return function(*args, **kwargs)
+        return compiled
+
+    monkeypatch.setattr(torch, "compile", fake)
+    done = call(*base, "--compile", "--max_steps", "1", "--out_dir", str(tmp_path / "out"))
+    assert done.returncode == 0, done.stderr
+    assert {stance for stance, trains in zip(stances, counted) if trains} == {"default"}
+    assert stances[0] == stances[-1] == "force_eager" and "default" in stances  # the first loss, and the answers
 
 
 def test_weight_decay_and_validation_may_change(base, tmp_path):
