@@ -111,7 +111,8 @@ TIMEOUT = datetime.timedelta(days=2)
 MAX_BAD_STEPS = 10  # in a row, then training stops
 # dense, by NVIDIA's data sheets
 BF16_TERAFLOPS = {"H200": 989, "H100 PCIe": 756, "H100": 989, "A100": 312, "L40S": 362, "L40": 181,
-                  "L4": 121, "A10": 125, "A5000": 111, "4090": 165, "3090": 71, "4060 Ti": 44}
+                  "L4": 121, "A10G": 70, "A10": 125, "A5000": 111, "4090": 165, "3090": 71,
+                  "4060 Ti": 44}
 # limit oneDNN's per-shape kernel cache: a thousand kernels fill gigabytes, and padded rows (see
 # chatlm.Linear) need far fewer
 os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "256")
@@ -202,8 +203,9 @@ class Trainer:
                                           self.settings.weight_decay)
         self.state = State()
         self.bad_in_a_row = 0
+        device = device_name(self.device)
         flops = (1e12 * tera for name, tera in BF16_TERAFLOPS.items()
-                 if name in device_name(self.device))
+                 if name in device and "Laptop" not in device)  # slower chips of the same name
         self.peak_flops = self.ranks.world_size * next(flops, 0)
         self.kernels = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
         if self.device.type == "cpu":  # where the backward pass of flash attention is slower
