@@ -364,6 +364,9 @@ def merge(argv: list[str]) -> None:
     if Path(args.out).resolve() in inputs:
         raise ValueError(f"--out {args.out} is --model or --adapter, which would be overwritten: "
                          "choose another")
+    if (Path(args.out) / "checkpoint").is_dir():
+        raise ValueError(f"--out {args.out} holds a training run, which would be overwritten: "
+                         "choose another")
     check_folder(args.out)
     tokenizer = Tokenizer.from_pretrained(args.model)
     model = ChatLM.from_pretrained(args.model)

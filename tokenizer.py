@@ -1210,6 +1210,9 @@ def main() -> None:
         if args.command == "stats":
             print_stats(Tokenizer.from_pretrained(args.tokenizer), corpus)
             return
+        if Path(args.out, "config.json").exists():
+            raise ValueError(f"{args.out} holds a model, which needs the tokenizer that it has: "
+                             "choose another --out")
         check_folder(args.out)
         tokenizer = Tokenizer.train(
             corpus, args.vocab_size, args.min_frequency, args.character_coverage, args.nfkc,

@@ -445,6 +445,12 @@ def test_merge_leaves_what_is_there_if_it_cannot_end(folder, adapter, tmp_path):
     assert {p: p.read_bytes() for p in (tmp_path / "out").iterdir()} == before
 
 
+def test_merge_does_not_replace_a_training_run(folder, adapter, tmp_path):
+    (tmp_path / "run" / "checkpoint").mkdir(parents=True)
+    done = call("merge", "--model", str(folder), "--adapter", str(adapter), "--out", str(tmp_path / "run"))
+    assert done.returncode == 2 and "holds a training run" in done.stderr
+
+
 def test_an_adapter_of_another_run_is_not_replaced(folder, adapter, triples, tmp_path):
     before = (adapter / "adapter_model.safetensors").read_bytes()
     done = call("--init_from", str(folder), "--data", str(triples), "--lora_rank", "2", "--max_steps", "1", "--out_dir", str(adapter))

@@ -404,6 +404,13 @@ def call(*args: str) -> subprocess.CompletedProcess:
     return run_script("tokenizer.py", *args)
 
 
+def test_the_tokenizer_of_a_model_is_not_replaced(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "a.txt").write_text("今天天气很好\n" * 20, "utf-8")
+    done = call("train", str(tmp_path / "a.txt"), "--out", str(tmp_path), "--vocab_size", "300")
+    assert done.returncode == 2 and "holds a model" in done.stderr and not (tmp_path / "tokenizer.json").exists()
+
+
 def test_command_line(tmp_path):
     corpus, tok = tmp_path / "corpus.txt", tmp_path / "tok"
     corpus.write_text("\n".join(CORPUS[:500]), "utf-8")
