@@ -2477,9 +2477,9 @@ class Output(io.FileIO):
     """Standard output or error. If its reader leaves, such as `head` or a terminal, the command
     still finishes its work."""
 
-    def write(self, content) -> int:  # type: ignore[override]
+    def write(self, content) -> int | None:  # type: ignore[override]
         try:
-            return super().write(content) or 0
+            return super().write(content)
         except OSError as e:
             if e.errno not in (errno.EPIPE, errno.EIO):
                 raise
@@ -2494,11 +2494,13 @@ def prepare_output(name: str) -> None:
     if stream is None:
         setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
     elif stream is getattr(sys, f"__{name}__") and isinstance(stream, io.TextIOWrapper):
-        stream.flush()
-        raw = Output(stream.fileno(), "w", closefd=False)
-        setattr(sys, name, io.TextIOWrapper(
-            io.BufferedWriter(raw), stream.encoding, "backslashreplace",
-            line_buffering=stream.line_buffering, write_through=stream.write_through))
+        stream.reconfigure(errors="backslashreplace")
+        is_buffered = isinstance(stream.buffer, io.BufferedWriter)
+        if isinstance(stream.buffer.raw if is_buffered else stream.buffer, io.FileIO):
+            raw: Any = Output(stream.fileno(), "w", closefd=False)
+            setattr(sys, name, io.TextIOWrapper(
+                io.BufferedWriter(raw) if is_buffered else raw, stream.encoding, stream.errors,
+                line_buffering=stream.line_buffering, write_through=stream.write_through))
 
 
 def run(main: Callable) -> None:

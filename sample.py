@@ -457,7 +457,8 @@ class Decoder:
                 raise
             except RuntimeError as e:
                 self.can_capture = False
-                note_once(f"note: decoding without a CUDA graph, which is slower: {e}")
+                reason = str(e).partition("\n")[0]
+                note_once(f"note: decoding without a CUDA graph, which is slower: {reason}")
                 return self.forward(ids, self.visible)
         step = self.graphs[self.rows]
         step.ids.copy_(ids)
