@@ -1012,7 +1012,7 @@ def load_model(cls: type[ChatLM], folder, dtype: torch.dtype | None, device) -> 
     """A model in evaluation mode, from a Hugging Face T5 folder: config.json and model.safetensors,
     in one file or in shards. Raises FileNotFoundError or ValueError naming what is missing or does
     not fit."""
-    check_name(Path(folder))
+    check_name(folder)
     config = ChatLMConfig.from_pretrained(folder)
     weights = read_weights(Path(folder))
     # a file of tied weights may keep them under any one of these names

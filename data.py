@@ -614,21 +614,23 @@ def locked(path, message: str, patience_s: float = 0.0) -> Iterator[None]:
         os.close(handle)
 
 
-def check_folder(path) -> None:
-    """Raise OSError if a folder cannot be created or written to: before the work, not after it."""
-    existing = next(p for p in (Path(path), *Path(path).absolute().parents) if p.exists())
-    if not existing.is_dir():
-        raise NotADirectoryError(errno.ENOTDIR, "not a folder", str(existing))
-    if not os.access(existing, os.W_OK):
-        raise PermissionError(errno.EACCES, "no permission to write", str(existing))
-
-
-def check_name(path: Path) -> None:
+def check_name(path) -> None:
     """Raise ValueError for a name that pyarrow, torch and safetensors cannot open."""
     try:
         str(path).encode()
     except UnicodeEncodeError:
         raise ValueError(f"the name {str(path)!r} is not UTF-8: choose another") from None
+
+
+def check_folder(path) -> None:
+    """Raise OSError or ValueError if a folder cannot be created or written to: before the work, not
+    after it."""
+    check_name(path)
+    existing = next(p for p in (Path(path), *Path(path).absolute().parents) if p.exists())
+    if not existing.is_dir():
+        raise NotADirectoryError(errno.ENOTDIR, "not a folder", str(existing))
+    if not os.access(existing, os.W_OK):
+        raise PermissionError(errno.EACCES, "no permission to write", str(existing))
 
 
 class Writer:

@@ -91,7 +91,6 @@ from data import (
     Texts,
     atomic_write,
     check_folder,
-    check_name,
     duration,
     hash_file,
     hash_files,
@@ -850,7 +849,6 @@ def claimed(folder: Path, ranks: Ranks) -> Iterator[None]:
         yield
         return
     check_folder(folder)
-    check_name(folder)
     folder.mkdir(parents=True, exist_ok=True)
     message = f"another run uses {folder}: wait until it ends, or choose another --out_dir"
     with locked(folder, message, patience_s=5.0):  # a run that was killed takes a moment to end

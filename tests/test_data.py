@@ -816,8 +816,10 @@ def test_an_empty_world_size_is_none(tmp_path):
 
 @pytest.mark.quick
 def test_names_that_are_not_utf8(tmp_path):
-    done = call("demo", "--out", str(tmp_path / "d\udcff"))
-    assert done.returncode == 2 and "is not UTF-8" in done.stderr
+    for name, args in (("data.py", ["demo", "--out", "d\udcff"]), ("train.py", ["--out_dir", "d\udcff"]), ("sample.py", ["--model", "d\udcff"]),
+                       ("dpo.py", ["merge", "--model", "m", "--adapter", "a", "--out", "d\udcff"])):
+        done = run_script(name, *args[:-1], str(tmp_path / args[-1]))
+        assert done.returncode == 2 and ("is not UTF-8" in done.stderr or "no model in" in done.stderr) and not list(tmp_path.iterdir()), name
 
 
 @pytest.mark.quick
