@@ -1381,6 +1381,9 @@ def choose_defaults(s: Settings, ranks: Ranks) -> Settings:
     if not s.round_to:  # a resumed run keeps its own
         s = replace(s, round_to=8 if s.compile else 1)
     is_given = s.batch_tokens > 0
+    if "batch_tokens" in s.given and ranks.is_main and s.batch_tokens > 2 * tokens_per_pass(s):
+        note_once(f"note: --batch_tokens {s.batch_tokens} is more than the data has, about "
+                  f"{tokens_per_pass(s):,.0f} tokens: each step takes several passes")
     s = replace(s, batch_tokens=s.batch_tokens or default_batch(s, ranks.device))
     if not s.micro_batch_tokens:
         fits = default_micro_batch(s, ranks.device, len(s.columns), ranks.world_size)
@@ -1399,11 +1402,16 @@ def default_batch(s: Settings, device: torch.device) -> int:
         return DEMO_BATCH_TOKENS
     if device.type != "cuda":
         return s.cpu_batch_tokens
+    tokens = (s.epochs or 1.0) * tokens_per_pass(s)
+    return min(GPU_BATCH_TOKENS, max(s.cpu_batch_tokens, int(tokens / MIN_UPDATES)))
+
+
+def tokens_per_pass(s: Settings) -> float:
+    """Tokens of --data, estimated from the metadata of the files."""
     files = [data.open_parquet(path, s.columns) for path in s.data_files]
     size_bytes = sum(data.text_bytes(file, group, s.columns)
                      for file in files for group in range(file.num_row_groups))
-    tokens = (s.epochs or 1.0) * size_bytes / BYTES_PER_TOKEN
-    return min(GPU_BATCH_TOKENS, max(s.cpu_batch_tokens, int(tokens / MIN_UPDATES)))
+    return size_bytes / BYTES_PER_TOKEN
 
 
 def check_out_dir(s: Settings, resumes: bool) -> None:

@@ -909,6 +909,13 @@ def test_copies_of_checkpoints_and_odd_logs_are_not_in_the_way(base, straight, t
     assert done.returncode == 0 and "nothing is left to train" in done.stdout, done.stderr
 
 
+def test_a_step_of_several_passes_is_told(base, tmp_path):
+    pq.write_table(pq.read_table(base[1]).slice(0, 20), tmp_path / "x.parquet")
+    for tokens, is_told in ((4000, True), (400, False)):
+        done = call("--data", str(tmp_path / "x.parquet"), *base[2:], "--batch_tokens", str(tokens), "--max_steps", "1", "--out_dir", str(tmp_path / f"{tokens}"))
+        assert done.returncode == 0 and ("--batch_tokens 4000 is more than the data has" in done.stderr) == is_told, done.stderr
+
+
 def test_a_model_that_cannot_be_compiled_is_one_line(base, tmp_path, monkeypatch):
     def fail(*args, **kwargs):
         raise torch._dynamo.exc.BackendCompilerFailed(fail, RuntimeError("no working C++ compiler"), None)
