@@ -655,9 +655,8 @@ def make_optimizers(model: nn.Module, name: str, lr: float,
                                 adjust_lr_fn="match_rms_adamw")
         return [muon, make_adamw(groups[1:], lr)] if rest else [muon]
     groups = [group for group in groups if group["params"]]
-    if name == "adafactor":  # torch's is faster on a CPU, and on a GPU it waits for every tensor
-        is_gpu = any(p.is_cuda for p in matrices + rest)
-        return [(StackedAdafactor if is_gpu else torch.optim.Adafactor)(groups, lr=lr)]
+    if name == "adafactor":
+        return [Adafactor(groups, lr=lr)]
     return [make_adamw(groups, lr)]
 
 
@@ -665,9 +664,10 @@ def make_adamw(groups: list[dict], lr: float) -> torch.optim.AdamW:
     return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.98), fused=True)
 
 
-class StackedAdafactor(torch.optim.Adafactor):
-    """torch.optim.Adafactor (Shazeer and Stern 2018, arXiv:1804.04235) for a GPU: parameters of one
-    shape are updated together, by the same kernels, and no number is read back to the CPU.
+class Adafactor(torch.optim.Adafactor):
+    """torch.optim.Adafactor (Shazeer and Stern 2018, arXiv:1804.04235), faster. On a GPU, parameters
+    of one shape are updated together, by the same kernels, and no number is read back to the CPU.
+    On a CPU, it passes over memory less often: it takes about half the time.
 
     It divides the gradient G by the root of a running mean of its squares V. Of V (O, I), only the
     means of rows and columns are kept:
@@ -676,7 +676,7 @@ class StackedAdafactor(torch.optim.Adafactor):
 
     The state is that of torch's optimizer, per parameter, so checkpoints fit both.
     """
-    STACK_BYTES = 1 << 28  # of one stack; a step needs twice that
+    STACK_BYTES: ClassVar[dict[str, int]] = {"cuda": 1 << 28, "cpu": 1 << 20}  # a step needs twice
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
@@ -686,13 +686,15 @@ class StackedAdafactor(torch.optim.Adafactor):
                 if p.grad is not None:
                     shapes.setdefault(p.shape, []).append(p)
             for shape, params in shapes.items():
-                n = max(1, self.STACK_BYTES // (4 * shape.numel()))
+                limit = self.STACK_BYTES.get(params[0].device.type, 1 << 20)
+                n = max(1, limit // (4 * shape.numel()))
                 for i in range(0, len(params), n):
                     self.update(params[i:i + n], group)
 
     def update(self, params: list[Tensor], group: dict) -> None:
         """One step of N parameters of one shape."""
-        grad = torch.stack([p.grad for p in params if p.grad is not None])  # (N, O, I) or (N, I)
+        grads = [p.grad for p in params if p.grad is not None]
+        grad = torch.stack(grads) if len(grads) > 1 else grads[0][None]  # (N, O, I) or (N, I)
         states = [self.counted_state(p) for p in params]
         step, numbers = float(states[0]["step"]), params[0].numel()
         eps1, eps2 = group["eps"]
@@ -725,18 +727,18 @@ class StackedAdafactor(torch.optim.Adafactor):
     def mean_squares(self, states: list[dict], grad: Tensor, fresh: float, eps: float) -> Tensor:
         """V of every parameter, in the shape of grad. fresh: the share of the new squares in the
         running means."""
+        squares = grad.square()
         if grad.dim() == 2:
-            return self.average(states, "variance", grad, 1, fresh)
-        rows, columns = grad.norm(dim=2, keepdim=True), grad.norm(dim=1, keepdim=True)
-        row = self.average(states, "row_var", rows, grad.size(2), fresh)
-        col = self.average(states, "col_var", columns, grad.size(1), fresh)
-        return (row @ col).div_(row.mean(1, keepdim=True).clamp_(min=eps))
+            return self.average(states, "variance", squares, fresh)
+        row = self.average(states, "row_var", squares.mean(2, keepdim=True), fresh)
+        col = self.average(states, "col_var", squares.mean(1, keepdim=True), fresh)
+        return torch.mul(row / row.mean(1, keepdim=True).clamp_(min=eps), col, out=squares)
 
     @staticmethod
-    def average(states: list[dict], name: str, root: Tensor, count: int, fresh: float) -> Tensor:
-        """Update a running mean of root^2 / count, and return it stacked (N, ...)."""
+    def average(states: list[dict], name: str, value: Tensor, fresh: float) -> Tensor:
+        """Update a running mean of a stack of values (N, ...), and return it."""
         stored = [state[name] for state in states]
-        mean = torch.stack(stored).lerp_(root.square().div_(count), fresh)
+        mean = torch.stack(stored).lerp_(value, fresh)
         torch._foreach_copy_(stored, list(mean.unbind()))
         return mean
 

@@ -962,19 +962,19 @@ def test_nonsense_is_one_line(base, tmp_path, flags):
     assert not (tmp_path / "new" / "log.jsonl").exists()
 
 
-def test_stacked_adafactor_is_torchs_and_takes_over_its_state():
+def test_adafactor_is_torchs_and_takes_over_its_state():
     torch.manual_seed(0)
     shapes = [(8, 5)] * 4 + [(3,)] * 3 + [(40, 8)] * 2 + [(1, 7), (7, 1)]
     ours, theirs = ([torch.nn.Parameter(torch.randn(shape, generator=torch.Generator().manual_seed(i)))
                      for i, shape in enumerate(shapes)] for _ in range(2))
-    a = train.StackedAdafactor(ours, lr=0.02, weight_decay=0.1)
+    a = train.Adafactor(ours, lr=0.02, weight_decay=0.1)
     b = torch.optim.Adafactor(theirs, lr=0.02, weight_decay=0.1)
-    a.STACK_BYTES = 4 * 40 * 3  # three matrices of (8, 5) at a time
+    a.STACK_BYTES = {"cpu": 4 * 40 * 3}  # three matrices of (8, 5) at a time
     for step in range(20):
         if step == 10:  # as when a run moves from a GPU to a CPU, or back
             state, other = a.state_dict(), b.state_dict()
             a = torch.optim.Adafactor(ours, lr=1.0)
-            b = train.StackedAdafactor(theirs, lr=1.0)
+            b = train.Adafactor(theirs, lr=1.0)
             a.load_state_dict(state)
             b.load_state_dict(other)
         for p, q in zip(ours, theirs, strict=True):
@@ -986,6 +986,15 @@ def test_stacked_adafactor_is_torchs_and_takes_over_its_state():
         torch.testing.assert_close(p, q, rtol=1e-6, atol=1e-6)
     ours_state, theirs_state = (o.state_dict()["state"] for o in (a, b))
     assert all({k: v.shape for k, v in ours_state[i].items()} == {k: v.shape for k, v in theirs_state[i].items()} for i in range(len(shapes)))
+
+
+def test_adafactor_keeps_exact_means_of_large_matrices():
+    p = torch.nn.Parameter(torch.randn(30000, 16))
+    p.grad = torch.randn_like(p)
+    optimizer = train.Adafactor([p])
+    optimizer.step()
+    for name, axis in (("row_var", 1), ("col_var", 0)):
+        torch.testing.assert_close(optimizer.state[p][name].double(), p.grad.double().square().mean(axis, keepdim=True), rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize("recompute", [False, True])
