@@ -415,6 +415,35 @@ def test_prompt_and_chat(folder):
     assert "temperature = 0.5 (no effect without do_sample)" in chat.stdout and "settings reset" in chat.stdout
 
 
+@pytest.mark.quick
+def test_settings_of_the_chat_are_checked(folder, monkeypatch, capsys):
+    chat = call("--model", str(folder), stdin="/set do_sample on\n/set do_sample true\n/set early_stopping maybe\n/set top_k x\n")
+    for line in ("do_sample takes true or false, not 'on'", "do_sample = True", "early_stopping takes true, false or never", "top_k takes a whole number"):
+        assert line in chat.stdout
+
+    def closed(text: str):
+        raise RuntimeError("input(): lost sys.stdin")
+
+    monkeypatch.setattr("builtins.input", closed)
+    sample.chat(ChatLM.from_pretrained(folder), Tokenizer.from_pretrained(folder), 64, {})
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.quick
+def test_cut_prompts_and_files_without_prompts_are_told(folder, tmp_path):
+    model = ["--model", str(folder), "--max_new_tokens", "2", "--max_len", "20"]
+    (tmp_path / "long.txt").write_text("天气" * 100 + "\n", "utf-8")
+    (tmp_path / "pair.jsonl").write_text(json.dumps({"prompt": "天气" * 100, "response": "好"}), "utf-8")
+    for args in (["--prompt", "天气" * 100], ["--input", str(tmp_path / "long.txt"), "--output", str(tmp_path / "o.jsonl")], ["--score", str(tmp_path / "pair.jsonl")]):
+        done = call(*args, *model)
+        assert done.returncode == 0 and done.stderr.count("longer than --max_len 20 tokens are cut") == 1, done.stderr
+    (tmp_path / "empty.jsonl").write_text("")
+    done = call("--input", str(tmp_path / "empty.jsonl"), "--output", str(tmp_path / "e.jsonl"), *model)
+    assert done.returncode == 2 and "has no prompts" in done.stderr and not (tmp_path / "e.jsonl").exists()
+    done = call("--input", str(tmp_path / "long.txt"), "--output", str(tmp_path), *model)
+    assert done.returncode == 2 and "is not a file" in done.stderr
+
+
 def test_files_are_answered_in_order_and_continued(folder, tmp_path):
     model = ["--model", str(folder), "--max_new_tokens", "8"]
     (tmp_path / "p.jsonl").write_text("".join(json.dumps({"prompt": f"你好{i}"}) + "\n" for i in range(10)))
