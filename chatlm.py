@@ -557,7 +557,7 @@ class ChatLM(nn.Module):
         weight, labels = self.head_weight(), labels.flatten().index_select(0, targets)
         if torch.is_grad_enabled():
             return LinearCrossEntropy.apply(hidden, weight, labels)
-        if hidden.is_cuda:  # without the gradient, whose function would have to be compiled
+        if hidden.is_cuda:  # compiling the gradient would take longer than a file of scores
             return -LinearLogProbs.apply(hidden, weight, labels).sum()
         return LinearCrossEntropy.apply(hidden, weight.detach(), labels)
 

@@ -701,7 +701,7 @@ def check_parquet_path(path: Path) -> None:
 
 
 def recipe(command: str, inputs: list[str]) -> str:
-    """A hash of a command and its inputs, which does not tell their paths."""
+    """A hash of a command and its inputs, for a file's metadata: it does not reveal the paths."""
     paths = [command, *(str(Path(path).resolve()) for path in inputs)]
     return xxhash.xxh3_64_hexdigest(os.fsencode("\0".join(paths)))
 
@@ -1488,7 +1488,8 @@ def clean(inputs: list[str], source: str, out: str, fields: tuple[str, ...], min
 
 def check_source(path: Path, name: str, fields: tuple[str, ...], rows: list[dict],
                  turns: int) -> None:
-    """Raise ValueError if none of a file's first rows has the fields of its source."""
+    """Raise ValueError if none of a file's first rows has the fields of its source. Print a note if
+    --turns has no effect on the file."""
     source = find_source(name, fields)
     if turns > 1 and not any("conversations" in row for row in rows):
         note_once(f"note: {path} has no conversations: --turns has no effect on it")
@@ -1543,7 +1544,7 @@ def shingles(texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
     texts = [text.replace("\0", "") + gap for text in texts]
     codes = to_codepoints("".join(texts))
     codes = codes[compared_chars()[codes]].astype(np.uint64)
-    gaps = np.flatnonzero(codes == 0).reshape(-1, len(gap))
+    gaps = np.flatnonzero(codes == 0).reshape(-1, len(gap))  # a row of positions for each text
     begins = np.append(0, gaps[:, -1] + 1)[:-1]
     sizes = gaps[:, 0] - begins
     counts = np.where(sizes > 0, np.maximum(sizes - SHINGLE + 1, 1), 0)
@@ -1690,7 +1691,7 @@ def find_duplicates(items: Iterable, text_of: Callable, threshold: float = 0.85,
     decides. The texts of `against` come before all items. items and against are iterated over
     twice: for the sketches (8 bytes per text and 4 per band), then to compare.
     """
-    # once this block is freed, glibc keeps the memory of a batch for the next one
+    # after a block of 16 MB was freed once, glibc keeps smaller freed ones for the next batch
     np.empty(1 << 24, np.uint8)
     bands, rows = banding(threshold)
     texts = chain(against, map(text_of, items))
@@ -2121,7 +2122,7 @@ class WindowReader:
         """This window and the next ones, without end."""
         jobs = self.jobs(epoch, window)
         if not self.workers:
-            yield from map(read_window, jobs)  # without end
+            yield from map(read_window, jobs)
         first = next(jobs)
         self.pool = ParallelMap(read_window, jobs, self.workers)
         yield read_window(first)  # here: the workers are still starting
@@ -2144,8 +2145,7 @@ class WindowReader:
                           "process tokenizes alone")
                 self.close()
                 self.workers = 0
-                self.ahead = self.read_from(*place)
-                self.loaded[place] = next(self.ahead)
+                return self.read(epoch, window)
             self.next = self.after(*place)
         return self.loaded[place]
 
@@ -2476,8 +2476,8 @@ def memory_hint(flag: str) -> Iterator[None]:
 
 
 class Output(io.FileIO):
-    """Standard output or error. If its reader leaves, such as `head` or a terminal, the command
-    still finishes its work."""
+    """Standard output or error. If its reader has gone, for example `head` or a terminal, what is
+    printed is dropped, and the command still finishes its work."""
 
     def write(self, content) -> int | None:  # type: ignore[override]
         try:
@@ -2485,13 +2485,14 @@ class Output(io.FileIO):
         except OSError as e:
             if e.errno not in (errno.EPIPE, errno.EIO):
                 raise
-            os.dup2(os.open(os.devnull, os.O_WRONLY), self.fileno())
+            with open(os.devnull, "wb") as nothing:
+                os.dup2(nothing.fileno(), self.fileno())
             return len(content)
 
 
 def prepare_output(name: str) -> None:
-    """Let printing never end a command: not in a terminal's encoding that lacks a character, not
-    without a reader, and not if sys.stdout or sys.stderr (the name) is closed."""
+    """Make sure that printing never ends a command. name: stdout or stderr. A character that the
+    encoding lacks is escaped. Without a reader, or if the stream is closed, the text is dropped."""
     stream = getattr(sys, name)
     if stream is None:
         setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
@@ -2565,7 +2566,8 @@ def parse_args() -> argparse.Namespace:
         help="data source; see below for its fields")
     add("--prompt_field", help="for --source pairs: column of the prompt (default: prompt)")
     add("--response_field", help="for --source pairs: column of the response (default: response)")
-    add("--min_chars", type=number(int, 1), default=MIN_CHARS, help="shortest response, in characters")
+    add("--min_chars", type=number(int, 1), default=MIN_CHARS,
+        help="shortest response, in characters")
     add("--max_chars", type=number(int, 1), default=1024,
         help="longest prompt and longest response, in characters")
     add("--turns", type=number(int, 1, 100), default=1, metavar="N", help="for conversations: a "

@@ -1189,12 +1189,10 @@ def answer_file(model: ChatLM, tokenizer: Tokenizer, source: str, target: str, b
     target is another file.
     """
     out = Path(target)
-    if out.is_dir():
+    if out.exists() and not out.is_file():
         raise ValueError(f"--output {target} is not a file")
     record = out.with_name(f".{out.name}.settings")
     rows, is_new = Rows(source, outputs=[target, *outputs]), not out.exists()
-    if not is_new and not out.is_file():
-        raise ValueError(f"--output {target} is not a file")
     out.parent.mkdir(parents=True, exist_ok=True)
     out.touch()  # something to lock
     busy = f"another process is writing {target}: wait for its end, or choose another file"

@@ -418,8 +418,9 @@ class Trainer:
         if self.ranks.is_main:
             save_checkpoint(self)
             self.objective.export(self.out_dir)
-            if self.is_new and self.state.best_val == math.inf:
-                shutil.rmtree(self.out_dir / "best", ignore_errors=True)  # of an earlier run
+            best = self.out_dir / "best"
+            if self.is_new and self.state.best_val == math.inf and best.is_dir():
+                shutil.rmtree(best)  # of an earlier run
         self.ranks.barrier()
 
 
@@ -665,9 +666,9 @@ def make_adamw(groups: list[dict], lr: float) -> torch.optim.AdamW:
 
 
 class Adafactor(torch.optim.Adafactor):
-    """torch.optim.Adafactor (Shazeer and Stern 2018, arXiv:1804.04235), faster. On a GPU, parameters
-    of one shape are updated together, by the same kernels, and no number is read back to the CPU.
-    On a CPU, it passes over memory less often, and takes 0.6 of the time.
+    """A faster torch.optim.Adafactor (Shazeer and Stern 2018, arXiv:1804.04235). On a GPU,
+    parameters of one shape are updated together, by the same kernels, and no number is read back to
+    the CPU. On a CPU, a step takes 0.6 of the time, because it reads and writes less memory.
 
     It divides the gradient G by the root of a running mean of its squares V. Of V (O, I), only the
     means of rows and columns are kept:
@@ -676,7 +677,7 @@ class Adafactor(torch.optim.Adafactor):
 
     The state is that of torch's optimizer, per parameter, so checkpoints fit both.
     """
-    STACK_BYTES: ClassVar[dict[str, int]] = {"cuda": 1 << 28, "cpu": 1 << 20}  # a step needs twice
+    STACK_BYTES: ClassVar[dict[str, int]] = {"cuda": 1 << 28, "cpu": 1 << 20}  # of one stack
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
@@ -1094,7 +1095,7 @@ class ResponseLoss(Objective):
                                 max_new_tokens=min(128, max_len))
 
     def uncompiled(self) -> contextlib.AbstractContextManager:
-        """Here --compile has no effect: compiling would take longer than it saves."""
+        """A context in which --compile has no effect: compiling would take longer than it saves."""
         if not self.settings.compile:
             return contextlib.nullcontext()
         return torch.compiler.set_stance("force_eager")
@@ -1383,9 +1384,10 @@ def choose_defaults(s: Settings, ranks: Ranks) -> Settings:
     if not s.round_to:  # a resumed run keeps its own
         s = replace(s, round_to=8 if s.compile else 1)
     is_given = s.batch_tokens > 0
-    if "batch_tokens" in s.given and ranks.is_main and s.batch_tokens > 2 * tokens_per_pass(s):
+    tokens = tokens_per_pass(s) if "batch_tokens" in s.given and ranks.is_main else math.inf
+    if s.batch_tokens > 2 * tokens:
         note_once(f"note: --batch_tokens {s.batch_tokens} is more than the data has, about "
-                  f"{tokens_per_pass(s):,.0f} tokens: each step takes several passes")
+                  f"{tokens:,.0f} tokens: each step takes several passes")
     s = replace(s, batch_tokens=s.batch_tokens or default_batch(s, ranks.device))
     if not s.micro_batch_tokens:
         fits = default_micro_batch(s, ranks.device, len(s.columns), ranks.world_size)
@@ -1559,21 +1561,22 @@ def find_tokenizer(s: Settings, ranks: Ranks, saved: dict | None = None) -> Toke
         folders = [out, out / trained, before, before / trained]
     else:
         folder = train_tokenizer(s, out, trained) if ranks.is_main else None
-        folders = [out / folder for folder in ranks.all_gather(folder)[:1]]
-    found = [Tokenizer.from_pretrained(f) for f in folders if (f / "tokenizer.json").is_file()]
+        folders = [out / ranks.all_gather(folder)[0]]
+    found = [f for f in folders if (f / "tokenizer.json").is_file()]
     if not found:
         raise ValueError(f"{folders[0]} has no tokenizer.json, which the first process wrote: "
                          "--out_dir must be on a file system that all machines share")
-    if saved:  # out may hold the model of an earlier run; check_identity compares the rest
-        wanted = saved["identity"].get("--tokenizer")
-        return next((t for t in found if hash_tokenizer(t) == wanted), found[0])
-    return found[0]
+    for folder in found:  # out may hold the model of another run than the checkpoint's
+        tokenizer = Tokenizer.from_pretrained(folder)
+        if not saved or hash_tokenizer(tokenizer) == saved["identity"].get("--tokenizer"):
+            return tokenizer
+    return Tokenizer.from_pretrained(found[0])  # check_identity says what is wrong
 
 
 def train_tokenizer(s: Settings, out: Path, trained: Path) -> Path:
-    """Train a tokenizer into the folder out / trained, where it does not harm a model in out. The
-    first export copies it. Returns the folder in out that has the tokenizer: "." if the user has
-    put one there."""
+    """Train a tokenizer, unless there is one of the same data and size, or one that the user has
+    put into out. It goes to the folder out / trained, because out may hold a model that needs its
+    own; every export copies it to out. Returns the tokenizer's folder, relative to out."""
     source = {"data": hash_files(s.data_files), "vocab_size": s.vocab_size}
     folder, record = out / trained, out / trained / "source.json"
     if record.is_file():
