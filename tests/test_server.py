@@ -381,6 +381,14 @@ def test_the_page_in_a_browser(server, tmp_path, monkeypatch):
     join = sample.with_history
     monkeypatch.setattr(sample, "with_history",
                         lambda tokenizer, texts, *rest: asked.append(texts) or join(tokenizer, texts, *rest))
+    steps, pause = sample.steps, 0.0
+
+    def slow_steps(*args):
+        for row in steps(*args):
+            time.sleep(pause)
+            yield row
+
+    monkeypatch.setattr(sample, "steps", slow_steps)
     try:
         browser.send("/url", {"url": url(server, "/")})
         assert "最近 2 个问题" in browser.run("return document.body.innerText")
@@ -391,6 +399,7 @@ def test_the_page_in_a_browser(server, tmp_path, monkeypatch):
         assert browser.run(f"return {answers}") == ["> " + QUESTION[0]["content"], expected(server)]
 
         server.options = server.options | {"max_new_tokens": 2000, "min_new_tokens": 2000}
+        pause = 0.05  # 100 seconds in all: the answer cannot end before it is stopped
         browser.send(browser.find("#text") + "/value", {"text": "第二个问题\n"})  # Enter sends it
         browser.wait(f"return running && {answers}.length == 4 && {answers}[3].length > 5")
         assert browser.run("return go.textContent") == "停止"
@@ -399,7 +408,7 @@ def test_the_page_in_a_browser(server, tmp_path, monkeypatch):
         length = browser.run(f"return {answers}[3].length")
         with server.lock:  # free again: the answer was cancelled
             assert browser.run(f"return {answers}[3].length") == length
-        server.options = server.options | {"max_new_tokens": 12, "min_new_tokens": 12}
+        server.options, pause = server.options | {"max_new_tokens": 12, "min_new_tokens": 12}, 0.0
         browser.send(browser.find("#text") + "/value", {"text": "第三个问题\n"})
         browser.wait(f"return !running && {answers}.length == 7")
         first, stopped = expected(server), browser.run(f"return {answers}[3]")
