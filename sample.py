@@ -48,6 +48,7 @@ import itertools
 import json
 import math
 import os
+import platform
 import re
 import secrets
 import socket
@@ -93,22 +94,50 @@ from tokenizer import Tokenizer
 Product = Callable[[Tensor], Tensor]  # (N, in) -> (N, out), for few rows N
 
 
+@functools.cache
+def is_amd() -> bool:
+    """Whether the CPU is AMD's. On these, MKL computes x @ weight.T with one thread for one row,
+    and FBGEMM's float16 product is faster than its embedding bag; on Intel's it is not so."""
+    with contextlib.suppress(OSError), open("/proc/cpuinfo", encoding="utf-8") as f:
+        return "AuthenticAMD" in f.read(1 << 12)
+    return "AuthenticAMD" in platform.processor()  # Windows
+
+
 def float32_product(weight: Tensor) -> Product:
     """x -> x @ weight.T in float32 on a CPU, for a weight (O, I).
 
-    For 3 to 16 rows, oneDNN computes weight @ x.T faster than torch computes x @ weight.T. oneDNN
-    copies its right matrix into a layout of its own. Here that is x, which is small, so there is no
-    second copy of the weight. For 1 or 2 rows torch's own product is as fast where it uses all
-    threads, which we have seen only on CPUs with AMX.
+    Torch's own product is fastest for one or two rows, except on AMD's CPUs: there each thread
+    multiplies its part of the weight, for one to four rows. For more rows, up to 16, oneDNN
+    computes weight @ x.T faster than torch computes x @ weight.T. oneDNN copies its right matrix
+    into a layout of its own. Here that is x, which is small, so there is no second copy of the
+    weight.
     """
-    few_rows = range(3 if torch.cpu._is_amx_tile_supported() else 1, 17)
+    split = split_product(weight) if is_amd() and torch.backends.mkl.is_available() else None
+    few_rows = range(5 if split else 3, 17)
     if not torch.backends.mkldnn.is_available():
         few_rows = range(0)
 
     def product(x: Tensor) -> Tensor:
+        if split and len(x) < 5:
+            return split(x)
         if len(x) not in few_rows:
             return F.linear(x, weight)
         y = torch.ops.mkldnn._linear_pointwise(weight, x, None, "none", [], "")  # (O, N)
+        return y.t().contiguous()
+    return product
+
+
+def split_product(weight: Tensor) -> Product:
+    """x -> x @ weight.T as a batch of products, one per thread, of equal parts of the weight (O, I)
+    with x; the rows of the weight that remain are multiplied apart."""
+    parts = max(1, min(torch.get_num_threads(), len(weight) // 64))
+    rows = len(weight) // parts * parts
+    batch, rest = weight[:rows].view(parts, -1, weight.size(1)), weight[rows:]
+
+    def product(x: Tensor) -> Tensor:
+        y = torch.bmm(batch, x.t().expand(parts, -1, -1)).flatten(0, 1)  # (O, N)
+        if len(rest):
+            y = torch.cat([y, rest @ x.t()])
         return y.t().contiguous()
     return product
 
@@ -127,18 +156,15 @@ def packed_product(weight: Tensor) -> Product:
     return product
 
 
-class BFloat16Product:
-    """x -> x @ weight.T on a CPU, for a weight (O, I) rounded to bfloat16. x and the result are
-    float32.
+class ColumnSum:
+    """x -> x @ weight.T for one row x, with a weight (O, I) rounded to bfloat16. x and the result
+    are float32.
 
-    One row is most of what a chat needs. Its product is the sum of the columns of the weight, each
-    times a number of x: what an embedding bag computes. FBGEMM's reads ahead in memory, so it takes
-    two thirds of the time of oneDNN's product. The weight is kept transposed, in a part per thread:
+    The product is the sum of the columns of the weight, each times a number of x: what an embedding
+    bag computes. FBGEMM's reads ahead in memory, so on Intel's CPUs it takes two thirds of the time
+    of oneDNN's product. The weight is kept transposed, in a part per thread:
 
         table (parts * I, O / parts):    row p * I + i is column i of the p-th part of the weight
-
-    The first call with several rows packs the weight for oneDNN, or as float16 on a CPU without
-    such instructions, and drops the table.
     """
 
     def __init__(self, weight: Tensor):
@@ -155,27 +181,48 @@ class BFloat16Product:
         parts = self.table.unflatten(0, (len(self.begins), -1))
         return parts.transpose(1, 2).flatten(0, 1)[:self.out]
 
-    @functools.cached_property
-    def packed(self) -> Product:
-        weight = self.weight()
-        self.table = self.table.new_empty(0)
-        if has_bfloat16(weight.device):
-            return packed_product(weight)
-        return float16_product(weight.float())
-
     def __call__(self, x: Tensor) -> Tensor:
-        if len(x) != 1 or not len(self.table):
-            return self.packed(x)
         x = x.bfloat16().expand(len(self.begins), -1).reshape(-1)
         y = F.embedding_bag(self.index, self.table, self.begins, mode="sum", per_sample_weights=x)
         return y.view(1, -1)[:, :self.out].float()
 
 
-def float16_product(weight: Tensor) -> Product:
-    """x -> x @ weight.T with the weight packed as float16 by FBGEMM. The arithmetic is float32;
-    weights under 6e-5 lose some digits."""
-    packed = torch.ops.quantized.linear_prepack_fp16(weight, None)
-    return lambda x: torch.ops.quantized.linear_dynamic_fp16(x, packed)
+class Float16Product:
+    """x -> x @ weight.T with the weight (O, I) packed as float16 by FBGEMM. The arithmetic is
+    float32; weights under 6e-5 lose some digits."""
+
+    def __init__(self, weight: Tensor):
+        self.packed = torch.ops.quantized.linear_prepack_fp16(weight.float(), None)
+
+    def weight(self) -> Tensor:
+        return torch.ops.quantized.linear_unpack_fp16(self.packed)[0]
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return torch.ops.quantized.linear_dynamic_fp16(x, self.packed)
+
+
+class BFloat16Product:
+    """x -> x @ weight.T on a CPU, for a weight (O, I) rounded to bfloat16. x and the result are
+    float32.
+
+    One row is most of what a chat needs, and has a product of its own: ColumnSum on Intel's CPUs,
+    float16 on AMD's, where it is faster for up to 8 rows. The first call with more rows packs the
+    weight for oneDNN, or as float16 on a CPU without such instructions, in place of the first copy.
+    """
+
+    def __init__(self, weight: Tensor):
+        rounded, self.has_bfloat16 = weight.bfloat16(), has_bfloat16(weight.device)
+        self.product: Any = Float16Product(rounded) if is_amd() else ColumnSum(rounded)
+        self.most_rows = 1
+        if is_amd():
+            self.most_rows = 8 if self.has_bfloat16 else sys.maxsize
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if len(x) > self.most_rows:
+            weight, self.most_rows = self.product.weight().bfloat16(), sys.maxsize
+            self.product = None  # free it first
+            self.product = (packed_product if self.has_bfloat16 else Float16Product)(weight)
+        return self.product(x)
 
 
 def int8_product(weight: Tensor) -> Product:
@@ -191,7 +238,7 @@ def int8_product(weight: Tensor) -> Product:
 
 
 PACKED_PRODUCTS: dict[torch.dtype, Callable[[Tensor], Product]] = {
-    torch.bfloat16: BFloat16Product, torch.float16: float16_product, torch.int8: int8_product}
+    torch.bfloat16: BFloat16Product, torch.float16: Float16Product, torch.int8: int8_product}
 
 
 def has_bfloat16(device: torch.device) -> bool:

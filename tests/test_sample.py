@@ -217,29 +217,46 @@ def test_half_a_model_decodes_as_it_computes(tmp_path, device, dtype):
 @pytest.mark.parametrize("rows", [1, 2, 7, 8, 16, 129])
 @pytest.mark.parametrize("columns", [7, 64, 90, 3 * 257])
 def test_products_of_few_rows_are_the_product(rows, columns):
-    """Also with one packed weight for several numbers of rows, without AMX, and where torch has no oneDNN."""
+    """On Intel's CPUs and AMD's, with one packed weight for several numbers of rows, with threads that do not divide
+    the weight evenly, and where torch has no oneDNN."""
     weight, x = torch.randn(columns, 33), torch.randn(33, rows).T
     expected = x @ weight.T
-    for has_amx, has_onednn in itertools.product((True, False), {False, torch.backends.mkldnn.is_available()}):
-        with (mock.patch("torch.cpu._is_amx_tile_supported", mock.Mock(return_value=has_amx)),
+    for is_amd, has_onednn, threads in itertools.product((True, False), {False, torch.backends.mkldnn.is_available()}, (1, 2, 5)):
+        with (mock.patch("sample.is_amd", mock.Mock(return_value=is_amd)),
+              mock.patch("torch.get_num_threads", mock.Mock(return_value=threads)),
               mock.patch("torch.backends.mkldnn.is_available", mock.Mock(return_value=has_onednn))):
             product = float32_product(weight)
         for n in (rows, 1, rows):
             torch.testing.assert_close(product(x[:n]), expected[:n])
             assert product(x[:n]).is_contiguous()
     rounded = weight.bfloat16()
-    for has_bfloat16, threads in itertools.product({False, sample.has_bfloat16(x.device)}, (1, 2, 3)):
-        with (mock.patch("sample.has_bfloat16", mock.Mock(return_value=has_bfloat16)),
+    for is_amd, has_bfloat16, threads in itertools.product((True, False), {False, sample.has_bfloat16(x.device)}, (1, 2, 3)):
+        with (mock.patch("sample.is_amd", mock.Mock(return_value=is_amd)),
+              mock.patch("sample.has_bfloat16", mock.Mock(return_value=has_bfloat16)),
               mock.patch("torch.get_num_threads", mock.Mock(return_value=threads))):
             product = BFloat16Product(weight)
-            assert torch.equal(product.weight(), rounded)
+            first = product.product
+            assert torch.equal(first.weight().bfloat16(), rounded)
             for n in (1, rows, 1):
                 y = product(x[:n])
-                is_rounded = has_bfloat16 or n == 1 and len(product.table) > 0
+                is_rounded = has_bfloat16 if product.product is not first else not is_amd
                 exact = (x[:n].bfloat16() if is_rounded else x[:n]).double() @ rounded.double().T
                 assert y.dtype == torch.float32 and y.shape == (n, columns)
                 torch.testing.assert_close(y.double(), exact, rtol=1e-2 if is_rounded else 1e-4, atol=2e-3)
-            assert len(product.table) == 0 or rows == 1  # the weight is never kept twice
+            most = (8 if has_bfloat16 else 1000) if is_amd else 1
+            assert (product.product is first) == (rows <= most)
+
+
+@pytest.mark.quick
+def test_the_vendor_of_the_cpu_is_found():
+    """On Linux in /proc/cpuinfo, elsewhere from Python."""
+    is_amd = sample.is_amd.__wrapped__
+    for text, expected in (("vendor_id\t: AuthenticAMD\n", True), ("vendor_id\t: GenuineIntel\n", False)):
+        with mock.patch("builtins.open", mock.mock_open(read_data=text)):
+            assert is_amd() == expected
+    for name, expected in (("AMD64 Family 25 Model 17 Stepping 1, AuthenticAMD", True), ("arm", False)):
+        with mock.patch("builtins.open", side_effect=FileNotFoundError), mock.patch("platform.processor", return_value=name):
+            assert is_amd() == expected
 
 
 @pytest.mark.quick
