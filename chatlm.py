@@ -135,8 +135,9 @@ class ChatLMConfig:
     def check_field(self, name: str, kind: type) -> None:
         """Raise ValueError if a field is not of its kind, or out of range."""
         value, least = getattr(self, name), 0 if name.endswith("_token_id") else 1
-        if kind is int and (type(value) is not int or not least <= value < 1 << 31):
-            raise ValueError(f"{name} must be a whole number of {least} or more, not {value!r}")
+        most = 1000 if name.endswith("_layers") else (1 << 31) - 1
+        if kind is int and (type(value) is not int or not least <= value <= most):
+            raise ValueError(f"{name} must be a whole number from {least} to {most}, not {value!r}")
         if kind is float and (type(value) not in (int, float) or not 0 <= value < math.inf):
             raise ValueError(f"{name} must be a number of 0 or more, not {value!r}")
         if kind is bool and type(value) is not bool:

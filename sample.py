@@ -55,6 +55,7 @@ import socket
 import sys
 import threading
 import time
+import urllib.parse
 import warnings
 import weakref
 from collections import Counter, deque
@@ -600,7 +601,7 @@ class GenerationConfig:
                                 1e-3, 1e3)
     top_k: int = option(0, "sampling: only from the k likeliest tokens; 0: from all", 0, 1 << 31)
     top_p: float = option(1.0, "sampling: only from the likeliest tokens with this probability "
-                          "together", 1e-9, 1)
+                          "together")
     num_beams: int = option(1, "beams of a beam search; 1: none", 1, 1000)
     length_penalty: float = option(1.0, "beam search: above 0 favors longer answers", -100, 100)
     early_stopping: bool | str = option(False, "beam search: true: stop when num_beams answers "
@@ -1586,11 +1587,17 @@ class ChatHandler(BaseHTTPRequestHandler):
             self.reply(200, page.encode(), "text/html; charset=utf-8")
         elif path == "/health":
             self.reply(200, {"status": "ok"})
-        elif path != "/v1/models":
+        elif not f"{path}/".startswith("/v1/models/"):
             self.refuse(404, f"there is no {path}")
         elif self.is_allowed():
             model = {"id": self.server.name, "object": "model", "created": 0, "owned_by": "ChatLM"}
-            self.reply(200, {"object": "list", "data": [model]})
+            asked = urllib.parse.unquote(path.removeprefix("/v1/models").removeprefix("/"))
+            if not asked:
+                self.reply(200, {"object": "list", "data": [model]})
+            elif asked == self.server.name:
+                self.reply(200, model)
+            else:
+                self.refuse(404, f"there is no model {asked}, only {self.server.name}")
 
     def do_POST(self) -> None:
         if self.path.partition("?")[0] != "/v1/chat/completions":

@@ -261,10 +261,10 @@ def test_tied_weights_load_under_any_of_their_names(tmp_path, kept):
 
 
 @pytest.mark.parametrize(("change", "message"), [
-    ({"d_model": "32"}, "d_model must be a whole number of 1 or more, not '32'"), ({"d_ff": None}, "d_ff must be"), ({"num_heads": 2.0}, "num_heads must be"),
+    ({"d_model": "32"}, "d_model must be a whole number from 1 to 2147483647, not '32'"), ({"d_ff": None}, "d_ff must be"), ({"num_layers": 10 ** 9}, "num_layers must be a whole number from 1 to 1000"), ({"num_heads": 2.0}, "num_heads must be"),
     ({"num_layers": 0}, "num_layers must be"), ({"num_layers": True}, "num_layers must be"), ({"vocab_size": [90]}, "vocab_size must be"),
     ({"dropout_rate": None}, "dropout_rate must be a number"), ({"layer_norm_epsilon": "1e-6"}, "layer_norm_epsilon must be"), ({"d_kv": -8}, "d_kv must be"),
-    ({"eos_token_id": [1, 2]}, r"eos_token_id must be a whole number of 0 or more, not \[1, 2\]"), ({"eos_token_id": "1"}, "eos_token_id must be"),
+    ({"eos_token_id": [1, 2]}, r"eos_token_id must be a whole number from 0 to 2147483647, not \[1, 2\]"), ({"eos_token_id": "1"}, "eos_token_id must be"),
     ({"decoder_start_token_id": None}, "decoder_start_token_id must be"), ({"pad_token_id": 300}, "pad_token_id is 300, and the vocabulary has only 300"),
     ({"tie_word_embeddings": "yes"}, "tie_word_embeddings must be true or false")], ids=str)
 def test_values_without_a_meaning_are_one_line(tmp_path, change, message):

@@ -312,7 +312,7 @@ def test_transformers_answers_the_same_from_text(folder):
 @pytest.mark.quick
 def test_sampling_filters_as_transformers():
     g = torch.Generator().manual_seed(3)
-    for temperature, top_k, top_p, beams in itertools.product((0.7, 1.0, 1.5), (0, 1, 5, 100), (0.3, 0.9, 1.0), (1, 3)):
+    for temperature, top_k, top_p, beams in itertools.product((0.7, 1.0, 1.5), (0, 1, 5, 100), (0.0, 0.3, 0.9, 1.0), (1, 3)):
         scores = torch.randn(4, 50, generator=g) * 3
         least = 2 if beams > 1 else 1
         expected = logits_process.TemperatureLogitsWarper(temperature)(None, scores)
@@ -375,7 +375,7 @@ def test_seeded_sampling_is_reproducible_and_draws_from_the_distribution(tmp_pat
     assert (seen - expected).abs().max() < 0.1
 
 
-@pytest.mark.parametrize("options", [{"num_beams": 0}, {"top_p": 1.5}, {"top_p": 0}, {"temperature": -1.0}, {"max_new_tokens": 0}, {"repetition_penalty": 0},
+@pytest.mark.parametrize("options", [{"num_beams": 0}, {"top_p": 1.5}, {"top_p": -0.1}, {"temperature": -1.0}, {"max_new_tokens": 0}, {"repetition_penalty": 0},
                                      {"num_return_sequences": 2}, {"early_stopping": "soon"}], ids=str)
 def test_options_out_of_range_are_refused(tmp_path, options):
     with pytest.raises(ValueError, match=next(iter(options))):
@@ -712,7 +712,7 @@ def test_nats_per_character_count_the_characters_that_were_scored(folder):
 @pytest.mark.parametrize(("content", "message"), [
     ({"max_new_tokens": "8"}, "max_new_tokens must be a whole number"), ({"max_new_tokens": 8.0}, "max_new_tokens must be"), ({"top_k": 50.0}, "top_k must be"),
     ({"temperature": "x"}, "temperature must be a number"), ({"do_sample": "false"}, "do_sample must be true or false"), ({"length_penalty": "1"}, "length_penalty must be"),
-    ({"penalty_alpha": "x"}, "penalty_alpha must be a number"), ({"num_beams": "2"}, "num_beams must be a whole number"), ({"top_p": 0}, "top_p must be"), ({"min_new_tokens": 300}, "min_new_tokens must be at most max_new_tokens"), ({"early_stopping": "soon"}, "early_stopping must be")], ids=str)
+    ({"penalty_alpha": "x"}, "penalty_alpha must be a number"), ({"num_beams": "2"}, "num_beams must be a whole number"), ({"top_p": -0.1}, "top_p must be"), ({"min_new_tokens": 300}, "min_new_tokens must be at most max_new_tokens"), ({"early_stopping": "soon"}, "early_stopping must be")], ids=str)
 def test_settings_of_a_model_are_checked(folder, tmp_path, content, message):
     import shutil
     shutil.copytree(folder, tmp_path / "model")

@@ -83,6 +83,9 @@ def post(server: ChatServer, body: bytes, **headers: str) -> tuple[int, dict]:
 def test_the_openai_client_gets_whole_answers_and_streams(server):
     chat, text = client(server).chat.completions, expected(server)
     assert [m.id for m in client(server).models.list()] == ["tiny"]
+    assert client(server).models.retrieve("tiny").id == "tiny"
+    with pytest.raises(openai.NotFoundError, match="there is no model 别的, only tiny"):
+        client(server).models.retrieve("别的")
     whole = chat.create(model="tiny", messages=QUESTION)
     assert whole.choices[0].message.content == text and whole.choices[0].finish_reason == "length"
     prompt_tokens = len(server.tokenizer.encode(QUESTION[0]["content"]))
