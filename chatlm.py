@@ -625,8 +625,10 @@ class LinearLogProbs(torch.autograd.Function):
             w = weight.to(ctx.dtype)
             for part, _, logits in logit_chunks(hidden.to(ctx.dtype), w):
                 label = labels[part]
-                logits = logits[:len(label)].float()
-                logps[part] = -F.cross_entropy(logits, label, reduction="none")
+                logits = logits[:len(label)]
+                for rows in cache_parts(logits):
+                    x = logits[rows].float()
+                    logps[part][rows] = -F.cross_entropy(x, label[rows], reduction="none")
         return logps
 
     @staticmethod
@@ -671,8 +673,8 @@ def logit_chunks(hidden: Tensor, weight: Tensor) -> Iterator[tuple[slice, Tensor
     n, block = len(hidden), row_block(weight)
     rows = LOSS_CHUNK_BYTES // (weight.element_size() * len(weight)) // block * block or block
     hidden, width = pad_rows(hidden, block), -(-len(weight) // 64) * 64
-    # zeros, not empty: bfloat16 kernels on CPUs also read the padding, which may hold NaN
-    buffer = weight.new_zeros(min(rows, len(hidden)), width)
+    buffer = weight.new_empty(min(rows, len(hidden)), width)
+    buffer[:, len(weight):] = 0  # bfloat16 kernels on CPUs also read the padding: no NaN there
     for i in range(0, n, rows):
         h = hidden[i:i + rows]
         logits = torch.mm(h, weight.T, out=buffer[:len(h), :len(weight)])
@@ -681,22 +683,28 @@ def logit_chunks(hidden: Tensor, weight: Tensor) -> Iterator[tuple[slice, Tensor
 
 def logits_to_gradient(logits: Tensor, labels: Tensor) -> Tensor:
     """Replace logits (N, V) in place by their gradient, softmax - one-hot; return the loss, ().
-    A GPU runs it as one compiled function if it can; a CPU takes as many rows at a time as fit its
-    cache."""
+    A GPU runs it as one compiled function if it can."""
     if logits.is_cuda and compiled_gradient.is_usable:
         return compiled_gradient(logits, labels)
-    rows = max(1, len(logits))
-    if logits.device.type == "cpu":
-        rows = max(1, CACHE_BYTES // (4 * logits.size(1)))
     loss = logits.new_zeros((), dtype=torch.float32)
-    for part, label in zip(logits.split(rows), labels[:, None].split(rows)):
-        x = part.float()
+    for rows in cache_parts(logits):
+        x, label = logits[rows].float(), labels[rows, None]
         top, chosen = x.amax(-1), x.gather(1, label)[:, 0]
         p = torch.softmax(x, -1, out=x)
         # log(sum(exp(x))) = top - log(p of top)
         loss += (top - p.amax(-1).log() - chosen).sum()
-        part.copy_(p.scatter_add_(1, label, -torch.ones_like(label, dtype=p.dtype)))
+        logits[rows] = p.scatter_add_(1, label, -torch.ones_like(label, dtype=p.dtype))
     return loss
+
+
+def cache_parts(logits: Tensor) -> Iterator[slice]:
+    """Slices of the rows of logits (N, V). On a CPU, the rows of one fit its cache as float32; on a
+    GPU there is one slice."""
+    rows = max(1, len(logits))
+    if logits.device.type == "cpu":
+        rows = max(1, CACHE_BYTES // (4 * logits.size(1)))
+    for i in range(0, len(logits), rows):
+        yield slice(i, i + rows)
 
 
 def plain_gradient(logits: Tensor, labels: Tensor) -> Tensor:

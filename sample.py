@@ -206,24 +206,33 @@ class BFloat16Product:
     """x -> x @ weight.T on a CPU, for a weight (O, I) rounded to bfloat16. x and the result are
     float32.
 
-    One row is most of what a chat needs, and has a product of its own: ColumnSum on Intel's CPUs,
-    float16 on AMD's, where it is faster for up to 8 rows. The first call with more rows packs the
-    weight for oneDNN, or as float16 on a CPU without such instructions, in place of the first copy.
+    The weight is packed at the first call. One row is most of what a chat needs, and has a product
+    of its own: ColumnSum on Intel's CPUs, float16 on AMD's, where it is faster for up to 8 rows.
+    Once there are more rows, the weight is packed for oneDNN, or as float16 on a CPU without such
+    instructions, and the first copy is dropped.
     """
 
     def __init__(self, weight: Tensor):
-        rounded, self.has_bfloat16 = weight.bfloat16(), has_bfloat16(weight.device)
-        self.product: Any = Float16Product(rounded) if is_amd() else ColumnSum(rounded)
-        self.most_rows = 1
-        if is_amd():
-            self.most_rows = 8 if self.has_bfloat16 else sys.maxsize
+        rounded = weight.bfloat16()
+        self.weight: Callable[[], Tensor] = lambda: rounded
+        self.product: Any = None
+        self.most_rows = 0  # that self.product is for
 
     def __call__(self, x: Tensor) -> Tensor:
         if len(x) > self.most_rows:
-            weight, self.most_rows = self.product.weight().bfloat16(), sys.maxsize
-            self.product = None  # free it first
-            self.product = (packed_product if self.has_bfloat16 else Float16Product)(weight)
+            self.pack(self.weight().bfloat16(), len(x))
         return self.product(x)
+
+    def pack(self, weight: Tensor, rows: int) -> None:
+        del self.weight, self.product  # free them first
+        few_rows = 8 if is_amd() else 1
+        self.most_rows = few_rows if rows <= few_rows else sys.maxsize
+        if rows > few_rows and has_bfloat16(weight.device):
+            self.product = packed_product(weight)
+            return
+        is_column_sum = rows <= few_rows and not is_amd()
+        self.product = ColumnSum(weight) if is_column_sum else Float16Product(weight)
+        self.weight = self.product.weight
 
 
 def int8_product(weight: Tensor) -> Product:
@@ -290,7 +299,8 @@ class Products:
     a CPU; None: in their own dtype. Later weight updates are not picked up. keeps_one_copy: the
     model's layers share the concatenated weights, to save memory.
 
-    With bfloat16 and int8, if the CPU can, attention is in bfloat16, and the encoder too."""
+    With bfloat16 and int8, the encoder is in bfloat16, if the CPU can; and attention, if it has
+    AMX: without, it would be slower."""
 
     def __init__(self, model: ChatLM, dtype: torch.dtype | None = None,
                  keeps_one_copy: bool = False):
@@ -300,7 +310,8 @@ class Products:
         self.is_gpu = weight.is_cuda
         rounds = dtype in (torch.bfloat16, torch.int8)
         self.rounds = weight.is_cpu and rounds and has_bfloat16(weight.device)
-        self.attention_dtype = torch.bfloat16 if self.rounds else weight.dtype
+        has_amx = self.rounds and torch.cpu._is_amx_tile_supported()
+        self.attention_dtype = torch.bfloat16 if has_amx else weight.dtype
         self.head = self.of(model.head_weight())
         self.layers = [self.layer(*block.layer) for block in model.decoder.block]
         c, norm = model.config, model.decoder.final_layer_norm
