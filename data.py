@@ -203,13 +203,15 @@ class Texts:
 
     def __iter__(self) -> Iterator[str]:
         for row in self.rows:
-            values = list(row.values())
+            values: Iterable = row.values()
             if isinstance(row.get("conversations"), list):
                 turns = [turn for turn in row["conversations"] if isinstance(turn, dict)]
                 values = [turn.get("value") for turn in turns]
-            elif set(PAIR) <= row.keys():
+            elif "prompt" in row and "response" in row:
                 values = [row[column] for column in PAIR]
-            yield from (value for value in values if isinstance(value, str) and value)
+            for value in values:
+                if isinstance(value, str) and value:
+                    yield value
 
 
 def read_file(path: Path, problems: Problems, skip: bool = True) -> Iterator[dict]:
@@ -272,7 +274,7 @@ def read_lines(f, bad: Callable[[str, int, str], None] | None) -> Iterator[dict]
     """Yield lines of text; a line over 4 million characters is split. With bad, WikiExtractor's
     tags are skipped and reported to it."""
     for number, line in enumerate(iter(lambda: f.readline(1 << 22), ""), 1):
-        if bad and WIKI_TAG.fullmatch(line.strip()):
+        if bad and "<" in line and WIKI_TAG.fullmatch(line.strip()):
             bad("tag line of WikiExtractor, skipped", number, "")
         else:
             yield {"text": line.rstrip("\r\n")}
