@@ -206,33 +206,27 @@ class BFloat16Product:
     """x -> x @ weight.T on a CPU, for a weight (O, I) rounded to bfloat16. x and the result are
     float32.
 
-    The weight is packed at the first call. One row is most of what a chat needs, and has a product
-    of its own: ColumnSum on Intel's CPUs, float16 on AMD's, where it is faster for up to 8 rows.
-    Once there are more rows, the weight is packed for oneDNN, or as float16 on a CPU without such
-    instructions, and the first copy is dropped.
+    One row is most of what a chat needs, and has a product of its own: ColumnSum on Intel's CPUs,
+    float16 on AMD's, where it is faster for up to 8 rows. The first call with more rows packs the
+    weight for oneDNN, or as float16 on a CPU without such instructions, in place of the first copy.
     """
 
     def __init__(self, weight: Tensor):
         rounded = weight.bfloat16()
-        self.weight: Callable[[], Tensor] = lambda: rounded
-        self.product: Any = None
-        self.most_rows = 0  # that self.product is for
+        self.product: Any = Float16Product(rounded) if is_amd() else ColumnSum(rounded)
+        self.most_rows = 8 if is_amd() else 1
 
     def __call__(self, x: Tensor) -> Tensor:
         if len(x) > self.most_rows:
-            self.pack(self.weight().bfloat16(), len(x))
+            self.repack()
         return self.product(x)
 
-    def pack(self, weight: Tensor, rows: int) -> None:
-        del self.weight, self.product  # free them first
-        few_rows = 8 if is_amd() else 1
-        self.most_rows = few_rows if rows <= few_rows else sys.maxsize
-        if rows > few_rows and has_bfloat16(weight.device):
-            self.product = packed_product(weight)
-            return
-        is_column_sum = rows <= few_rows and not is_amd()
-        self.product = ColumnSum(weight) if is_column_sum else Float16Product(weight)
-        self.weight = self.product.weight
+    def repack(self) -> None:
+        """Change to a product that is fast for many rows."""
+        weight, self.most_rows = self.product.weight().bfloat16(), sys.maxsize
+        self.product = None  # free it first
+        has_it = has_bfloat16(weight.device)
+        self.product = packed_product(weight) if has_it else Float16Product(weight)
 
 
 def int8_product(weight: Tensor) -> Product:
