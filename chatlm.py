@@ -698,8 +698,8 @@ def logits_to_gradient(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def cache_parts(logits: Tensor) -> Iterator[slice]:
-    """Slices of the rows of logits (N, V). On a CPU, the rows of one fit its cache as float32; on a
-    GPU there is one slice."""
+    """Slices of the rows of logits (N, V), to work on one after the other. On a CPU, a slice fits
+    the cache as float32; on a GPU, one slice has all rows."""
     rows = max(1, len(logits))
     if logits.device.type == "cpu":
         rows = max(1, CACHE_BYTES // (4 * logits.size(1)))

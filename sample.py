@@ -97,8 +97,8 @@ Product = Callable[[Tensor], Tensor]  # (N, in) -> (N, out), for few rows N
 
 @functools.cache
 def is_amd() -> bool:
-    """Whether the CPU is AMD's. On these, MKL computes x @ weight.T with one thread for one row,
-    and FBGEMM's float16 product is faster than its embedding bag; on Intel's it is not so."""
+    """Whether this is an AMD CPU. There, MKL uses one thread for a product with one row, and
+    FBGEMM's float16 product is faster than its embedding bag. On Intel's CPUs, neither holds."""
     with contextlib.suppress(OSError), open("/proc/cpuinfo", encoding="utf-8") as f:
         return "AuthenticAMD" in f.read(1 << 12)
     return "AuthenticAMD" in platform.processor()  # Windows
@@ -107,21 +107,23 @@ def is_amd() -> bool:
 def float32_product(weight: Tensor) -> Product:
     """x -> x @ weight.T in float32 on a CPU, for a weight (O, I).
 
-    Torch's own product is fastest for one or two rows, except on AMD's CPUs: there each thread
-    multiplies its part of the weight, for one to four rows. For more rows, up to 16, oneDNN
-    computes weight @ x.T faster than torch computes x @ weight.T. oneDNN copies its right matrix
-    into a layout of its own. Here that is x, which is small, so there is no second copy of the
-    weight.
+    The fastest product depends on the number of rows:
+
+        1 or 2     torch's own; on AMD's CPUs split_product, for 1 to 4
+        up to 16   oneDNN's weight @ x.T. It copies its right matrix into a layout of its own: here
+                   x, which is small, so there is no second copy of the weight
+        more       torch's own
     """
-    split = split_product(weight) if is_amd() and torch.backends.mkl.is_available() else None
-    few_rows = range(5 if split else 3, 17)
-    if not torch.backends.mkldnn.is_available():
-        few_rows = range(0)
+    few: Product = functools.partial(F.linear, weight=weight)
+    most_few = 2
+    if is_amd() and torch.backends.mkl.is_available():
+        few, most_few = split_product(weight), 4
+    has_onednn = torch.backends.mkldnn.is_available()
 
     def product(x: Tensor) -> Tensor:
-        if split and len(x) < 5:
-            return split(x)
-        if len(x) not in few_rows:
+        if len(x) <= most_few:
+            return few(x)
+        if not has_onednn or len(x) > 16:
             return F.linear(x, weight)
         y = torch.ops.mkldnn._linear_pointwise(weight, x, None, "none", [], "")  # (O, N)
         return y.t().contiguous()
@@ -129,8 +131,8 @@ def float32_product(weight: Tensor) -> Product:
 
 
 def split_product(weight: Tensor) -> Product:
-    """x -> x @ weight.T as a batch of products, one per thread, of equal parts of the weight (O, I)
-    with x; the rows of the weight that remain are multiplied apart."""
+    """x -> x @ weight.T, where each thread multiplies x with an equal part of the weight (O, I): a
+    batch of products. The few rows of the weight that remain are another product."""
     parts = max(1, min(torch.get_num_threads(), len(weight) // 64))
     rows = len(weight) // parts * parts
     batch, rest = weight[:rows].view(parts, -1, weight.size(1)), weight[rows:]
@@ -196,6 +198,7 @@ class Float16Product:
         self.packed = torch.ops.quantized.linear_prepack_fp16(weight.float(), None)
 
     def weight(self) -> Tensor:
+        """The weight (O, I) in float32, as it was rounded to float16."""
         return torch.ops.quantized.linear_unpack_fp16(self.packed)[0]
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -208,13 +211,15 @@ class BFloat16Product:
 
     One row is most of what a chat needs, and has a product of its own: ColumnSum on Intel's CPUs,
     float16 on AMD's, where it is faster for up to 8 rows. The first call with more rows packs the
-    weight for oneDNN, or as float16 on a CPU without such instructions, in place of the first copy.
+    weight anew and drops the first copy: for oneDNN, or on a CPU without bfloat16 as float16.
     """
 
     def __init__(self, weight: Tensor):
         rounded = weight.bfloat16()
         self.product: Any = Float16Product(rounded) if is_amd() else ColumnSum(rounded)
-        self.most_rows = 8 if is_amd() else 1
+        self.most_rows = 1
+        if is_amd():
+            self.most_rows = 8 if has_bfloat16(weight.device) else sys.maxsize
 
     def __call__(self, x: Tensor) -> Tensor:
         if len(x) > self.most_rows:
@@ -293,8 +298,8 @@ class Products:
     a CPU; None: in their own dtype. Later weight updates are not picked up. keeps_one_copy: the
     model's layers share the concatenated weights, to save memory.
 
-    With bfloat16 and int8, the encoder is in bfloat16, if the CPU can; and attention, if it has
-    AMX: without, it would be slower."""
+    With bfloat16 and int8, the encoder computes in bfloat16 if the CPU has instructions for it.
+    Attention does so only with AMX; without, it would be slower."""
 
     def __init__(self, model: ChatLM, dtype: torch.dtype | None = None,
                  keeps_one_copy: bool = False):
@@ -1592,11 +1597,11 @@ class ChatHandler(BaseHTTPRequestHandler):
             self.reply(200, page.encode(), "text/html; charset=utf-8")
         elif path == "/health":
             self.reply(200, {"status": "ok"})
-        elif not f"{path}/".startswith("/v1/models/"):
+        elif path != "/v1/models" and not path.startswith("/v1/models/"):
             self.refuse(404, f"there is no {path}")
         elif self.is_allowed():
             model = {"id": self.server.name, "object": "model", "created": 0, "owned_by": "ChatLM"}
-            asked = urllib.parse.unquote(path.removeprefix("/v1/models").removeprefix("/"))
+            asked = urllib.parse.unquote(path[len("/v1/models/"):])
             if not asked:
                 self.reply(200, {"object": "list", "data": [model]})
             elif asked == self.server.name:

@@ -244,7 +244,8 @@ def test_products_of_few_rows_are_the_product(rows, columns):
                 exact = (x[:n].bfloat16() if is_rounded else x[:n]).double() @ rounded.double().T
                 assert y.dtype == torch.float32 and y.shape == (n, columns)
                 torch.testing.assert_close(y.double(), exact, rtol=1e-2 if is_rounded else 1e-4, atol=2e-3)
-            assert product.most_rows == (few if rows <= few else sys.maxsize)
+            stays = rows <= few and (has_bfloat16 or not is_amd)
+            assert product.most_rows == (few if stays else sys.maxsize)
 
 
 @pytest.mark.quick
