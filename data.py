@@ -111,8 +111,8 @@ def arrow():
 
 
 class Problems(Counter):
-    """What was wrong in files that were read anyway: reason -> count. first: where it occurred.
-    share(): how much of `files` has been read, 0 to 1."""
+    """Counts the problems in files that are read anyway: reason -> count. first: where each one
+    occurred first. share(): how much of `files` has been read, 0 to 1."""
 
     def __init__(self, files: Iterable[Path] = ()):
         super().__init__()
@@ -155,10 +155,13 @@ class Rows:
     Files are .parquet, .jsonl, .json (lines or one list), .csv or .txt, the text formats also .gz.
     A line of a .txt file is {"text": line}. Folders: see folder_files.
 
-    columns: every row must have text in these. Otherwise ValueError names file and row; with
-    skip=True, such rows and bad lines are skipped and counted in `problems`, which restarts with
-    every pass. Always an error: a first row without one of the columns, a damaged file, an item of
-    a JSON list that is not an object. A missing file raises FileNotFoundError.
+    columns: every row must have text in these.
+    skip=False: a row without it and a bad line raise ValueError, which names file and row.
+    skip=True: they are skipped and counted in `problems`, which restarts with every pass. A first
+    row without one of the columns, a damaged file, and an item of a JSON list that is not an object
+    still raise ValueError.
+
+    A missing file raises FileNotFoundError.
     """
 
     def __init__(self, paths, columns: tuple[str, ...] = (), skip: bool = False,
@@ -184,11 +187,12 @@ class Rows:
                 missing = [c for c in self.columns if not isinstance(row.get(c), str)]
                 if not missing:
                     yield row
-                elif not self.skip or i == 1 and missing[0] not in row:
+                    continue
+                is_wrong_file = i == 1 and missing[0] not in row
+                if is_wrong_file or not self.skip:
                     raise ValueError(f"{self.place()} has no text in {missing[0]!r}; its columns "
                                      f"are {', '.join(map(str, row))}")
-                else:
-                    self.problems.note(f"row without text in {missing[0]!r}, skipped", self.place())
+                self.problems.note(f"row without text in {missing[0]!r}, skipped", self.place())
         if not self.skip:
             self.problems.warn()
 
@@ -426,7 +430,7 @@ def encoding_of(path: Path, head: bytes) -> str:
     def undecodable(encoding: str) -> int:
         text = codecs.getincrementaldecoder(encoding)("replace").decode(head)
         in_file = head.count("\ufffd".encode(encoding.removesuffix("-sig")))
-        return text.count("\ufffd") - in_file  # U+FFFD that is in the file is no error
+        return text.count("\ufffd") - in_file  # a U+FFFD that the file itself contains is no error
 
     for mark, encoding in BYTE_ORDER_MARKS.items():
         if head.startswith(mark):
@@ -438,9 +442,10 @@ def encoding_of(path: Path, head: bytes) -> str:
 
 KINDS = (".parquet", ".jsonl", ".json", ".csv", ".txt")
 READABLE = f"{' '.join(KINDS)}, text also .gz"
-NOT_DATA = {"tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "config.json",
-            "generation_config.json", "adapter_config.json", "dataset_info.json",
-            "dataset_infos.json", "dataset_dict.json", "state.json"}  # of models and data sets
+METADATA_FILES = {  # of models and data sets
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "config.json",
+    "generation_config.json", "adapter_config.json", "dataset_info.json", "dataset_infos.json",
+    "dataset_dict.json", "state.json"}
 
 
 def file_kind(path: Path) -> str:
@@ -483,43 +488,41 @@ def folder_files(folder: Path, written: set[str]) -> list[Path]:
     def hidden(name: str) -> bool:
         return name.startswith(".") or name == "__MACOSX"
 
-    found, seen, unknown = [], set(), ""
-    skipped: Counter[str] = Counter()
+    found, seen, skipped = [], set(), Problems()
     for place, folders, names in os.walk(folder, onerror=refuse, followlinks=True):
         if (real := os.path.realpath(place)) in seen:  # a link to a folder above it
             folders.clear()
             continue
         seen.add(real)
-        skipped["hidden"] += sum(map(hidden, folders + names))
+        for name in filter(hidden, folders + names):
+            skipped.note("hidden", name)
         folders[:] = sorted(name for name in folders if not hidden(name))
         for name in list(folders):
             if os.path.realpath(os.path.join(place, name)) in written:
                 folders.remove(name)
-                skipped["that this command writes"] += 1
+                skipped.note("that this command writes", name)
         for name in names:
             file = Path(place, name)
             real = os.path.realpath(file)
             if hidden(name) or name.endswith(".tmp") and real.startswith(tuple(written)):
                 continue
-            if name in NOT_DATA:
-                skipped["of a model or data set description"] += 1
+            if name in METADATA_FILES:
+                skipped.note("of a model or data set description", name)
             elif not file.is_file():
-                skipped["broken links or special files"] += 1
+                skipped.note("broken links or special files", name)
             elif real in written:
-                skipped["that this command writes"] += 1
+                skipped.note("that this command writes", name)
             elif not file_kind(file):
-                unknown = unknown or name
-                skipped["of unknown type"] += 1
+                skipped.note("of unknown type", name)
             else:
                 found.append(file)
-    if unknown:
-        skipped[f"of unknown type ({unknown}, ...)"] = skipped.pop("of unknown type")
-    note = f"skipped in {folder}: "
-    note += ", ".join(f"{n:,} {reason}" for reason, n in skipped.items() if n)
+    reasons = [f"{n:,} {reason} ({skipped.first[reason]}{', ...' if n > 1 else ''})"
+               for reason, n in skipped.items()]
+    note = f"skipped in {folder}: {', '.join(reasons)}"
     if not found:
         raise ValueError(f"{folder} has no files that can be read ({READABLE})"
-                         + (f"; {note}" if skipped.total() else ""))
-    if skipped.total():
+                         + (f"; {note}" if skipped else ""))
+    if skipped:
         note_once(f"note: {note}")
     return sorted(found)
 
@@ -574,8 +577,8 @@ def is_running(pid: int) -> bool:
 
 @contextlib.contextmanager
 def write_errors(path, *kinds: Any) -> Iterator[None]:
-    """Turn OSError, and other errors of a library that cannot write, into an OSError that names
-    path and cause."""
+    """Turn an OSError, and errors of these other kinds from a library that writes, into an OSError
+    that names path and cause."""
     try:
         yield
     except (OSError, *kinds) as e:
@@ -625,8 +628,8 @@ def check_name(path) -> None:
 
 
 def check_folder(path) -> None:
-    """Raise OSError or ValueError if a folder cannot be created or written to: before the work, not
-    after it."""
+    """Raise OSError or ValueError if a folder cannot be created or written to. Call it before the
+    work starts."""
     check_name(path)
     existing = next(p for p in (Path(path), *Path(path).absolute().parents) if p.exists())
     if not existing.is_dir():
@@ -636,8 +639,8 @@ def check_folder(path) -> None:
 
 
 class Writer:
-    """Writes string columns to a Parquet file, atomically. The file's metadata says what it was
-    made of: see check_outputs."""
+    """Writes string columns to a Parquet file, atomically. made_of: a hash of the command and its
+    inputs for the file's metadata, see recipe."""
 
     def __init__(self, path, columns: tuple[str, ...] = PAIR, made_of: str = ""):
         self.path, self.columns, self.made_of, self.total = Path(path), columns, made_of, 0
@@ -764,9 +767,9 @@ class Progress:
     """One line on stderr, updated in a terminal, otherwise printed anew every 10 seconds:
     "1,200 rows, 40 %, 0m30s left".
 
-    Iterating over Progress(text, rows) yields the rows and shows their number, text, and the share
-    read. `passes` is how many times the rows will be iterated over. Other work with a known total
-    calls add, and the rest show.
+    Three uses: iterate over Progress(text, rows), which yields the rows and shows their number,
+    text, and the share read (`passes`: how many times they will be iterated over); call add if the
+    total is known; otherwise call show.
     """
 
     def __init__(self, text: str = "", rows: Any = (), passes: int = 1, total: int = 0):
@@ -1350,9 +1353,9 @@ def clean_rows(job: CleanJob) -> tuple[list[dict], list[tuple[str, str]], list[s
     kept, dropped, shortened = [], [], []
     for i, row in enumerate(job.rows, job.first):
         row = without_nan(row)
-        split = job.turns > 1 and "conversations" in row
+        has_turns = job.turns > 1 and "conversations" in row
         where = f"{job.path}, row {i:,}"
-        pairs = pairs_of_turns(row, job) if split else [(source.convert(row), False)]
+        pairs = pairs_of_turns(row, job) if has_turns else [(source.convert(row), False)]
         for texts, is_shortened in pairs:
             cleaned = clean_row(texts, source, shortest, job)
             if isinstance(cleaned, str):
@@ -1403,7 +1406,7 @@ def pairs_of_turns(row: dict, job: CleanJob) -> list[tuple[Any, bool]]:
             question, answer = (clean_text(text.replace(SEP, " ")) for text in texts)
             answer = trim_unfinished(answer)
         if not usable or not question or not answer:
-            pairs.append(((question, answer), False))  # which is dropped, and counted
+            pairs.append(((question, answer), False))  # clean_row drops and counts it
             history = []
             continue
         whole = asked = [*history[2 - 2 * job.turns:], question]
@@ -1505,9 +1508,10 @@ def check_source(path: Path, name: str, fields: tuple[str, ...], rows: list[dict
 
 SHINGLE, BINS = 5, 128  # characters per shingle, values per signature
 EMPTY_BIN, FACTOR = np.uint32(0xFFFFFFFF), 0x9E3779B97F4A7C15
+# 64 permutations of the bins: from which bin an empty one copies
 DONORS = np.random.default_rng(1).permuted(np.tile(np.arange(BINS), (64, 1)), axis=1)
 BATCH_CHARS = 1 << 18  # texts are compared in batches of about this many characters
-# a text is compared with the first 4 of its bucket and the 2 before it, and with 32 in all buckets
+# candidates of a text: the first 4 and the previous 2 of each bucket, at most 32 in total
 COMPARE_FIRST, COMPARE_PREVIOUS, MAX_CANDIDATES = 4, 2, 32
 EQUAL, NEAR = "equal to an earlier one", "near-duplicate of an earlier one"
 
@@ -1608,7 +1612,7 @@ def sketch(job: tuple[list[str], int, int]) -> tuple[np.ndarray, np.ndarray]:
     for i in range(rows):  # band k has the values k, k + bands, k + 2 bands, ...
         keys = (keys ^ signatures[:, i * bands:(i + 1) * bands]) * np.uint64(FACTOR)
         keys ^= keys >> np.uint64(32)
-    keys[counts == 0] = exact[counts == 0, None]  # without shingles, only equal texts are alike
+    keys[counts == 0] = exact[counts == 0, None]  # no shingles: only an equal text matches
     return exact, keys.T.astype(np.uint32)
 
 
@@ -1693,7 +1697,7 @@ def find_duplicates(items: Iterable, text_of: Callable, threshold: float = 0.85,
     decides. The texts of `against` come before all items. items and against are iterated over
     twice: for the sketches (8 bytes per text and 4 per band), then to compare.
     """
-    # after a block of 16 MB was freed once, glibc keeps smaller freed ones for the next batch
+    # freeing a block of 16 MB makes glibc keep smaller freed blocks, for the next batch
     np.empty(1 << 24, np.uint8)
     bands, rows = banding(threshold)
     texts = chain(against, map(text_of, items))
@@ -1706,7 +1710,7 @@ def find_duplicates(items: Iterable, text_of: Callable, threshold: float = 0.85,
     comparison = Comparison(*find_candidates(exact, keys), threshold)
     del sketches, keys
     for batch in batches(against, BATCH_CHARS):
-        comparison.reasons(batch)  # they are only compared with
+        comparison.reasons(batch)  # remembers the batch; nobody needs its reasons
     pairs = ((text_of(item), item) for item in items)
     for batch in batches(pairs, BATCH_CHARS, lambda pair: len(pair[0])):
         reasons = comparison.reasons([text for text, _ in batch])
@@ -1738,14 +1742,15 @@ class Comparison:
         self.drop_near(begin)
         for i in [i for i in self.sets if self.last_use[i] < self.end or not self.keep[i]]:
             del self.sets[i]
-        here = slice(begin, self.end)
-        return np.select([self.keep[here], self.first[here]], ["", NEAR], EQUAL).tolist()
+        batch_rows = slice(begin, self.end)
+        stays, is_first = self.keep[batch_rows], self.first[batch_rows]
+        return np.select([stays, is_first], ["", NEAR], EQUAL).tolist()
 
     def drop_near(self, begin: int) -> None:
         """Set keep to False for each text of the batch that is near to an earlier text that stays.
         begin: number of the batch's first text."""
-        here = slice(*np.searchsorted(self.later, [begin, self.end]))
-        later, earlier = self.later[here], self.earlier[here]
+        batch_pairs = slice(*np.searchsorted(self.later, [begin, self.end]))
+        later, earlier = self.later[batch_pairs], self.earlier[batch_pairs]
         # cheap pass: one candidate per text, from before this batch, settles most duplicates
         settled = np.flatnonzero((earlier < begin) & (place_in_run(later) == 0))
         for part in (settled, np.arange(len(later))):
@@ -2022,8 +2027,8 @@ def plan_batches(lengths: np.ndarray, budget: int, rng: np.random.Generator) -> 
     numbers, in random order.
 
     A batch of B rows, padded to the longest in each column, has at most `budget` cells,
-    B * (S + T). All rows are cut in two by the length of one column, where the padded cells of both
-    halves, plus a cost per batch, are fewest; and so on with the halves, until each one fits.
+    B * (S + T). All rows are cut in two by the length of one column: where the padded cells of both
+    halves, plus a cost per batch, are fewest. The halves are cut in the same way, until each fits.
 
         T |  . .  |  .          a cut by S, then one by T in each half:
           |-. . --|             rows of similar S and T stay together
@@ -2164,8 +2169,8 @@ class WindowReader:
 
 
 class Place(NamedTuple):
-    """The place of a batch in the sequence. A batch number beyond its window counts on into the
-    next ones."""
+    """The place of a batch in the sequence. If batch is beyond its window, the rest is counted in
+    the following windows."""
     epoch: int = 0
     window: int = 0
     batch: int = 0
@@ -2186,10 +2191,11 @@ class PairStream:
         batches  b b b b | b b b b | ...        G = 4, W = 2
         rank     0 1 0 1 | 0 1 0 1 | ...
 
-    state is the Place of the next group, as a dict. It advances before the last batch of a group is
-    yielded: a checkpoint after the step does not repeat the group. Rows without text in a column
-    are skipped and reported once. Raises FileNotFoundError or ValueError (see open_parquet), and
-    ChildProcessError if a background process was killed.
+    state is the Place of the next group, as a dict. It advances just before the last batch of a
+    group is yielded, so a checkpoint after that step does not repeat the group.
+
+    Rows without text in a column are skipped and reported once. Raises FileNotFoundError or
+    ValueError (see open_parquet), and ChildProcessError if a background process was killed.
     """
 
     def __init__(self, files, tokenizer, micro_batch_tokens: int = 8192, max_len: int = 320,
