@@ -149,6 +149,14 @@ def note_once(text: str) -> None:
     print(f"{Path(sys.argv[0]).name}: {text}", file=sys.stderr)
 
 
+def shown(names: Iterable) -> str:
+    """Column names for a message: at most 20, of 40 characters each; unusual ones are quoted."""
+    texts = [str(name)[:40] for name in names]
+    plain = [text if text == text.strip() and text.isprintable() else repr(text)
+             for text in texts[:20]]
+    return ", ".join(plain) + (", ..." if len(texts) > 20 else "")
+
+
 class Rows:
     """The rows of files and folders, as dicts. It can be iterated over many times.
 
@@ -161,7 +169,8 @@ class Rows:
     row without one of the columns, a damaged file, and an item of a JSON list that is not an object
     still raise ValueError.
 
-    A missing file raises FileNotFoundError.
+    A missing file raises FileNotFoundError. A file that changes between two passes, or during one,
+    raises ValueError.
     """
 
     def __init__(self, paths, columns: tuple[str, ...] = (), skip: bool = False,
@@ -169,7 +178,12 @@ class Rows:
         paths = [paths] if isinstance(paths, (str, Path)) else list(paths)
         self.columns, self.skip = columns, skip
         self.files = input_files(paths, outputs)
+        self.stamps = self.read_stamps()
         self.problems = Problems()
+
+    def read_stamps(self) -> list[tuple[int, int]]:
+        """Size and time of the last change of every file."""
+        return [(stat.st_size, stat.st_mtime_ns) for stat in (path.stat() for path in self.files)]
 
     def share(self) -> float:
         """How much of the files the current pass has read, 0 to 1."""
@@ -191,15 +205,19 @@ class Rows:
                 is_wrong_file = i == 1 and missing[0] not in row
                 if is_wrong_file or not self.skip:
                     raise ValueError(f"{self.place()} has no text in {missing[0]!r}; its columns "
-                                     f"are {', '.join(map(str, row))}")
+                                     f"are {shown(row)}")
                 self.problems.note(f"row without text in {missing[0]!r}, skipped", self.place())
+        for path, old, new in zip(self.files, self.stamps, self.read_stamps()):
+            if old != new:
+                raise ValueError(f"{path} has changed while it was read: run the command again")
         if not self.skip:
             self.problems.warn()
 
 
 class Texts:
-    """The texts of files: prompt and response of pairs, the turns of conversations, and every
-    string of other rows. It can be iterated over many times."""
+    """The texts of files: prompt and response of pairs, the turns of conversations (see turns_of),
+    and every string of other rows. It can be iterated over many times. Rows without text, and
+    columns of lists and objects, are noted in rows.problems."""
 
     def __init__(self, paths):
         self.rows = Rows(paths, skip=True)
@@ -208,14 +226,34 @@ class Texts:
     def __iter__(self) -> Iterator[str]:
         for row in self.rows:
             values: Iterable = row.values()
-            if isinstance(row.get("conversations"), list):
-                turns = [turn for turn in row["conversations"] if isinstance(turn, dict)]
-                values = [turn.get("value") for turn in turns]
-            elif "prompt" in row and "response" in row:
+            if "prompt" in row and "response" in row:
                 values = [row[column] for column in PAIR]
+            elif turns := turns_of(row):
+                values = [text for _, text in turns]
+            found = False
             for value in values:
                 if isinstance(value, str) and value:
+                    found = True
                     yield value
+                elif isinstance(value, (list, dict)):
+                    self.rows.problems.note("value that is a list or an object, not read",
+                                            self.rows.place())
+            if not found:
+                self.rows.problems.note("row without text", self.rows.place())
+
+
+TURNS = ("conversations", "messages")  # columns of conversations: of ShareGPT, and of OpenAI
+
+
+def turns_of(row: dict) -> list[tuple[str, Any]]:
+    """Role, in lower case, and text of every turn of a conversation: {"from", "value"} or {"role",
+    "content"}. An empty list if the row is none."""
+    turns = next((row[column] for column in TURNS if column in row), None)
+    if not isinstance(turns, list) or not all(
+            isinstance(turn, dict) and turn.keys() & {"from", "role"} for turn in turns):
+        return []
+    return [(str(turn.get("from", turn.get("role"))).lower(),
+             turn.get("value", turn.get("content"))) for turn in turns]
 
 
 def read_file(path: Path, problems: Problems, skip: bool = True) -> Iterator[dict]:
@@ -249,7 +287,10 @@ def read_file(path: Path, problems: Problems, skip: bool = True) -> Iterator[dic
 
 def read_json_list(f) -> list[dict]:
     """The objects of a JSON list. It is read whole: about five times the file's size in memory."""
-    rows = json.load(f)
+    try:
+        rows = json.load(f)
+    except json.JSONDecodeError as e:
+        raise ValueError(f"it begins with [, but is not one JSON list: {e}") from None
     for i, row in enumerate(rows, 1):
         if type(row) is not dict:
             shown = json.dumps(row, ensure_ascii=False)[:40]
@@ -258,6 +299,8 @@ def read_json_list(f) -> list[dict]:
 
 
 def read_json_lines(f, bad: Callable[[str, int, str], None]) -> Iterator[dict]:
+    """One object per line; blank lines are skipped. Raises ValueError if no line is an object."""
+    good, first_error = 0, ""
     for number, line in enumerate(f, 1):
         line = line.strip(" \t\r\n")
         try:
@@ -266,9 +309,14 @@ def read_json_lines(f, bad: Callable[[str, int, str], None]) -> Iterator[dict]:
                 raise ValueError("not an object")
         except (ValueError, RecursionError) as e:
             bad("line is not JSON", number, str(e))
+            hint = ": put each object on a line of its own, or all in one list" * (line == "{")
+            first_error = first_error or f"line {number:,}: {e}{hint}"
             continue
         if line:
+            good += 1
             yield row
+    if first_error and not good:
+        raise ValueError(f"no line of it is a JSON object ({first_error})")
 
 
 WIKI_TAG = re.compile("<doc( [^>]*)?>|</doc>")  # what WikiExtractor writes around an entry
@@ -318,18 +366,22 @@ def read_csv(f, bad: Callable[[str, int, str], None]) -> Iterator[dict]:
             begin, reader = begin + 1, csv.reader(lines(), strict=True)
             continue
         if header is None:
+            fields = [name.strip() for name in fields]
             header = fields if any(fields) else None  # blank lines may come first
             if header and (header[0].startswith("sep=")
                            or len(header) == 1 and re.search(r"[;\t|]", header[0])):
-                raise ValueError(f"its first line is {header[0]!r}: a CSV file begins with the "
-                                 "names of its columns, separated by commas")
-            if header and (twice := [name for name, n in Counter(header).items() if n > 1]):
+                raise ValueError(f"its first line is {header[0][:60]!r}: a CSV file begins with "
+                                 "the names of its columns, separated by commas")
+            twice = [name for name, n in Counter(fields).items() if name and n > 1]
+            if twice:
                 raise ValueError(f"the header has the column {twice[0]!r} twice")
         elif len(fields) > len(header):
             bad("record with more fields than the header, skipped", begin,
                 f"{len(fields)} fields, and the header has {len(header)}")
         elif fields:
-            yield dict(zip(header, fields)) | dict.fromkeys(header[len(fields):])
+            row: dict = dict(zip(header, fields)) | dict.fromkeys(header[len(fields):])
+            row.pop("", None)  # a column without a name: an index, or commas at the end of lines
+            yield row
         begin += len(record)
 
 
@@ -352,8 +404,8 @@ def refuse_pointer(path: str | Path) -> None:
 
 
 def read_parquet(path: Path, problems: Problems) -> Iterator[dict]:
-    """The rows of a Parquet file, a few at a time even if a row group is large. Dates and times
-    are left out."""
+    """The rows of a Parquet file, a few at a time even if a row group is large. Columns that hold
+    dates or times are left out. Binary columns are text if they are UTF-8, as Spark writes it."""
     pa, share, size = arrow(), 0.0, path.stat().st_size
     with open(path, "rb") as f, problems.reading(path, lambda: share * size):
         try:
@@ -364,15 +416,26 @@ def read_parquet(path: Path, problems: Problems) -> Iterator[dict]:
             for name, n in Counter(file.schema_arrow.names).items():
                 if n > 1:
                     raise ValueError(f"it has the column {name!r} twice")
-            columns = [c.name for c in file.schema_arrow if not pa.types.is_temporal(c.type)]
+            columns = [c.name for c in file.schema_arrow if not holds_times(c.type)]
             for name in file.schema_arrow.names:
                 if name not in columns:
                     problems.note("column of dates or times, not read", f"{path}, {name}")
             for batch in file.iter_batches(max(1, min(1024, rows)), columns=columns):
                 share += len(batch) / file.metadata.num_rows
+                for i, field in enumerate(batch.schema):
+                    if pa.types.is_binary(field.type) or pa.types.is_large_binary(field.type):
+                        with contextlib.suppress(pa.ArrowInvalid):  # not UTF-8: it stays bytes
+                            text = batch.column(i).cast(pa.string())
+                            batch = batch.set_column(i, field.name, text)
                 yield from batch.to_pylist()
         except (pa.ArrowException, OSError, OverflowError, ValueError) as e:
             raise ValueError(f"{path} cannot be read: {' '.join(str(e).split())}") from None
+
+
+def holds_times(kind: Any) -> bool:
+    """Whether an Arrow type is a date or time, or contains one: Python has none of some of them."""
+    parts = [kind.field(i).type for i in range(kind.num_fields)]
+    return arrow().types.is_temporal(kind) or any(map(holds_times, parts))
 
 
 class TextFile(io.TextIOWrapper):
@@ -406,7 +469,9 @@ def open_text(path: Path, problems: Problems) -> Iterator[TextFile]:
             open_bytes: Callable = gzip.open if path.suffix.lower() == ".gz" else open
             raw: Any = stack.enter_context(open_bytes(path, "rb"))
             stack.enter_context(problems.reading(path, getattr(raw, "fileobj", raw).tell))
-            encoding = encoding_of(path, raw.read(1 << 16))
+            head = raw.read(1 << 16)
+            refuse_other_kinds(head)
+            encoding = encoding_of(path, head)
             raw.seek(0)
             f = stack.enter_context(TextFile(raw, encoding, errors="replace", newline=""))
             try:
@@ -420,13 +485,30 @@ def open_text(path: Path, problems: Problems) -> Iterator[TextFile]:
         raise ValueError(f"{path} cannot be read: {' '.join(str(e).split())}") from None
 
 
+FIRST_BYTES = {b"\x1f\x8b": "gzip: its name needs .gz", b"PAR1": "Parquet: its name needs .parquet",
+               b"PK\x03\x04": "a zip or Excel file: unpack it, or save it as CSV",
+               b"BZh": "bzip2: unpack it", b"\xfd7zXZ": "xz: unpack it",
+               b"\x28\xb5\x2f\xfd": "zstd: unpack it", b"<!doctype": "an HTML page, not data",
+               b"<html": "an HTML page, not data"}
+
+
+def refuse_other_kinds(head: bytes) -> None:
+    """Raise ValueError if the first bytes of a text file are those of another kind of file."""
+    for begin, kind in FIRST_BYTES.items():
+        if head[:16].lstrip().lower().startswith(begin.lower()):
+            raise ValueError(f"it is {kind}")
+    is_marked = any(head.startswith(mark) for mark in BYTE_ORDER_MARKS)
+    if not is_marked and head.count(0) > len(head) // 50:
+        raise ValueError("it is not text in UTF-8: save it as UTF-8")
+
+
 BYTE_ORDER_MARKS = {codecs.BOM_UTF32_LE: "utf-32", codecs.BOM_UTF32_BE: "utf-32",
                     codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16"}
 
 
 def encoding_of(path: Path, head: bytes) -> str:
-    """The encoding of a text file, from its first bytes: what a byte-order mark says, else UTF-8.
-    A .csv or .txt file is GB18030 if that fits better. JSON is always UTF-8."""
+    """The encoding of a text file, from its first bytes: what a byte-order mark says, else UTF-8,
+    or GB18030 if that fits better, which is noted."""
     def undecodable(encoding: str) -> int:
         text = codecs.getincrementaldecoder(encoding)("replace").decode(head)
         in_file = head.count("\ufffd".encode(encoding.removesuffix("-sig")))
@@ -435,9 +517,12 @@ def encoding_of(path: Path, head: bytes) -> str:
     for mark, encoding in BYTE_ORDER_MARKS.items():
         if head.startswith(mark):
             return encoding
-    if file_kind(path) in (".csv", ".txt"):
-        return min(("utf-8-sig", "gb18030"), key=undecodable)
-    return "utf-8-sig"
+    if file_kind(path) in (".json", ".jsonl") and undecodable("utf-8-sig") <= 10:
+        return "utf-8-sig"  # as JSON should be: a few errors are damage
+    encoding = min(("utf-8-sig", "gb18030"), key=undecodable)
+    if encoding == "gb18030":
+        note_once(f"note: {path} is not UTF-8, and is read as GB18030")
+    return encoding
 
 
 KINDS = (".parquet", ".jsonl", ".json", ".csv", ".txt")
@@ -464,12 +549,19 @@ def input_files(paths: Iterable[str | Path], outputs: Iterable[str | Path] = ())
     writes. Raises FileNotFoundError, or ValueError for an unknown type or an input that is
     also an output."""
     written, files = {os.path.realpath(output) for output in outputs}, []
-    for path in map(Path, paths):
+    given = list(map(Path, paths))
+    for name, times in Counter(map(os.path.realpath, given)).items():
+        if times > 1:
+            note_once(f"note: {name} is given {times} times, and read as often")
+    for path in given:
         if not path.exists():
             raise FileNotFoundError(f"no such file or folder: {path}")
         if path.is_dir():
             files += folder_files(path, written)
-        elif not path.is_file() or not file_kind(path):
+        elif not path.is_file():
+            raise ValueError(f"{path} is a pipe or device, which can be read only once: write it "
+                             "to a file first")
+        elif not file_kind(path):
             raise ValueError(f"{path}: unknown kind of file; known are {READABLE}")
         elif os.path.realpath(path) in written:
             raise ValueError(f"{path} is both input and output: write to another file")
@@ -485,26 +577,28 @@ def folder_files(folder: Path, written: set[str]) -> list[Path]:
     def refuse(error: OSError) -> None:
         raise error
 
-    def hidden(name: str) -> bool:
-        return name.startswith(".") or name == "__MACOSX"
-
-    found, seen, skipped = [], set(), Problems()
+    found: list[Path] = []
+    skipped = Problems()
+    seen: set[Any] = set()  # folders by name, files by number: each is read once
     for place, folders, names in os.walk(folder, onerror=refuse, followlinks=True):
         if (real := os.path.realpath(place)) in seen:  # a link to a folder above it
             folders.clear()
             continue
         seen.add(real)
-        for name in filter(hidden, folders + names):
+        # also __MACOSX, and Spark's _temporary and _delta_log
+        hidden = {name for name in folders if name.startswith((".", "_"))}
+        hidden |= {name for name in names if name.startswith(".")}
+        for name in sorted(hidden):
             skipped.note("hidden", name)
-        folders[:] = sorted(name for name in folders if not hidden(name))
+        folders[:] = sorted(set(folders) - hidden)
         for name in list(folders):
             if os.path.realpath(os.path.join(place, name)) in written:
                 folders.remove(name)
                 skipped.note("that this command writes", name)
-        for name in names:
+        for name in sorted(names):
             file = Path(place, name)
             real = os.path.realpath(file)
-            if hidden(name) or name.endswith(".tmp") and real.startswith(tuple(written)):
+            if name in hidden or name.endswith(".tmp") and real.startswith(tuple(written)):
                 continue
             if name in METADATA_FILES:
                 skipped.note("of a model or data set description", name)
@@ -514,7 +608,10 @@ def folder_files(folder: Path, written: set[str]) -> list[Path]:
                 skipped.note("that this command writes", name)
             elif not file_kind(file):
                 skipped.note("of unknown type", name)
+            elif (number := (file.stat().st_dev, file.stat().st_ino)) in seen:
+                skipped.note("that are links to others", name)
             else:
+                seen.add(number)
                 found.append(file)
     reasons = [f"{n:,} {reason} ({skipped.first[reason]}{', ...' if n > 1 else ''})"
                for reason, n in skipped.items()]
@@ -545,9 +642,10 @@ def hash_files(paths: Iterable[str | Path]) -> str:
 def atomic_write(path) -> Iterator[Path]:
     """Yield a temporary path to write to, then sync it and rename it to `path`. Readers see the old
     file or the complete new one. After an error the temporary file is deleted. A killed process
-    leaves its own, which the next write of `path` on this machine deletes."""
-    temporary = Path(f"{path}.{os.getpid()}.tmp")
-    name = Path(path).name
+    leaves its own, which the next write of `path` on this machine deletes. If path is a link, the
+    file that it points to is written."""
+    target = os.path.realpath(path)
+    temporary, name = Path(f"{target}.{os.getpid()}.tmp"), Path(target).name
     for other in temporary.parent.glob(f"{glob.escape(name)}.*.tmp"):
         pid = other.name[len(name) + 1:-len(".tmp")]
         if pid.isdecimal() and not is_running(int(pid)):
@@ -558,9 +656,10 @@ def atomic_write(path) -> Iterator[Path]:
         with write_errors(path):
             with open(temporary, "rb+") as f:
                 os.fsync(f.fileno())
-            os.replace(temporary, path)
+            os.replace(temporary, target)
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # for example, a name that is too long
+            temporary.unlink(missing_ok=True)
 
 
 def is_running(pid: int) -> bool:
@@ -644,6 +743,7 @@ class Writer:
 
     def __init__(self, path, columns: tuple[str, ...] = PAIR, made_of: str = ""):
         self.path, self.columns, self.made_of, self.total = Path(path), columns, made_of, 0
+        self.replaced = 0  # lone surrogates
         self.batch: list[dict] = []
         check_parquet_path(self.path)
         check_folder(self.path.parent)
@@ -670,19 +770,26 @@ class Writer:
         try:
             table = pa.Table.from_pylist(self.batch, self.schema)
         except UnicodeEncodeError:  # JSON may hold a lone surrogate, which is no character
-            rows = [{c: row[c].encode("utf-8", "replace").decode() for c in self.columns}
-                    for row in self.batch]
-            table = pa.Table.from_pylist(rows, self.schema)
+            table = pa.Table.from_pylist(list(map(self.without_surrogates, self.batch)),
+                                         self.schema)
         with write_errors(self.path, pa.ArrowException):
             self.parquet.write_table(table)
         self.total += len(self.batch)
         self.batch = []
+
+    def without_surrogates(self, row: dict) -> dict:
+        texts = {c: re.sub("[\ud800-\udfff]", "\ufffd", row[c]) for c in self.columns}
+        self.replaced += sum(texts[c].count("\ufffd") - row[c].count("\ufffd") for c in texts)
+        return texts
 
     def finish(self) -> None:
         """Write the remaining rows and close the file, which gets its name when the `with` block
         ends."""
         if self.batch:
             self.flush()
+        if self.replaced:
+            note_once(f"warning: {self.path}: {self.replaced:,} lone surrogates (halves of a "
+                      "character) became U+FFFD")
         with write_errors(self.path, arrow().ArrowException):
             self.parquet.close()
 
@@ -707,7 +814,7 @@ def check_parquet_path(path: Path) -> None:
 
 def recipe(command: str, inputs: list[str]) -> str:
     """A hash of a command and its inputs, for a file's metadata: it does not reveal the paths."""
-    paths = [command, *(str(Path(path).resolve()) for path in inputs)]
+    paths = [command, *map(os.path.realpath, inputs)]
     return xxhash.xxh3_64_hexdigest(os.fsencode("\0".join(paths)))
 
 
@@ -715,10 +822,10 @@ def check_outputs(inputs: list[str], outputs: list[Path], made_of: str) -> None:
     """Raise ValueError for an output that is no Parquet file, or that is a file of an input folder,
     unless the same command made it of the same inputs before. made_of: see recipe."""
     pa = arrow()
-    folders = [Path(path).resolve() for path in inputs if Path(path).is_dir()]
+    folders = [os.path.realpath(path) for path in inputs if Path(path).is_dir()]
     for output in outputs:
         check_parquet_path(output)
-        inside = any(output.resolve().is_relative_to(folder) for folder in folders)
+        inside = any(Path(os.path.realpath(output)).is_relative_to(folder) for folder in folders)
         if not output.exists() or not inside:
             continue
         try:
@@ -979,7 +1086,7 @@ def write_demo(folder, seed: int = 0) -> dict[str, int]:
 
 CHINESE = "\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
 TO_CHINESE = dict(zip(",;:!?", "，；：！？"))
-CLEAN_ROWS = 2048  # rows that a worker cleans at a time
+CLEAN_CHARS = 1 << 19  # characters that a worker cleans at a time, about
 MIN_CHARS = 5  # of a response, by default
 
 
@@ -1097,23 +1204,35 @@ def from_webtext(row: dict):
     return row.get("title"), row.get("content")
 
 
+ROLES = dict.fromkeys(("human", "user", "prompter"), "user") | dict.fromkeys(
+    ("assistant", "gpt", "chatgpt", "bot", "model"), "assistant")
+
+
+def is_conversation(row: dict) -> bool:
+    return any(column in row for column in TURNS)
+
+
 def read_turns(row: dict) -> list[tuple] | str:
-    """The (question, answer) pairs of a BELLE or ShareGPT conversation, or why it is not one. A
-    last question without an answer is left out."""
-    try:
-        turns = [(str(turn["from"]), turn["value"]) for turn in row["conversations"]]
-    except (TypeError, KeyError):
-        return "conversations is not a list of from and value"
+    """The (question, answer) pairs of a conversation, or why it is not one. A system turn at its
+    beginning and a last question without an answer are left out."""
+    turns = turns_of(row)
+    if not turns:
+        return "conversations is not a list of from and value, or of role and content"
+    if turns[0][0] == "system":
+        del turns[0]
+    unknown = [role for role, _ in turns if role not in ROLES]
+    if unknown:
+        return f"conversation with the unknown role {unknown[0][:20]!r}"
     asked, replied = turns[::2], turns[1::2]
-    if not replied or not ({who for who, _ in asked} <= {"human", "user"}
-                           and {who for who, _ in replied} <= {"assistant", "gpt", "bot"}):
+    if not replied or any(ROLES[role] != "user" for role, _ in asked) or any(
+            ROLES[role] != "assistant" for role, _ in replied):
         return "conversation in which human and assistant do not take turns"
     return [(question, answer) for (_, question), (_, answer) in zip(asked, replied)]
 
 
 def from_belle(row: dict):
     """The three published forms; of conversations those with one turn."""
-    if "conversations" in row:
+    if is_conversation(row):
         turns = read_turns(row)
         if isinstance(turns, str):
             return turns
@@ -1187,34 +1306,34 @@ def from_wiki(row: dict):
 class Source(NamedTuple):
     """A public data set. fields: alternatives; a row must have all fields of one of them."""
     convert: Callable
-    fields: tuple[str, ...]  # alternatives, fields separated by spaces
+    fields: tuple[tuple[str, ...], ...]
     verbatim: bool = False  # do not change responses, however short
 
     def fits(self, row: dict) -> bool:
-        return any(set(names.split()) <= row.keys() for names in self.fields)
+        return any(set(names) <= row.keys() for names in self.fields)
 
     def needs(self) -> str:
         """"instruction and output, or title, content and star" """
-        return ", or ".join(" and ".join(names.replace(" ", ", ").rsplit(", ", 1))
-                            for names in self.fields)
+        return ", or ".join(" and ".join(shown(names).rsplit(", ", 1)) for names in self.fields)
 
 
+CONVERSATION = tuple((column,) for column in TURNS)
 SOURCES = {
-    "webtext2019zh": Source(from_webtext, ("title content star",)),
+    "webtext2019zh": Source(from_webtext, (("title", "content", "star"),)),
     "baike_qa2019": Source(lambda row: (joined(row.get("title"), row.get("desc")),
-                                        row.get("answer")), ("title answer",)),
+                                        row.get("answer")), (("title", "answer"),)),
     "chinese_medical": Source(lambda row: (joined(row.get("title"), row.get("ask")),
-                                           row.get("answer")), ("title answer",)),
+                                           row.get("answer")), (("title", "answer"),)),
     "zhihu_kol": Source(lambda row: (row.get("INSTRUCTION"), row.get("RESPONSE")),
-                        ("INSTRUCTION RESPONSE",)),
-    "belle": Source(from_belle, ("instruction output", "input output", "input target",
-                                 "conversations")),
-    "sharegpt": Source(from_belle, ("conversations",)),
-    "wiki": Source(from_wiki, ("title text",)),
+                        (("INSTRUCTION", "RESPONSE"),)),
+    "belle": Source(from_belle, (("instruction", "output"), ("input", "output"),
+                                 ("input", "target"), CONVERSATION[0])),
+    "sharegpt": Source(from_belle, CONVERSATION),
+    "wiki": Source(from_wiki, (("title", "text"),)),
     "alpaca": Source(lambda row: (joined(row.get("instruction"), row.get("input")),
-                                  row.get("output")), ("instruction output",)),
-    "duie": Source(from_duie, ("text spo_list",), verbatim=True),
-    "preference": Source(from_preference, ("prompt chosen rejected", "prompt chosen reject")),
+                                  row.get("output")), (("instruction", "output"),)),
+    "duie": Source(from_duie, (("text", "spo_list"),), verbatim=True),
+    "preference": Source(from_preference, (PREFERENCE, ("prompt", "chosen", "reject"))),
 }
 
 
@@ -1224,7 +1343,7 @@ def raw_rows(path: Path, source: str, problems: Problems) -> Iterator[dict]:
         return wiki_entries(path, problems)
     if source == "chinese_medical" and file_kind(path) == ".csv":
         with open_text(path, Problems()) as f:
-            header = f.readline().strip().split(",")
+            header = [name.strip() for name in next(csv.reader([f.readline()]), [])]
         if header == MEDICAL or not set(MEDICAL[1:]) <= set(header):
             return medical_rows(path, problems)
     return read_file(path, problems)
@@ -1339,23 +1458,28 @@ class CleanJob(NamedTuple):
 
 def find_source(name: str, fields: tuple[str, ...]) -> Source:
     if name == "pairs":
-        return Source(lambda row: tuple(row.get(f) for f in fields), (" ".join(fields),))
+        return Source(lambda row: tuple(row.get(f) for f in fields), (fields,))
     return SOURCES[name]
 
 
 SHORTENED = "prompt without its earliest turns, which do not fit in --max_chars"
 
 
-def clean_rows(job: CleanJob) -> tuple[list[dict], list[tuple[str, str]], list[str]]:
-    """The cleaned rows; why and where the others were dropped; and where prompts are SHORTENED."""
+def clean_rows(job: CleanJob) -> tuple[list[dict], list[tuple[str, str]], list[tuple[str, str]]]:
+    """The cleaned rows; why and where others were dropped; and what was left out of rows, where."""
     source = find_source(job.source, job.fields)
     shortest = 1 if source.verbatim else job.min_chars
-    kept, dropped, shortened = [], [], []
+    kept, dropped, left_out = [], [], []
     for i, row in enumerate(job.rows, job.first):
         row = without_nan(row)
-        has_turns = job.turns > 1 and "conversations" in row
         where = f"{job.path}, row {i:,}"
+        has_turns = job.turns > 1 and is_conversation(row)
         pairs = pairs_of_turns(row, job) if has_turns else [(source.convert(row), False)]
+        roles = [role for role, _ in turns_of(row)]
+        if roles[:1] == ["system"]:
+            left_out.append(("system turn, left out", where))
+        if not isinstance(pairs[0][0], str) and ROLES.get(roles[-1] if roles else "") == "user":
+            dropped.append(("last question has no answer", where))
         for texts, is_shortened in pairs:
             cleaned = clean_row(texts, source, shortest, job)
             if isinstance(cleaned, str):
@@ -1363,8 +1487,8 @@ def clean_rows(job: CleanJob) -> tuple[list[dict], list[tuple[str, str]], list[s
             else:
                 kept.append(dict(zip(PAIR if len(cleaned) == 2 else PREFERENCE, cleaned)))
                 if is_shortened:
-                    shortened.append(where)
-    return kept, dropped, shortened
+                    left_out.append((SHORTENED, where))
+    return kept, dropped, left_out
 
 
 def clean_row(texts, source: Source, shortest: int, job: CleanJob) -> tuple[str, ...] | str:
@@ -1384,7 +1508,9 @@ def clean_row(texts, source: Source, shortest: int, job: CleanJob) -> tuple[str,
 def converted(text, job: CleanJob):
     """A raw text without a final [EOS], and in simplified characters if that was asked for."""
     text = without_eos(text)
-    return simplified(text) if job.to_simplified else text
+    if not job.to_simplified or not isinstance(text, str):
+        return text
+    return opencc().convert(drop_controls(text))  # OpenCC raises an error for a lone surrogate
 
 
 def pairs_of_turns(row: dict, job: CleanJob) -> list[tuple[Any, bool]]:
@@ -1396,8 +1522,6 @@ def pairs_of_turns(row: dict, job: CleanJob) -> list[tuple[Any, bool]]:
     if isinstance(turns, str):
         return [(turns, False)]
     pairs: list[tuple[Any, bool]] = []
-    if len(row["conversations"]) % 2:
-        pairs.append(("last question has no answer", False))
     history: list[str] = []  # question, answer, question, ...
     for question, answer in turns:
         texts = [converted(text, job) for text in (question, answer)]
@@ -1440,10 +1564,6 @@ def opencc():
         raise ValueError("--to_simplified needs OpenCC:  pip install opencc") from None
 
 
-def simplified(text):
-    return opencc().convert(text) if isinstance(text, str) else text
-
-
 def clean(inputs: list[str], source: str, out: str, fields: tuple[str, ...], min_chars: int,
           max_chars: int, workers: int, to_simplified: bool = False, turns: int = 1) -> None:
     """Clean the pairs of a source into the Parquet file `out`, and print how many rows each reason
@@ -1455,13 +1575,13 @@ def clean(inputs: list[str], source: str, out: str, fields: tuple[str, ...], min
     problems = Problems(files)
     if to_simplified:
         opencc()  # fails early
-    if turns > 1 and "conversations" not in find_source(source, fields).fields:
+    if turns > 1 and CONVERSATION[0] not in find_source(source, fields).fields:
         raise ValueError("--turns is for sources with conversations: belle and sharegpt")
 
     def jobs() -> Iterator[CleanJob]:
         for path in files:
             first = 1
-            for rows in batches(raw_rows(path, source, problems), CLEAN_ROWS, lambda row: 1):
+            for rows in batches(raw_rows(path, source, problems), CLEAN_CHARS, row_chars):
                 if first == 1:
                     check_source(path, source, fields, rows, turns)
                 yield CleanJob(path, first, rows, source, fields, min_chars, max_chars,
@@ -1470,14 +1590,14 @@ def clean(inputs: list[str], source: str, out: str, fields: tuple[str, ...], min
 
     with Writer(out, PREFERENCE if source == "preference" else PAIR, made_of) as writer:
         progress, rows_done, left_out = Progress(), 0, Problems()
-        for kept, dropped, shortened in ordered_map(clean_rows, jobs(), workers):
+        for kept, dropped, others in ordered_map(clean_rows, jobs(), workers):
             for row in kept:
                 writer.write(row)
             counts["kept"] += len(kept)
             for reason, where in dropped:
                 counts.note(reason, where)
-            for where in shortened:
-                left_out.note(SHORTENED, where)
+            for reason, where in others:
+                left_out.note(reason, where)
             rows_done += len(kept) + len(dropped)
             progress.show(f"{rows_done:,} rows", problems.share())
         progress.clear()
@@ -1486,6 +1606,8 @@ def clean(inputs: list[str], source: str, out: str, fields: tuple[str, ...], min
             counts.note(reason, problems.first[reason], problems.pop(reason))
         report(counts, problems)
         left_out.warn()
+        if not counts:
+            raise ValueError(f"{' '.join(inputs)} has no rows; nothing was written")
         if not counts["kept"]:
             raise ValueError(f"no row was kept, and nothing was written; is {' '.join(inputs)} of "
                              f"the source {source}?")
@@ -1496,12 +1618,12 @@ def check_source(path: Path, name: str, fields: tuple[str, ...], rows: list[dict
     """Raise ValueError if none of a file's first rows has the fields of its source. Print a note if
     --turns has no effect on the file."""
     source = find_source(name, fields)
-    if turns > 1 and not any("conversations" in row for row in rows):
+    if turns > 1 and not any(map(is_conversation, rows)):
         note_once(f"note: {path} has no conversations: --turns has no effect on it")
     if not any(source.fits(row) for row in rows):
         hint = " (name them with --prompt_field and --response_field)" if name == "pairs" else ""
         raise ValueError(f"{path}: {name} needs {source.needs()}; found "
-                         f"{', '.join(map(str, rows[0]))}{hint}")
+                         f"{shown(rows[0])}{hint}")
 
 
 # --- dedup ----------------------------------------------------------------------------------------
@@ -1780,9 +1902,9 @@ def pair_rows(paths: list[str], outputs: Iterable[Path], made_of: str) -> Rows:
     rows = Rows(paths, skip=True, outputs=outputs)
     columns = list(next(iter(rows), {}))
     rows.columns = PREFERENCE if set(PREFERENCE) <= set(columns) else PAIR
-    others = [str(column) for column in columns if column not in rows.columns]
+    others = [column for column in columns if column not in rows.columns]
     if others and set(rows.columns) <= set(columns):
-        note_once(f"note: only {', '.join(rows.columns)} are kept, not {', '.join(others)}")
+        note_once(f"note: only {', '.join(rows.columns)} are kept, not {shown(others)}")
     return rows
 
 
@@ -1857,7 +1979,7 @@ def stats(inputs: list[str], tokenizer=None) -> None:
     rows, total = Rows(inputs, skip=True), 0
     lengths: dict[str, Counter[int]] = {}
     tokens: Counter[str] = Counter()
-    for batch in batches(Progress("rows", rows), ROW_GROUP, lambda row: 1):
+    for batch in batches(Progress("rows", rows), CLEAN_CHARS, row_chars):
         total += len(batch)
         known = (*PREFERENCE, "response", "text")
         for column in dict.fromkeys(c for row in batch for c in row if c in known):
@@ -1895,6 +2017,7 @@ def open_parquet(path, columns: tuple[str, ...]):
     """A pyarrow ParquetFile. Raises FileNotFoundError, or ValueError for a damaged file or one that
     does not have the columns as text."""
     pa = arrow()
+    check_name(path)
     if not Path(path).is_file():
         raise FileNotFoundError(f"no such file: {path}")
     refuse_pointer(path)
@@ -1905,7 +2028,7 @@ def open_parquet(path, columns: tuple[str, ...]):
     names = file.schema_arrow.names
     for column in columns:
         if column not in names:
-            raise ValueError(f"{path} has no column {column!r}; it has {', '.join(names)}")
+            raise ValueError(f"{path} has no column {column!r}; it has {shown(names)}")
         if names.count(column) > 1:
             raise ValueError(f"{path} has the column {column!r} twice")
         kind = file.schema_arrow.field(column).type
@@ -2329,7 +2452,7 @@ class ParallelMap:
 
     def submit(self, jobs: int) -> None:
         for job in islice(self.jobs, jobs):
-            with main_module_hidden(self.function):
+            with main_module_hidden(self.function), without_interrupts():
                 self.running.append(self.pool.submit(self.function, job))
 
     def __iter__(self) -> "ParallelMap":
@@ -2379,6 +2502,20 @@ def start_worker() -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
+@contextlib.contextmanager
+def without_interrupts() -> Iterator[None]:
+    """Processes that are started here never see Ctrl-C, not even while they import modules. This
+    one sees it at the end."""
+    if not hasattr(signal, "pthread_sigmask"):  # Windows: see start_worker
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 main_module_lock = threading.Lock()
 
 
@@ -2397,6 +2534,11 @@ def main_module_hidden(function: Callable) -> Iterator[None]:
             yield
         finally:
             main.update(hidden)
+
+
+def row_chars(row: dict) -> int:
+    """About how many characters a row has, so that a batch of rows takes little memory."""
+    return 100 + sum(len(x) for x in row.values() if isinstance(x, (str, bytes, list)))
 
 
 def batches(items: Iterable, chars: int, length: Callable = len) -> Iterator[list]:

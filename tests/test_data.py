@@ -853,9 +853,12 @@ def test_flags_of_clean_without_effect_are_told(tmp_path, source, row, flags, no
     ({"conversations": [{"from": "human", "value": "问"}, {"from": "assistant", "value": "答"}]}, ("问", "答")),
     ({"conversations": [{"from": "human", "value": "问"}, {"from": "gpt", "value": "答"}]}, ("问", "答")),
     ({"conversations": [{"from": "human", "value": "问"}, {"from": "assistant", "value": "答"}] * 2}, "conversation of several turns (see --turns)"),
-    ({"conversations": []}, "conversation in which human and assistant do not take turns"), ({"conversations": "问"}, "conversations is not a list of from and value"),
-    ({"conversations": None}, "conversations is not a list of from and value"), ({"conversations": [{"from": "human"}, {}]}, "conversations is not a list of from and value"),
+    ({"conversations": []}, "conversations is not a list of from and value, or of role and content"), ({"conversations": "问"}, "conversations is not a list of from and value, or of role and content"),
+    ({"conversations": None}, "conversations is not a list of from and value, or of role and content"), ({"conversations": [{"from": "human"}, {}]}, "conversations is not a list of from and value, or of role and content"),
     ({"conversations": [{"from": "system", "value": "a"}, {"from": "human", "value": "b"}]}, "conversation in which human and assistant do not take turns"),
+    ({"conversations": [{"from": "system", "value": "a"}, {"from": "Human", "value": "问"}, {"from": "chatgpt", "value": "答"}]}, ("问", "答")),
+    ({"messages": [{"role": "system", "content": "a"}, {"role": "user", "content": "问"}, {"role": "assistant", "content": "答"}]}, ("问", "答")),
+    ({"conversations": [{"from": "human", "value": "问"}, {"from": "tool", "value": "答"}]}, "conversation with the unknown role 'tool'"),
     ({"input": "问", "target": "答"}, ("问", "答")), ({"input": "翻译：问", "target": "答"}, "translation or table")], ids=str)
 def test_belle_in_its_three_forms(row, expected):
     assert data.SOURCES["belle"].convert(row) == expected
@@ -1024,7 +1027,7 @@ def test_the_wrong_source_names_what_it_needs(tmp_path):
     (tmp_path / "x.json").write_text(json.dumps(rows), "utf-8")
     out = str(tmp_path / "y.parquet")
     for source, needs in (("alpaca", "instruction and output"), ("duie", "text and spo_list"), ("webtext2019zh", "title, content and star"),
-                          ("belle", "instruction and output, or input and output, or input and target, or conversations"), ("sharegpt", "conversations")):
+                          ("belle", "instruction and output, or input and output, or input and target, or conversations"), ("sharegpt", "conversations, or messages")):
         done = call("clean", "--source", source, str(tmp_path / "x.json"), "--out", out)
         assert done.returncode == 2 and f"{source} needs {needs}; found prompt, response" in done.stderr and len(done.stderr.splitlines()) == 1
     rows[1] = {"instruction": "问题", "output": "这是一个回答"}  # one row that fits is enough: the others are dropped and counted
@@ -1156,3 +1159,171 @@ def test_outputs_that_cannot_be_written_are_named_before_the_work(tmp_path):
                     ["split", str(tmp_path / "x.parquet"), "--out", str(tmp_path / "file")]):
         done = run_script("data.py", *command)
         assert done.returncode == 2 and "file: not a folder" in done.stderr and not done.stdout, done.stderr
+
+
+# --- files that others wrote ---------------------------------------------------------------------------------------------------------
+
+def pairs_file(path: Path, n: int = 30) -> Path:
+    rows = [{"prompt": f"第{i}个问题是什么呢？", "response": f"这是第{i}个问题的回答。"} for i in range(n)]
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), "utf-8")
+    return path
+
+
+@pytest.mark.quick
+def test_columns_with_any_name_can_be_used(tmp_path):
+    (tmp_path / "x.csv").write_text("user input, bot output,,\n问题是什么呢？,这是问题的回答。,,\n", "utf-8")
+    out = tmp_path / "o.parquet"
+    done = call("clean", "--source", "pairs", "--prompt_field", "user input", "--response_field", "bot output", str(tmp_path / "x.csv"), "--out", str(out))
+    assert done.returncode == 0 and list(Rows(out)) == [{"prompt": "问题是什么呢？", "response": "这是问题的回答。"}]
+    pq.write_table(pa.table({"a\nb ": ["x"], "y" * 100: ["z"]}), tmp_path / "y.parquet")
+    said = call("clean", "--source", "pairs", str(tmp_path / "y.parquet"), "--out", str(out)).stderr
+    assert f"found 'a\\nb ', {'y' * 40} (name them" in said
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize(("name", "content", "cause"), [
+    ("a.jsonl", gzip.compress(b'{"prompt": "a"}'), "it is gzip: its name needs .gz"), ("a.csv", b"PK\x03\x04" + b"\0" * 99, "a zip or Excel file"),
+    ("a.jsonl", b"PAR1" + b"\0" * 40, "Parquet: its name needs .parquet"), ("a.json", b"\n<!DOCTYPE html><html>", "an HTML page"), ("a.txt", b"BZh91AY", "bzip2"),
+    ("a.jsonl.gz", gzip.compress(gzip.compress(b"{}")), "it is gzip"), ("a.jsonl", json.dumps([{"prompt": "问题"}]).encode("utf-16-le"), "not text in UTF-8"),
+    ("a.jsonl", json.dumps({"prompt": "问", "response": "答"}, indent=1).encode(), "put each object on a line of its own"),
+    ("a.jsonl", b'["q", "a"]\n["q", "a"]\n', "it begins with [, but is not one JSON list"), ("a.jsonl", b'{"a": 1},\n{"a": 2},\n', "no line of it is a JSON object (line 1: Extra data"),
+    ("a.jsonl", b"", "has no rows"), ("a.json", b"[]", "has no rows")], ids=range(12))
+def test_a_file_of_another_kind_is_called_by_its_name(tmp_path, name, content, cause):
+    (tmp_path / name).write_bytes(content)
+    done = call("clean", "--source", "pairs", str(tmp_path / name), "--out", str(tmp_path / "o.parquet"))
+    assert done.returncode == 2 and cause in done.stderr.splitlines()[-1], done.stderr
+    assert name in done.stderr and "of the source" not in done.stderr and not (tmp_path / "o.parquet").exists()
+
+
+@pytest.mark.quick
+def test_json_in_gb18030_is_read_and_said(tmp_path):
+    path = pairs_file(tmp_path / "a.jsonl")
+    rows = list(Rows(path))
+    path.write_bytes(path.read_text("utf-8").encode("gb18030"))
+    done = call("clean", "--source", "pairs", str(path), "--out", str(tmp_path / "o.parquet"))
+    assert "is not UTF-8, and is read as GB18030" in done.stderr and list(Rows(tmp_path / "o.parquet")) == rows
+
+
+@pytest.mark.quick
+def test_what_is_left_out_of_conversations_is_counted(tmp_path):
+    turns = [("system", "你是助手。"), ("human", "第一个问题是什么？"), ("gpt", "这是第一个回答。"), ("human", "没有回答的问题？")]
+    row = {"conversations": [{"from": role, "value": text} for role, text in turns]}
+    (tmp_path / "a.jsonl").write_text(json.dumps(row, ensure_ascii=False) + "\n", "utf-8")
+    for more in ([], ["--turns", "2"]):
+        done = call("clean", "--source", "sharegpt", str(tmp_path / "a.jsonl"), "--out", str(tmp_path / "o.parquet"), *more)
+        assert "1 x system turn, left out" in done.stderr and "1  last question has no answer" in done.stdout
+        assert list(Rows(tmp_path / "o.parquet")) == [{"prompt": "第一个问题是什么？", "response": "这是第一个回答。"}]
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("turns", ["messages", "conversations"])
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+def test_texts_of_conversations_are_read_and_lists_are_told(tmp_path, turns, kind):
+    rows = [{"id": "conv-1", turns: [{"role": "user", "content": "问题"}, {"role": "assistant", "content": "回答"}]}, {"tags": ["甲"]}]
+    if kind == "parquet":
+        pq.write_table(pa.Table.from_pylist(rows, pa.schema([("id", pa.string()), (turns, pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))),
+                                                             ("tags", pa.list_(pa.string()))])), tmp_path / "a.parquet")
+    else:
+        (tmp_path / "a.jsonl").write_text("".join(map(json.dumps, rows)).replace("}{", "}\n{"), "utf-8")
+    texts = data.Texts(tmp_path / f"a.{kind}")
+    assert list(texts) == ["问题", "回答"]
+    assert texts.rows.problems["row without text"] == 1 and texts.rows.problems["value that is a list or an object, not read"] >= 1
+
+
+@pytest.mark.quick
+def test_binary_text_is_read_and_nested_times_are_left_out(tmp_path):
+    times = pa.array([{"t": 0}], pa.struct([("t", pa.timestamp("ns"))]))
+    table = pa.table({"prompt": pa.array(["问"], pa.binary()), "image": pa.array([b"\xff\xd8"]), "when": times, "whens": pa.array([[0]], pa.list_(pa.duration("ns")))})
+    pq.write_table(table, tmp_path / "a.parquet")
+    rows = Rows(tmp_path / "a.parquet", skip=True)
+    assert list(rows) == [{"prompt": "问", "image": b"\xff\xd8"}] and rows.problems["column of dates or times, not read"] == 2
+
+
+@pytest.mark.quick
+def test_a_file_is_read_once_however_often_a_folder_links_to_it(tmp_path, capsys):
+    path = pairs_file(tmp_path / "in.jsonl")
+    (tmp_path / "in" / "_temporary").mkdir(parents=True)
+    for name in ("a.jsonl", "_temporary/b.jsonl"):
+        (tmp_path / "in" / name).write_bytes(path.read_bytes())
+    (tmp_path / "in" / "b.jsonl").symlink_to(tmp_path / "in" / "a.jsonl")
+    (tmp_path / "in" / "c.jsonl").hardlink_to(tmp_path / "in" / "a.jsonl")
+    assert [file.name for file in input_files([tmp_path / "in"])] == ["a.jsonl"]
+    assert "1 hidden (_temporary), 2 that are links to others (b.jsonl, ...)" in capsys.readouterr().err
+    assert len(input_files([path, path])) == 2
+    assert "is given 2 times, and read as often" in capsys.readouterr().err
+
+
+@pytest.mark.quick
+def test_a_link_is_written_through(tmp_path):
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "o.parquet").symlink_to(tmp_path / "disk" / "real.parquet")
+    call("clean", "--source", "pairs", str(pairs_file(tmp_path / "a.jsonl")), "--out", str(tmp_path / "o.parquet"))
+    assert (tmp_path / "o.parquet").is_symlink() and len(list(Rows(tmp_path / "disk" / "real.parquet"))) == 30
+    assert [path.name for path in (tmp_path / "disk").iterdir()] == ["real.parquet"]
+
+
+@pytest.mark.quick
+def test_half_characters_are_counted_where_they_are_replaced(tmp_path):
+    (tmp_path / "a.jsonl").write_text(json.dumps({"prompt": "問題是什麼？\ud83d", "response": "這是回答，希望滿意。"}) + "\n")
+    done = call("dedup", str(tmp_path / "a.jsonl"), "--out", str(tmp_path / "o.parquet"))
+    assert "1 lone surrogates" in done.stderr and next(iter(Rows(tmp_path / "o.parquet")))["prompt"] == "問題是什麼？\ufffd"
+
+
+@pytest.mark.quick
+def test_a_file_that_changes_while_it_is_read_is_an_error(tmp_path):
+    path, rows = pairs_file(tmp_path / "a.jsonl"), None
+    for change in ("between", "during"):
+        rows = Rows(path)
+        reading = iter(rows)
+        next(reading)
+        if change == "between":
+            list(reading)
+            reading = iter(rows)
+        pairs_file(path, 31 + len(change))
+        with pytest.raises(ValueError, match="has changed while it was read"):
+            list(reading)
+
+
+@pytest.mark.quick
+def test_large_columns_do_not_fill_the_jobs():
+    rows = [{"prompt": "问", "image": "x" * 160_000}] * 40
+    assert max(len(batch) for batch in data.batches(rows, data.CLEAN_CHARS, data.row_chars)) <= 4
+
+
+@pytest.mark.quick
+def test_a_loop_of_links_and_a_pipe_are_one_line(tmp_path):
+    (tmp_path / "a.jsonl").symlink_to(tmp_path / "b.jsonl")
+    (tmp_path / "b.jsonl").symlink_to(tmp_path / "a.jsonl")
+    os.mkfifo(tmp_path / "p.jsonl")
+    for name, cause in (("a.jsonl", "no such file"), ("p.jsonl", "is a pipe or device")):
+        done = call("clean", "--source", "pairs", str(tmp_path / name), "--out", str(tmp_path / "o.parquet"))
+        assert done.returncode == 2 and cause in done.stderr and len(done.stderr.splitlines()) == 1
+    name = "名" * 80
+    done = call("clean", "--source", "pairs", str(pairs_file(tmp_path / "c.jsonl")), "--out", str(tmp_path / f"{name}.parquet"))
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("header", ['"title","ask","answer","department"', "title, ask, answer, department"])
+def test_the_header_of_the_medical_source_may_be_quoted(tmp_path, header):
+    rows = "".join(f'"问题{i}是什么呢？","我想问问题{i}","这是第{i}个回答。","内科"\n' for i in range(3))
+    (tmp_path / "a.csv").write_text(f"{header}\n{rows}", "utf-8")
+    call("clean", "--source", "chinese_medical", str(tmp_path / "a.csv"), "--out", str(tmp_path / "o.parquet"))
+    assert [row["response"] for row in Rows(tmp_path / "o.parquet")] == [f"这是第{i}个回答。" for i in range(3)]
+
+
+def test_workers_that_are_starting_do_not_see_ctrl_c(tmp_path):
+    script = f"""
+import os, signal, sys, time
+sys.path.insert(0, {str(Path(data.__file__).parent)!r})
+import data
+if __name__ == "__main__":
+    def main():
+        jobs = data.ordered_map(data.row_chars, [{{}}] * 100, 2)
+        os.killpg(0, signal.SIGINT)
+        time.sleep(20)
+    data.run(main)
+"""
+    (tmp_path / "main.py").write_text(script)
+    running = subprocess.run([sys.executable, str(tmp_path / "main.py")], capture_output=True, text=True, timeout=60, start_new_session=True, check=False)
+    assert running.returncode == 130 and running.stderr.splitlines() == ["main.py: interrupted"]
