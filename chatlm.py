@@ -191,7 +191,9 @@ class ChatLMConfig:
         try:
             config = cls(**values)
         except ValueError as e:
-            raise ValueError(f"{path}: {e}") from None
+            is_in_other = generation.get(str(e).split()[0]) is not None
+            shown = path.with_name("generation_config.json") if is_in_other else path
+            raise ValueError(f"{shown}: {e}") from None
         for name, derived in config.derived().items():
             if name in ("dense_act_fn", "is_gated_act") and fields.get(name, derived) != derived:
                 raise ValueError(f"{path}: {name} {fields[name]!r} is not supported with "
@@ -213,8 +215,8 @@ class ChatLMConfig:
 
 
 def empty_embedding(rows: int, width: int) -> nn.Embedding:
-    """An nn.Embedding without initial values: on "meta", filling them would import torch's compiler
-    and take a second."""
+    """An nn.Embedding without initial values: to fill them on the meta device, torch would import
+    its compiler, which takes a second."""
     return nn.Embedding.from_pretrained(torch.empty(rows, width), freeze=False)
 
 
@@ -331,9 +333,10 @@ class Attention(nn.Module):
         """(B, S, D) -> keys and values, each (B, H, S, K)."""
         return self.split_heads(self.k(source)), self.split_heads(self.v(source))
 
-    def forward(self, x: Tensor, keys: Tensor, values: Tensor, bias: Tensor) -> Tensor:
-        """x (B, T, D), keys and values (B, H, S, K), bias (B or 1, H or 1, T or 1, S), which also
-        masks: it is the lowest number where a query must not look -> (B, T, D)."""
+    def forward(self, x: Tensor, bias: Tensor, source: Tensor | None = None) -> Tensor:
+        """x (B, T, D) looks at source (B, S, D), or at itself -> (B, T, D). bias: (B or 1, H or 1,
+        T or 1, S), the dtype's lowest number where a query must not look."""
+        keys, values = self.keys_values(x if source is None else source)
         dropout = self.config.dropout_rate if self.training else 0.0
         y = F.scaled_dot_product_attention(
             self.split_heads(self.q(x)), keys, values, attn_mask=bias.to(keys.dtype), scale=1.0,
@@ -373,39 +376,18 @@ class FeedForward(nn.Module):
 # --- blocks and stacks ----------------------------------------------------------------------------
 
 
-class SelfAttentionLayer(nn.Module):
-    def __init__(self, config: ChatLMConfig, has_position_bias: bool):
+class Residual(nn.Module):
+    """x + dropout(module(norm(x), ...)). name: of the module in Hugging Face's T5."""
+
+    def __init__(self, config: ChatLMConfig, name: str, module: nn.Module):
         super().__init__()
-        self.SelfAttention = Attention(config, has_position_bias)
+        self.name = name
+        self.add_module(name, module)
         self.layer_norm = RMSNorm(config)
         self.dropout = Dropout(config)
 
-    def forward(self, x: Tensor, bias: Tensor) -> Tensor:
-        h = self.layer_norm(x)
-        return x + self.dropout(self.SelfAttention(h, *self.SelfAttention.keys_values(h), bias))
-
-
-class CrossAttentionLayer(nn.Module):
-    def __init__(self, config: ChatLMConfig):
-        super().__init__()
-        self.EncDecAttention = Attention(config)
-        self.layer_norm = RMSNorm(config)
-        self.dropout = Dropout(config)
-
-    def forward(self, x: Tensor, encoded: Tensor, mask: Tensor) -> Tensor:
-        keys, values = self.EncDecAttention.keys_values(encoded)
-        return x + self.dropout(self.EncDecAttention(self.layer_norm(x), keys, values, mask))
-
-
-class FeedForwardLayer(nn.Module):
-    def __init__(self, config: ChatLMConfig):
-        super().__init__()
-        self.DenseReluDense = FeedForward(config)
-        self.layer_norm = RMSNorm(config)
-        self.dropout = Dropout(config)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x + self.dropout(self.DenseReluDense(self.layer_norm(x)))
+    def forward(self, x: Tensor, *context: Tensor) -> Tensor:
+        return x + self.dropout(getattr(self, self.name)(self.layer_norm(x), *context))
 
 
 class Block(nn.Module):
@@ -413,9 +395,10 @@ class Block(nn.Module):
 
     def __init__(self, config: ChatLMConfig, is_decoder: bool, is_first: bool):
         super().__init__()
-        layers: list[nn.Module] = [SelfAttentionLayer(config, is_first), FeedForwardLayer(config)]
+        layers = [Residual(config, "SelfAttention", Attention(config, is_first)),
+                  Residual(config, "DenseReluDense", FeedForward(config))]
         if is_decoder:
-            layers.insert(1, CrossAttentionLayer(config))
+            layers.insert(1, Residual(config, "EncDecAttention", Attention(config)))
         self.layer = nn.ModuleList(layers)
 
     def forward(self, x: Tensor, bias: Tensor, encoded: Tensor | None = None,
@@ -423,7 +406,7 @@ class Block(nn.Module):
         """x (B, L, D), in the decoder with encoded (B, S, D) and mask (B, 1, 1, S) -> (B, L, D)"""
         x = self.layer[0](x, bias)
         if encoded is not None:
-            x = self.layer[1](x, encoded, mask)
+            x = self.layer[1](x, mask, encoded)
         return self.layer[-1](x)
 
 
@@ -470,6 +453,7 @@ class ChatLM(nn.Module):
         super().__init__()
         self.config = config
         self.generation: dict = {"max_new_tokens": 256}
+        self.lora: dict = {}  # of adapter_config.json, see add_lora
         self.shared = empty_embedding(config.vocab_size, config.d_model)
         self.encoder = Stack(config, is_decoder=False)
         self.decoder = Stack(config, is_decoder=True)
@@ -558,9 +542,19 @@ class ChatLM(nn.Module):
         weight, labels = self.head_weight(), labels.flatten().index_select(0, targets)
         if torch.is_grad_enabled():
             return LinearCrossEntropy.apply(hidden, weight, labels)
-        if hidden.is_cuda:  # compiling the gradient would take longer than a file of scores
-            return -LinearLogProbs.apply(hidden, weight, labels).sum()
-        return LinearCrossEntropy.apply(hidden, weight.detach(), labels)
+        return -LinearLogProbs.apply(hidden, weight, labels).sum()
+
+    def sequence_logps(self, encoded: Tensor, mask: Tensor, labels: Tensor,
+                       targets: Tensor | None = None) -> Tensor:
+        """Log-probabilities (B,) of labels (B, T), given encode's output. targets: see loss_sum.
+        Logits exist for one chunk at a time, also in backward, which recomputes them."""
+        if targets is None:
+            targets = find_targets(labels)
+        hidden = self.decode(self.shift_right(labels), encoded, mask).flatten(0, 1)
+        logps = LinearLogProbs.apply(hidden.index_select(0, targets), self.head_weight(),
+                                     labels.flatten().index_select(0, targets))
+        rows = targets // labels.size(1)
+        return torch.zeros(len(labels), device=labels.device).index_add(0, rows, logps)
 
     def num_parameters(self) -> int:
         return sum(p.numel() for p in self.parameters())
@@ -667,9 +661,12 @@ def head_gradients(hidden: Tensor, weight: Tensor, labels: Tensor, dtype: torch.
 
 def logit_chunks(hidden: Tensor, weight: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
     """hidden (N, D), weight (V, D) of one dtype -> for each chunk of n rows: their slice, hidden
-    states (M, D) and logits (M, V), which the next chunk overwrites. M >= n: a CPU needs rows in
-    multiples (see Linear), so the last chunk ends with rows of zeros, which must stay zeros. Logits
-    start on a cache line, which saves a third of the time."""
+    states (M, D) and logits (M, V), which the next chunk overwrites.
+
+    M >= n, because a CPU needs rows in multiples (see Linear): the last chunk ends with rows of
+    zeros, which must stay zeros. A row of the buffer is a multiple of 64 numbers, so it begins on a
+    cache line: a third faster.
+    """
     n, block = len(hidden), row_block(weight)
     rows = LOSS_CHUNK_BYTES // (weight.element_size() * len(weight)) // block * block or block
     hidden, width = pad_rows(hidden, block), -(-len(weight) // 64) * 64
@@ -902,15 +899,16 @@ def add_lora(model: ChatLM, rank: int, alpha: float, targets: str | Iterable[str
     if targets == "all-linear":
         found.pop("lm_head", None)
     if "lm_head" in found:
-        raise ValueError("LoRA for lm_head is not supported (target_modules, --lora_targets)")
+        raise ValueError("LoRA for lm_head is not supported")
     missing = [] if isinstance(targets, str) else [
         target for target in targets if not any(is_target(name, [target]) for name in found)]
     if missing or not found:
-        raise ValueError(f"--lora_targets: the model has no linear layer "
-                         f"{', '.join(missing) or targets}")
+        raise ValueError(f"the model has no linear layer {', '.join(missing) or targets}")
     for name, module in found.items():
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, LoRALinear(module, rank, alpha, dropout))
+    model.lora = {"r": rank, "lora_alpha": alpha, "lora_dropout": dropout,
+                  "target_modules": targets}
 
 
 def merge_lora(model: ChatLM) -> None:
@@ -926,23 +924,30 @@ def merge_lora(model: ChatLM) -> None:
             setattr(parent, name, plain)
 
 
-def save_adapter(model: ChatLM, folder: Path, base: str, rank: int, alpha: float,
-                 targets: list[str], dropout: float = 0.0) -> None:
+ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
+
+
+def save_adapter(model: ChatLM, folder: Path, base: str, base_hash: str = "") -> None:
     """Write adapter_model.safetensors and adapter_config.json, as PEFT does. base: the model's
-    folder."""
+    folder; base_hash: of its weights, for `dpo.py merge`."""
     folder.mkdir(parents=True, exist_ok=True)
     weights = {f"base_model.model.{name}": p.detach().contiguous()
                for name, p in model.named_parameters() if ".lora_" in name}
-    if "all" in targets:
-        targets = sorted({name.split(".")[-3] for name in weights})
-    config = {"peft_type": "LORA", "task_type": "SEQ_2_SEQ_LM", "r": rank, "lora_alpha": alpha,
-              "base_model_name_or_path": str(base), "lora_dropout": dropout, "bias": "none",
-              "target_modules": targets, "fan_in_fan_out": False, "inference_mode": True}
-    write_tensors(weights, folder / "adapter_model.safetensors", {"format": "pt"})
+    config = {"peft_type": "LORA", "task_type": "SEQ_2_SEQ_LM", **model.lora, "bias": "none",
+              "base_model_name_or_path": base, "fan_in_fan_out": False, "inference_mode": True}
+    if config["target_modules"] == "all-linear":
+        config["target_modules"] = sorted({name.split(".")[-3] for name in weights})
+    metadata = {"format": "pt", "base_hash": base_hash}
+    write_tensors(weights, folder / "adapter_model.safetensors", metadata)
     write_file(folder / "adapter_config.json", json.dumps(config, indent=2) + "\n")
-    if "turns" in model.generation:  # see data.py clean --turns
-        own = {"turns": model.generation["turns"]}
-        write_file(folder / "generation_config.json", json.dumps(own) + "\n")
+    own = {name: model.generation[name] for name in ("turns",) if name in model.generation}
+    write_file(folder / "generation_config.json", json.dumps(own) + "\n")  # see data.py --turns
+
+
+def adapter_base(folder: Path) -> str:
+    """The hash of the weights that an adapter was trained on; "" if its file does not say."""
+    with safe_open(folder / "adapter_model.safetensors", "pt") as f:
+        return (f.metadata() or {}).get("base_hash", "")
 
 
 def load_adapter(model: ChatLM, folder: Path) -> None:
@@ -951,7 +956,7 @@ def load_adapter(model: ChatLM, folder: Path) -> None:
     Raises FileNotFoundError or ValueError if it is damaged, is for another model, or has an option
     that is not applied here.
     """
-    files = [folder / "adapter_config.json", folder / "adapter_model.safetensors"]
+    files = [folder / name for name in ADAPTER_FILES]
     if not all(path.is_file() for path in files):
         raise FileNotFoundError(f"{folder} is not an adapter: it needs adapter_config.json and "
                                 "adapter_model.safetensors")
@@ -968,9 +973,11 @@ def load_adapter(model: ChatLM, folder: Path) -> None:
                          f"the model: {e}") from None
     weights = {name.removeprefix("base_model.model."): w for name, w in weights.items()}
     own = {name: p.shape for name, p in model.named_parameters() if ".lora_" in name}
-    if own != {name: w.shape for name, w in weights.items()}:
+    wrong = sorted(own.keys() ^ weights.keys())
+    wrong = wrong or [name for name in own if own[name] != weights[name].shape]
+    if wrong:
         raise ValueError(f"{folder}: the adapter is for another model, or its weights are not "
-                         "those that adapter_config.json describes")
+                         f"those that adapter_config.json describes, first at {wrong[0]}")
     common_dtype(weights, folder)
     check_finite(weights, folder)
     model.load_state_dict(weights, strict=False)
@@ -1089,13 +1096,13 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
             raise ValueError(f"{index} is damaged: it has no weight_map")
         files = sorted({folder / name for name in names.values()})
     else:
-        raise FileNotFoundError(f"{folder} has no model.safetensors (other formats are not read)")
+        raise FileNotFoundError(f"{folder} has no model.safetensors; other formats are not read: "
+                                "load the model with transformers, and save_pretrained it")
     weights: dict[str, Tensor] = {}
     for path in files:
         try:
             refuse_pointer(path)
-            with safe_open(path, "pt") as f:
-                weights.update((name, f.get_tensor(name)) for name in list(f.keys()))
+            weights |= load_file(path)
         except (SafetensorError, OSError) as e:
             raise ValueError(f"{path} is missing or damaged: {e}") from None
     return weights
@@ -1105,6 +1112,9 @@ def write_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, st
     """Write a safetensors file atomically. Raises OSError if the disk is full or fails."""
     with atomic_write(path) as temporary, write_errors(path, SafetensorError):
         save_file(tensors, temporary, metadata)
+
+
+MODEL_FILES = ("config.json", "model.safetensors")
 
 
 def save_model(model: ChatLM, folder: Path) -> None:

@@ -694,6 +694,12 @@ def write_file(path, text: str) -> None:
         temporary.write_text(text, "utf-8")
 
 
+def delete_files(folder, names: Iterable[str]) -> None:
+    """Delete files of a folder, if they are there."""
+    for name in names:
+        Path(folder, name).unlink(missing_ok=True)
+
+
 @contextlib.contextmanager
 def locked(path, message: str, patience_s: float = 0.0) -> Iterator[None]:
     """Hold a lock on an existing file or folder, so that only one process writes there. Raises

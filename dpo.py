@@ -34,7 +34,6 @@ Rafailov et al. 2023, "Direct Preference Optimization" (arXiv:2305.18290), equat
 """
 import argparse
 import os
-import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -51,7 +50,14 @@ from torch import Tensor
 import data
 import sample
 import train
-from chatlm import ChatLM, LinearLogProbs, load_adapter, merge_lora, write_tensors
+from chatlm import (
+    ADAPTER_FILES,
+    ChatLM,
+    adapter_base,
+    load_adapter,
+    merge_lora,
+    write_tensors,
+)
 from data import (
     IGNORED,
     ArgumentParser,
@@ -95,24 +101,12 @@ def dpo_loss(policy_chosen: Tensor, policy_rejected: Tensor, ref_chosen: Tensor,
     return losses.mean(), beta * chosen.detach(), beta * rejected.detach()
 
 
-def sequence_logps(model: ChatLM, encoded: Tensor, mask: Tensor, labels: Tensor,
-                   targets: Tensor) -> Tensor:
-    """Summed log-probabilities (B,) of labels (B, T). targets: (N,), see train.to_device. Logits
-    exist for one chunk at a time, also in backward, which recomputes them."""
-    hidden = model.decode(model.shift_right(labels), encoded, mask)  # (B, T, D)
-    label = labels.flatten().index_select(0, targets)
-    logps = LinearLogProbs.apply(hidden.flatten(0, 1).index_select(0, targets),
-                                 model.head_weight(), label)
-    owner = targets // labels.size(1)  # the row of each token
-    return torch.zeros(len(labels), device=labels.device).index_add(0, owner, logps)
-
-
 def pair_logps(model: ChatLM, batch: dict) -> tuple[Tensor, Tensor]:
     """Log-probabilities (B,) of the chosen and of the rejected answers. batch: from
     train.to_device."""
     encoded, mask = model.encode(batch["input_ids"], batch["attention_mask"])
-    chosen, rejected = (sequence_logps(model, encoded, mask, batch[f"{name}_labels"],
-                                       batch[f"{name}_targets"])
+    chosen, rejected = (model.sequence_logps(encoded, mask, batch[f"{name}_labels"],
+                                             batch[f"{name}_targets"])
                         for name in ("chosen", "rejected"))
     return chosen, rejected
 
@@ -137,6 +131,7 @@ class Settings(train.Settings):
     sft_alpha: float = train.flag(0.0, "weight of an extra SFT loss on chosen answers (default: 0)",
                                   fixed=True, type=train.NOT_NEGATIVE)
 
+    script: ClassVar[str] = "dpo.py"
     columns: ClassVar[tuple[str, ...]] = COLUMNS
     without: ClassVar[tuple[str, ...]] = ("preset", "vocab_size", "bleu_every")
     cpu_batch_tokens: ClassVar[int] = 2 * train.CPU_BATCH_TOKENS  # a row has two answers
@@ -222,9 +217,7 @@ class Preference(train.Objective):
         s = self.settings
         print(f"finished: {s.out_dir} ({state.step:,} steps, {data.duration(state.elapsed_s)}); "
               "loss.svg in it is the curve")
-        if s.lora_rank:
-            base, adapter, out = map(shlex.quote, (s.init_from, s.out_dir, s.out_dir + "/merged"))
-            print(f"  python dpo.py merge --model {base} --adapter {adapter} --out {out}")
+        print(s.merge_command())
 
 
 def read_reference(path: Path, identity: dict[str, str]) -> Tensor | None:
@@ -326,13 +319,13 @@ def reject(argv: list[str]) -> None:
     for row, answered in zip(rows, Rows(answers), strict=True):
         candidates = answered.get("responses", [answered.get("response")])
         candidates = [a for a in candidates if a and a.strip() != row["response"].strip()]
-        if candidates:
+        if candidates and row["prompt"].strip() and row["response"].strip():
             worst = min(candidates, key=lambda a: sample.bleu4([a], [row["response"]]))
             triples.append({"prompt": row["prompt"], "chosen": row["response"], "rejected": worst})
     data.refuse_empty(len(triples), [args.data], data.Problems())
     data.write_pairs(args.out, triples, COLUMNS)
     print(f"{args.out}: {len(triples):,} triples; {len(rows) - len(triples):,} rows dropped, "
-          "because every answer was empty or the chosen one")
+          "because prompt or response is empty, or every answer is empty or the chosen one")
     os.unlink(answers)
     answers.with_name(f".{answers.name}.settings").unlink()
 
@@ -370,10 +363,15 @@ def merge(argv: list[str]) -> None:
     check_folder(args.out)
     tokenizer = Tokenizer.from_pretrained(args.model)
     model = ChatLM.from_pretrained(args.model)
+    base_hash = train.hash_weights(model)
     load_adapter(model, Path(args.adapter))
+    if adapter_base(Path(args.adapter)) not in ("", base_hash):
+        note_once(f"warning: {args.adapter} was trained on other weights than those of "
+                  f"{args.model}: the merged model may answer badly")
     merge_lora(model)
     model.save_pretrained(args.out)
     tokenizer.save_pretrained(args.out)
+    data.delete_files(args.out, ADAPTER_FILES)  # of an earlier run
     print(f"{args.out}: a plain model folder")
 
 

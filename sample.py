@@ -49,6 +49,7 @@ import json
 import math
 import os
 import platform
+import random
 import re
 import secrets
 import socket
@@ -85,6 +86,7 @@ from data import (
     number,
     read_json,
     run,
+    shown,
     write_errors,
     write_file,
 )
@@ -929,13 +931,13 @@ def contrastive_search(model: ChatLM, input_ids: Tensor, attention_mask: Tensor 
 # --- text in, text out ----------------------------------------------------------------------------
 
 
-def to_batch(tokenizer: Tokenizer, prompts: list[str], max_len: int,
-             device) -> tuple[Tensor, Tensor]:
-    """input_ids and attention_mask (B, S) int64. Longer prompts are cut to max_len tokens; their
-    [EOS] stays."""
-    rows = tokenizer.encode_batch(prompts)
+def to_batch(tokenizer: Tokenizer, texts: list[str], max_len: int, device,
+             kind: str = "prompts") -> tuple[Tensor, Tensor]:
+    """input_ids and attention_mask (B, S) int64. Longer texts are cut to max_len tokens; their
+    [EOS] stays. kind: what they are, for a note."""
+    rows = tokenizer.encode_batch(texts)
     if any(len(ids) > max_len for ids in rows):
-        note_once(f"note: prompts longer than --max_len {max_len} tokens are cut")
+        note_once(f"note: {kind} longer than --max_len {max_len} tokens are cut")
         rows = [ids if len(ids) <= max_len else ids[:max_len - 1] + ids[-1:] for ids in rows]
     width = max(map(len, rows))
     ids = torch.tensor([row + [0] * (width - len(row)) for row in rows], device=device)
@@ -1013,7 +1015,8 @@ def losses(model: ChatLM, tokenizer: Tokenizer, rows: list[dict], max_len: int,
     for begin in range(0, len(rows), batch_size):
         part = rows[begin:begin + batch_size]
         batch = to_batch(tokenizer, [row["prompt"] for row in part], max_len, device)
-        labels, mask = to_batch(tokenizer, [row["response"] for row in part], max_len, device)
+        labels, mask = to_batch(tokenizer, [row["response"] for row in part], max_len, device,
+                                "responses, for the loss,")
         with torch.no_grad():
             nats += float(model.loss_sum(*batch, labels.masked_fill(mask == 0, IGNORED)))
         tokens += int(mask.sum())
@@ -1076,13 +1079,11 @@ def response_logps(model: ChatLM, tokenizer: Tokenizer, prompts: list[str], resp
     device = model.shared.weight.device
     encoded, mask = model.encode(*to_batch(tokenizer, prompts, max_len, device))
     n = len(responses) // len(prompts)
-    labels, counted = to_batch(tokenizer, responses, max_len, device)  # (B * n, T)
-    hidden = model.decode(model.shift_right(labels), encoded.repeat_interleave(n, 0),
-                          mask.repeat_interleave(n, 0))
-    logits = F.linear(hidden, model.head_weight()).float()
-    logps = logits.log_softmax(-1).gather(2, labels[:, :, None])[:, :, 0]  # (B * n, T)
-    counted = counted * (labels != model.config.eos_token_id)
-    return (logps * counted).sum(1).tolist()
+    labels, is_token = to_batch(tokenizer, responses, max_len, device, "choices")  # (B * n, T)
+    ignored = (is_token == 0) | (labels == model.config.eos_token_id)
+    logps = model.sequence_logps(encoded.repeat_interleave(n, 0), mask.repeat_interleave(n, 0),
+                                 labels.masked_fill(ignored, IGNORED))
+    return logps.tolist()
 
 
 def score_choices(model: ChatLM, tokenizer: Tokenizer, rows: list[dict[str, str]],
@@ -1190,7 +1191,7 @@ def model_hash(folder: str) -> str:
 
 # --- files ----------------------------------------------------------------------------------------
 
-MAX_WINDOW = 4096  # prompts of a file that are sorted by length together
+WINDOW = 256  # prompts of a file that are sorted by length, answered and written together
 
 
 def read_prompts(rows: Rows) -> Iterator[str]:
@@ -1200,7 +1201,7 @@ def read_prompts(rows: Rows) -> Iterator[str]:
         prompt = row.get("prompt", row.get("text"))
         if type(prompt) is not str:
             raise ValueError(f"{rows.place()} has no text in prompt; its columns are "
-                             f"{', '.join(map(str, row))}")
+                             f"{shown(row)}")
         if prompt.strip() or row.keys() != {"text"}:
             yield prompt
 
@@ -1240,10 +1241,11 @@ def count_answers(prompts: Iterator[str], target: Path, record: Path, made_by: d
 def answer_file(model: ChatLM, tokenizer: Tokenizer, source: str, target: str, batch_size: int,
                 max_len: int, options: dict, made_by: dict, outputs: Iterable[str] = ()) -> int:
     """Append {"prompt", "response"} lines to target, in the order of source, after the answers that
-    it has already; with num_return_sequences "responses", a list.
+    it has already; with num_return_sequences "responses", a list. With a seed, a run that was
+    interrupted and continued writes what a whole one writes.
 
-    made_by: model and settings. They are kept in a hidden file next to target; a run with others is
-    refused. outputs: more files not to read. Returns the number of new rows. Raises ValueError if
+    made_by: model and settings, with "seed". They are kept in a hidden file next to target; a run
+    with others is refused. outputs: more files not to read. Returns the number of new rows. Raises ValueError if
     target is another file.
     """
     out = Path(target)
@@ -1261,12 +1263,14 @@ def answer_file(model: ChatLM, tokenizer: Tokenizer, source: str, target: str, b
             if not total:
                 raise ValueError(f"{source} has no prompts")
             write_file(record, json.dumps(made_by) + "\n")
-            with open(out, "ab+") as f:  # drop a line that was cut off
+            if done < total:
+                done -= done % max(WINDOW, batch_size)  # the last window may be incomplete
+            with open(out, "ab+") as f:
                 f.seek(0)
-                f.truncate(sum(len(line) for line in f if line.endswith(b"\n")))
+                f.truncate(sum(map(len, itertools.islice(f, done))))
             prompts = itertools.islice(read_prompts(rows), done, None)
-            write_answers(model, tokenizer, prompts, total - done, out, batch_size, max_len,
-                          options)
+            write_answers(model, tokenizer, prompts, done, total, out, batch_size, max_len,
+                          options, made_by.get("seed"))
             return total - done
         finally:
             if is_new and not out.stat().st_size:  # nothing was answered
@@ -1274,12 +1278,15 @@ def answer_file(model: ChatLM, tokenizer: Tokenizer, source: str, target: str, b
                 record.unlink(missing_ok=True)
 
 
-def write_answers(model: ChatLM, tokenizer: Tokenizer, prompts: Iterator[str], total: int,
-                  out: Path, batch_size: int, max_len: int, options: dict) -> None:
-    """Append the answers to `total` prompts, about every minute."""
-    written, begin_s, window = 0, time.monotonic(), 4 * batch_size
-    progress = Progress("prompts answered", total=total)
-    while part := list(itertools.islice(prompts, min(window, MAX_WINDOW))):
+def write_answers(model: ChatLM, tokenizer: Tokenizer, prompts: Iterator[str], done: int,
+                  total: int, out: Path, batch_size: int, max_len: int, options: dict,
+                  seed: int | None) -> None:
+    """Append the answers to prompts, which are those from number `done` on, a window at a time."""
+    window, progress = max(WINDOW, batch_size), Progress("prompts answered", total=total - done)
+    for begin in range(done, total, window):
+        if seed is not None:  # so that samples do not depend on where a run was interrupted
+            torch.manual_seed(random.Random(f"{seed} {begin}").getrandbits(63))
+        part = list(itertools.islice(prompts, window))
         answers = answer(model, tokenizer, part, batch_size, max_len, progress, **options)
         n = len(answers) // len(part)
         lines = []
@@ -1292,8 +1299,6 @@ def write_answers(model: ChatLM, tokenizer: Tokenizer, prompts: Iterator[str], t
             f.writelines(lines)
             f.flush()
             os.fsync(f.fileno())
-        written += len(part)
-        window = max(batch_size, int(60 * written / (time.monotonic() - begin_s)))
 
 
 # --- chat -----------------------------------------------------------------------------------------
@@ -1375,6 +1380,8 @@ def chat_command(words: list[str], config: GenerationConfig, options: dict) -> G
         name = words[1]
         needs = config.unused().get(name)
         hint = f" (no effect without {needs})" if needs else ""
+        if name == "temperature" and float(words[2]) == 0:
+            name, hint = "do_sample", " (temperature 0 is greedy decoding)"
         print(f"{name} = {getattr(config, name)}{hint}")
     else:
         print(f"unknown command {words[0]}; /help lists them")
@@ -1456,7 +1463,11 @@ form.onsubmit = async event => {
     for (let rest = "", part; !(part = await reader.read()).done;) {
       const lines = (rest + part.value).split("\\n\\n"); rest = lines.pop()
       for (const line of lines) if (!line.endsWith("[DONE]"))
-        answer.textContent += JSON.parse(line.slice(6)).choices[0]?.delta.content ?? ""
+      {
+        const event = JSON.parse(line.slice(6))
+        if (event.error) throw event.error.message
+        answer.textContent += event.choices[0]?.delta.content ?? ""
+      }
     }
   } catch (error) { say(error.name == "AbortError" ? "（已停止）" : String(error)) }
   if (answer.textContent) messages.push({role: "assistant", content: answer.textContent})
@@ -1468,11 +1479,11 @@ form.onsubmit = async event => {
 
 
 class BadRequest(ValueError):
-    """A request that the client must change. status: of HTTP."""
+    """A request that the client must change. status: of HTTP; code: of OpenAI."""
 
-    def __init__(self, message: str, status: int = 400):
+    def __init__(self, message: str, status: int = 400, code: str | None = None):
         super().__init__(message)
-        self.status = status
+        self.status, self.code = status, code
 
 
 class ChatServer(ThreadingHTTPServer):
@@ -1502,6 +1513,7 @@ class ChatServer(ThreadingHTTPServer):
 
 
 ROLES = ("user", "assistant")
+SYSTEM_ROLES = ("system", "developer")
 
 
 def read_messages(messages: Any) -> list[str]:
@@ -1509,10 +1521,18 @@ def read_messages(messages: Any) -> list[str]:
     user and assistant take turns count. Raises BadRequest."""
     if type(messages) is not list or not messages or any(type(m) is not dict for m in messages):
         raise BadRequest("messages must be a list of objects with role and content")
+    roles = [message.get("role", "user") for message in messages]
+    if unknown := [role for role in roles if role not in ROLES + SYSTEM_ROLES]:
+        raise BadRequest(f"the role {unknown[0]!r} is not supported")
+    if set(roles) & set(SYSTEM_ROLES):
+        note_once("note: system messages have no effect: the model was not trained on them")
     texts: list[str] = []
     for message in reversed(messages):
         content = message.get("content")
         if type(content) is list:  # parts, of which text is understood
+            kinds = [part.get("type", "text") for part in content if type(part) is dict]
+            if others := [kind for kind in kinds if kind != "text"]:
+                raise BadRequest(f"content of type {others[0]!r} is not supported, only text")
             texts_of = (part.get("text") for part in content if type(part) is dict)
             content = "".join(text for text in texts_of if type(text) is str)
         is_text = isinstance(content, str) and bool(content.strip())
@@ -1520,11 +1540,22 @@ def read_messages(messages: Any) -> list[str]:
             break
         if not is_text:
             raise BadRequest("the last message has no text in content")
-        if not texts and message.get("role") == "assistant":
-            raise BadRequest("the last message is an answer: add a question")
+        if not texts and message.get("role", "user") != "user":
+            raise BadRequest("the last message is not a question: add one of the role user")
         texts.append(str(content))
     texts.reverse()
     return texts if len(texts) % 2 else texts[1:]
+
+
+# fields of a request that become options of GenerationConfig
+OPTIONS = {"max_tokens": "max_new_tokens", "max_completion_tokens": "max_new_tokens",
+           "temperature": "temperature", "top_p": "top_p", "top_k": "top_k",
+           "repetition_penalty": "repetition_penalty",
+           "no_repeat_ngram_size": "no_repeat_ngram_size"}
+# other fields that are read, or that change no answer
+FIELDS = {"messages", "stream", "stream_options", "stop", "n", "seed", "model", "user", "metadata",
+          "store", "service_tier", "safety_identifier", "prompt_cache_key", "parallel_tool_calls"}
+NEUTRAL: tuple = (None, False, 0, "", "auto", "none", [], {}, {"type": "text"}, ["text"])
 
 
 class ChatRequest:
@@ -1533,6 +1564,9 @@ class ChatRequest:
     def __init__(self, body: Any, defaults: dict):
         if type(body) is not dict:
             raise BadRequest("the body is not a JSON object")
+        for name, value in body.items():
+            if name not in FIELDS and name not in OPTIONS and value not in NEUTRAL:
+                raise BadRequest(f"{name:.40} is not supported: leave it out")
         self.texts, self.stream = read_messages(body.get("messages")), body.get("stream") or False
         if type(self.stream) is not bool:
             raise BadRequest("stream must be true or false")
@@ -1543,9 +1577,10 @@ class ChatRequest:
         self.answers = 1 if body.get("n") is None else body["n"]
         if type(self.answers) is not int or not 1 <= self.answers <= 16:
             raise BadRequest("n must be a whole number from 1 to 16")
-        names = {"max_tokens": "max_new_tokens", "max_completion_tokens": "max_new_tokens",
-                 "temperature": "temperature", "top_p": "top_p"}
-        given = {names[name]: body[name] for name in names if body.get(name) is not None}
+        self.seed = body.get("seed")
+        if self.seed is not None and (type(self.seed) is not int or abs(self.seed) >= 1 << 63):
+            raise BadRequest("seed must be a whole number of 64 bits")
+        given = {OPTIONS[name]: body[name] for name in OPTIONS if body.get(name) is not None}
         options = defaults | STREAMING | given
         options["do_sample"] |= "temperature" in given or "top_p" in given
         try:
@@ -1573,10 +1608,10 @@ def until_stop(parts: Iterable[str], stops: list[str]) -> Iterator[str]:
     yield held
 
 
-def error_body(status: int, message: str) -> dict:
+def error_body(status: int, message: str, code: str | None = None) -> dict:
     """An error in OpenAI's format."""
     kind = "invalid_request_error" if status < 500 else "server_error"
-    return {"error": {"message": message, "type": kind, "param": None, "code": None}}
+    return {"error": {"message": message, "type": kind, "param": None, "code": code}}
 
 
 class ChatHandler(BaseHTTPRequestHandler):
@@ -1588,6 +1623,36 @@ class ChatHandler(BaseHTTPRequestHandler):
     def log_message(self, format: str, *args) -> None:
         """Requests are not logged: prompts are private."""
 
+    def parse_request(self) -> bool:
+        """Read the head of a request, and answer what no path accepts."""
+        if not super().parse_request():
+            return False
+        has_body = "Transfer-Encoding" in self.headers or "Content-Length" in self.headers
+        if has_body and self.command != "POST":
+            self.close_connection = True  # its body is not read
+        path = self.path.partition("?")[0]
+        methods = "GET, HEAD" if path in ("/", "/health") or path.startswith("/v1/models") else (
+            "POST" if path == "/v1/chat/completions" else "")
+        if not methods:
+            self.close_connection = True
+            self.refuse(404, f"there is no {path}")
+        elif self.command == "OPTIONS":
+            self.reply(200, b"", headers={"Allow": methods})
+        elif self.command not in methods.split(", "):
+            self.close_connection = True
+            self.refuse(405, f"{path} is for {methods}", {"Allow": methods})
+        else:
+            return True
+        return False
+
+    def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
+        """Errors of the base class, as JSON."""
+        self.close_connection = True
+        self.refuse(int(code), message or "the request cannot be read")
+
+    def do_HEAD(self) -> None:
+        self.do_GET()
+
     def do_GET(self) -> None:
         path = self.path.partition("?")[0]
         if path == "/":
@@ -1597,8 +1662,6 @@ class ChatHandler(BaseHTTPRequestHandler):
             self.reply(200, page.encode(), "text/html; charset=utf-8")
         elif path == "/health":
             self.reply(200, {"status": "ok"})
-        elif path != "/v1/models" and not path.startswith("/v1/models/"):
-            self.refuse(404, f"there is no {path}")
         elif self.is_allowed():
             model = {"id": self.server.name, "object": "model", "created": 0, "owned_by": "ChatLM"}
             asked = urllib.parse.unquote(path[len("/v1/models/"):])
@@ -1610,16 +1673,13 @@ class ChatHandler(BaseHTTPRequestHandler):
                 self.refuse(404, f"there is no model {asked}, only {self.server.name}")
 
     def do_POST(self) -> None:
-        if self.path.partition("?")[0] != "/v1/chat/completions":
-            self.close_connection = True  # its body is not read
-            self.refuse(404, f"there is no {self.path}")
-            return
         if not self.is_allowed():
             return
         try:
             request = ChatRequest(self.read_body(), self.server.options)
+            prompt = self.read_prompt(request)
         except BadRequest as e:
-            self.refuse(e.status, str(e))
+            self.reply(e.status, error_body(e.status, str(e), e.code))
             return
         if not self.server.room.acquire(blocking=False):
             self.refuse(503, "too many requests wait for the model", {"Retry-After": "5"})
@@ -1627,7 +1687,7 @@ class ChatHandler(BaseHTTPRequestHandler):
         try:
             with self.server.lock:
                 if not self.has_left():
-                    self.answer(request)
+                    self.answer(request, prompt)
         except (ValueError, RuntimeError, MemoryError) as e:
             message = str(e).partition("\n")[0] or "out of memory"
             if request.stream:  # its head has been sent
@@ -1652,6 +1712,8 @@ class ChatHandler(BaseHTTPRequestHandler):
             length = int(self.headers.get("Content-Length", ""))
         except ValueError:
             length = -1
+        if "Transfer-Encoding" in self.headers:
+            length = -1
         if not 0 <= length <= MAX_BODY_BYTES:
             self.close_connection = True
             if length < 0:
@@ -1666,6 +1728,17 @@ class ChatHandler(BaseHTTPRequestHandler):
         except (ValueError, RecursionError) as e:
             raise BadRequest(f"the body is not JSON: {e}") from None
 
+    def read_prompt(self, request: ChatRequest) -> str:
+        """The question, with earlier ones if the model sees them. Raises BadRequest if it is too
+        long."""
+        server = self.server
+        prompt = with_history(server.tokenizer, request.texts, server.turns, server.max_len)
+        tokens = len(server.tokenizer.encode(prompt))
+        if tokens > server.max_len:
+            raise BadRequest(f"the message has {tokens:,} tokens, and the server takes "
+                             f"{server.max_len:,} (--max_len)", code="context_length_exceeded")
+        return prompt
+
     def has_left(self) -> bool:
         """Whether the client has closed the connection."""
         timeout = self.connection.gettimeout()
@@ -1677,7 +1750,7 @@ class ChatHandler(BaseHTTPRequestHandler):
         finally:
             self.connection.settimeout(timeout)
 
-    def answer(self, request: ChatRequest) -> None:
+    def answer(self, request: ChatRequest, prompt: str) -> None:
         """Decode, and send the answers as events or as one object."""
         server = self.server
         kind = "chat.completion.chunk" if request.stream else "chat.completion"
@@ -1685,8 +1758,9 @@ class ChatHandler(BaseHTTPRequestHandler):
                 "created": int(time.time()), "model": server.name}
         if request.stream:
             self.reply(200, None, "text/event-stream; charset=utf-8")
-        prompt = with_history(server.tokenizer, request.texts, server.turns, server.max_len)
-        prompt_tokens = min(len(server.tokenizer.encode(prompt)), server.max_len)
+        if request.seed is not None:
+            torch.manual_seed(request.seed)
+        prompt_tokens = len(server.tokenizer.encode(prompt))
         choices, completion_tokens = [], 0
         for index in range(request.answers):
             text, ids = "", list[int]()
@@ -1698,8 +1772,11 @@ class ChatHandler(BaseHTTPRequestHandler):
                     if request.stream and part:
                         self.send_event(head, index, {"content": part})
             completion_tokens += len(ids)
-            is_cut = len(ids) == request.config.max_new_tokens
-            reason = "length" if is_cut and ids[-1] != server.model.config.eos_token_id else "stop"
+            whole = server.tokenizer.decode(ids)
+            has_ended = ids[-1] == server.model.config.eos_token_id
+            has_ended |= any(stop in whole for stop in request.stop)
+            is_cut = len(ids) == request.config.max_new_tokens and not has_ended
+            reason = "length" if is_cut else "stop"
             if request.stream:
                 self.send_event(head, index, {}, reason)
             message = {"role": "assistant", "content": text}
@@ -1755,7 +1832,7 @@ class ChatHandler(BaseHTTPRequestHandler):
         if self.close_connection:
             self.send_header("Connection", "close")
         self.end_headers()
-        if body is not None:
+        if body is not None and self.command != "HEAD":
             self.wfile.write(content)
 
 
@@ -1812,8 +1889,12 @@ def decoding_options(args: argparse.Namespace, model: ChatLM) -> dict:
         name = str(e).split()[0]
         is_stored = name in stored and name not in given
         raise ValueError(f"{args.model}/generation_config.json: {e}" if is_stored else e) from None
+    is_greedy = (options | given).get("temperature") == 0
     for name, needs in config.unused().items():
-        if getattr(args, name, None) is not None:
+        if is_greedy and needs.startswith("do_sample"):
+            if name != "temperature" and getattr(args, name, None) is not None:
+                note_once(f"note: --{name} has no effect with temperature 0, which is greedy")
+        elif getattr(args, name, None) is not None:
             flags = re.sub(r"\b(?=do_sample|penalty_alpha|top_k|num_beams)", "--", needs)
             note_once(f"note: --{name} has no effect without {flags}")
     return asdict(config)
@@ -1930,16 +2011,21 @@ def score_file(args: argparse.Namespace, model: ChatLM, tokenizer: Tokenizer,
                options: dict) -> None:
     """Print scores on a file of pairs, or on files of multiple choice."""
     rows = Rows(args.score)
+    is_packed = model.shared.weight.is_cpu and args.dtype not in (None, "float32")
     if {str(name).lower() for name in next(iter(rows), {})} >= set(CHOICE_COLUMNS):
-        for field in fields(GenerationConfig):
-            if getattr(args, field.name, None) is not None:
-                note_once(f"note: --{field.name} has no effect on multiple choice")
+        names = [f.name for f in fields(GenerationConfig)] + ["seed", "reference_settings"]
+        for name in names + ["dtype"] * is_packed:
+            if getattr(args, name, None) not in (None, False):
+                note_once(f"note: --{name} has no effect on multiple choice")
         result = score_subjects(model, tokenizer, rows.files, args.max_len, args.batch_size)
     else:
         rows.columns = PAIR
         pairs = list(rows)
         if not pairs:
             raise ValueError(f"{args.score} has no rows")
+        if is_packed:
+            note_once(f"note: --dtype {args.dtype} is for the answers; the loss is computed in "
+                      "float32")
         options = options | {"num_return_sequences": 1}
         result, _ = score(model, tokenizer, pairs, args.max_len, args.batch_size, **options)
         for name, value in result.items():

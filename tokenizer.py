@@ -444,7 +444,7 @@ class Tokenizer:
             raise ValueError(f"{path} is damaged: {type(e).__name__}: {e}") from None
         if append_eos is not None:
             tokenizer.append_eos = append_eos
-        check_added_tokens(Path(folder) / "tokenizer_config.json", tokenizer)
+        check_added_tokens(Path(folder), tokenizer)
         return tokenizer
 
     def save_pretrained(self, folder) -> None:
@@ -1024,7 +1024,10 @@ def parse_tokenizer(form: dict) -> dict:
     known = canonical(json.loads(Tokenizer(**arguments).to_json()))
     for part in known:
         if found[part] != known[part]:
-            shown = json.dumps(found[part], ensure_ascii=False)[:200]
+            value = found[part]
+            if isinstance(value, list) and isinstance(known[part], list):
+                value = next((x for x in value if x not in known[part]), value)
+            shown = json.dumps(value, ensure_ascii=False)[:200]
             raise Unsupported(f"this kind of {part} is not supported: {shown}")
     if not arguments["spaced"] and vocab[FIRST_BYTE:FIRST_CHAR] != BYTE_TOKENS:
         raise Unsupported("the 256 bytes do not follow the special tokens")
@@ -1055,24 +1058,33 @@ def canonical(form: dict) -> dict:
     return {name: part(form.get(name)) for name in names} | {"model": model}
 
 
-def check_added_tokens(path: Path, tokenizer: Tokenizer) -> None:
-    """Raise ValueError for special tokens that only tokenizer_config.json has: AutoTokenizer would
-    add them to those of tokenizer.json."""
-    if not path.is_file():
-        return
-    try:
-        config = json.loads(path.read_text("utf-8"))
-        tokens = [t["content"] for t in (config.get("added_tokens_decoder") or {}).values()]
-        for name in ("additional_special_tokens", "extra_special_tokens"):
-            more = config.get(name) or []
-            for token in more.values() if isinstance(more, dict) else more:
-                tokens.append(token if isinstance(token, str) else token["content"])
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        raise ValueError(f"{path} is damaged") from None
-    for token in tokens:
-        if token not in tokenizer.added:
-            raise ValueError(f"{path} has the special token {token!r}, and tokenizer.json has not: "
-                             "load the folder with transformers and save it again")
+SPECIAL_NAMES = [f"{kind}_token" for kind in ("bos", "eos", "unk", "sep", "pad", "cls", "mask")]
+
+
+def check_added_tokens(folder: Path, tokenizer: Tokenizer) -> None:
+    """Raise ValueError for special tokens that only tokenizer_config.json, or another file next to
+    it, has: AutoTokenizer would add them to those of tokenizer.json."""
+    names = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+    for path in [folder / name for name in names if (folder / name).is_file()]:
+        try:
+            config = json.loads(path.read_text("utf-8"))
+            if path.name == "added_tokens.json":
+                tokens: list = list(config)
+            else:
+                tokens = list((config.get("added_tokens_decoder") or {}).values())
+                tokens += [config[name] for name in SPECIAL_NAMES if config.get(name)]
+            for name in ("additional_special_tokens", "extra_special_tokens"):
+                more = config.get(name) or []
+                tokens += more.values() if isinstance(more, dict) else more
+            tokens = [t if isinstance(t, str) else t["content"] for t in tokens]
+            splits = config.get("split_special_tokens")
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            raise ValueError(f"{path} is damaged") from None
+        if missing := [token for token in tokens if token not in tokenizer.added]:
+            raise ValueError(f"{path} has the special token {missing[0]!r}, and tokenizer.json has "
+                             "not: load the folder with transformers and save it again")
+        if splits:
+            raise ValueError(f"{path}: split_special_tokens is not supported")
 
 
 # --- Unicode --------------------------------------------------------------------------------------

@@ -50,7 +50,6 @@ import os
 import pickle
 import re
 import shlex
-import shutil
 import signal
 import sys
 import threading
@@ -73,6 +72,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import data
 import sample
 from chatlm import (
+    ADAPTER_FILES,
+    MODEL_FILES,
     PRESETS,
     ChatLM,
     ChatLMConfig,
@@ -108,6 +109,8 @@ from tokenizer import Tokenizer
 # long: the other ranks wait while the first one trains a tokenizer
 TIMEOUT = datetime.timedelta(days=2)
 MAX_BAD_STEPS = 10  # in a row, then training stops
+EXPORTED = (*MODEL_FILES, *ADAPTER_FILES, "generation_config.json", "tokenizer.json",
+            "tokenizer_config.json", "special_tokens_map.json")
 # dense, by NVIDIA's data sheets
 BF16_TERAFLOPS = {"H200": 989, "H100 PCIe": 756, "H100": 989, "A100": 312, "L40S": 362, "L40": 181,
                   "L4": 121, "A10G": 70, "A10": 125, "A5000": 111, "4090": 165, "3090": 71,
@@ -172,10 +175,11 @@ class Objective:
         """Write a model folder, or with LoRA an adapter folder."""
         s = self.settings
         if s.lora_rank:
-            save_adapter(self.model, folder, s.init_from, s.lora_rank, s.lora_alpha,
-                         s.lora_targets.split(","), s.lora_dropout)
+            save_adapter(self.model, folder, s.init_from, self.init_hash or "")
+            data.delete_files(folder, MODEL_FILES)  # of an earlier run
         else:
             self.model.save_pretrained(folder)
+            data.delete_files(folder, ADAPTER_FILES)
         self.tokenizer.save_pretrained(folder)
 
 
@@ -218,11 +222,14 @@ class Trainer:
         else:
             self.objective.initialize(self.stream)
         self.ranks.barrier()
-        if self.ranks.is_main:  # later checkpoints would be taken for the newest of this run
-            for path in list_checkpoints(self.out_dir / "checkpoint"):
-                if step_of(path) > self.state.step:
-                    path.unlink()
+        # steps after this one are taken again, so their checkpoints must not stay the newest
+        checkpoints = list_checkpoints(self.out_dir / "checkpoint") if self.ranks.is_main else []
+        later = [path for path in checkpoints if step_of(path) > self.state.step]
+        for path in later:
+            path.unlink()
         self.report = Report(self.out_dir, self.ranks.is_main, self.state.step)
+        if later:
+            self.report.say(f"deleted {len(later):,} checkpoints of later steps")
         if saved:
             self.report.say(f"resuming from {saved['path']}: step {self.state.step:,}, "
                             f"{self.state.tokens:,} tokens")
@@ -241,8 +248,8 @@ class Trainer:
         state; exits with status 128 + N after signal N."""
         settings, stop = self.settings, Stop()
         self.start(saved)
-        first = done = self.progress()
-        if done >= 1 and self.ranks.is_main:  # killed after the last checkpoint, before its export
+        at_start = done = self.progress()
+        if done >= 1 and self.ranks.is_main:  # it may have been killed before the export
             self.objective.export(self.out_dir)
             self.report.say("nothing is left to train")
         self.tick_s = time.perf_counter()
@@ -250,10 +257,10 @@ class Trainer:
         while done < 1 and not stopping:
             values, stopping = self.train_step(done, stop.signal > 0)
             done = self.progress()
-            if done >= 1 and self.bad_in_a_row:
+            if done >= 1 and not self.is_sound():
                 self.fail()
             if not self.bad_in_a_row:
-                share = min(1.0, (done - first) / (1 - first))
+                share = min(1.0, (done - at_start) / (1 - at_start))
                 self.report.show(values, self.objective.shown, self.stream.epoch, share)
             if settings.valid and (self.due(settings.eval_every) or done >= 1):
                 self.evaluate()
@@ -265,8 +272,10 @@ class Trainer:
         self.report.close()
         stop.restore()
         if stopping:
-            self.report.say(f"stopped at step {self.state.step:,} and saved; the same command "
-                            "resumes the run")
+            same = "the same command" + " without --resume" * (settings.resume != "auto")
+            saved_too = " and saved" * self.is_sound()
+            self.report.say(f"stopped at step {self.state.step:,}{saved_too}; {same} resumes the "
+                            "run")
             self.ranks.leave()
             sys.exit(128 + (stop.signal or signal.SIGTERM))
         return self.state
@@ -291,8 +300,8 @@ class Trainer:
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = lr
-        # float16 needs a loss of moderate size: batch_tokens stands in for the normalizer, which is
-        # known only after the step
+        # keep gradients within float16's range: divide by batch_tokens, since the normalizer is
+        # known only after the all-reduce
         is_half = s.dtype == "float16"
         scale = (state.loss_scale if is_half else 1.0) / s.batch_tokens
         total = self.reduce(*self.accumulate(scale), stop, scale)
@@ -317,14 +326,14 @@ class Trainer:
             flops = self.model.train_flops(total["source"], total["target"])
             values["mfu"] = flops / step_s / self.peak_flops
         self.report.log(values)
-        can_adapt = is_half and state.loss_scale >= 1
-        self.count_bad_steps(not finite or overflow and not can_adapt)
+        can_lower_scale = is_half and state.loss_scale >= 1  # then an overflow is normal
+        self.count_bad_steps(not finite or overflow and not can_lower_scale)
         return values, total["stops"] > 0
 
     def accumulate(self, scale: float) -> tuple[Tensor, int, int]:
-        """Run this rank's micro-batches of the next group. self.gradient becomes the sum over all
-        ranks, of the loss times scale, which keeps it within float16. Returns this rank's sums:
-        loss, normalizer and extra sums, on the device; source tokens; target tokens."""
+        """Run this rank's micro-batches of the next group. self.gradient becomes the gradient of
+        the loss times scale, summed over all ranks. Returns this rank's sums: loss, normalizer and
+        extra sums, on the device; source tokens; target tokens."""
         self.model.train()
         self.gradient.zero_()
         sums = torch.zeros(2 + len(self.objective.extra), dtype=torch.float64, device=self.device)
@@ -381,12 +390,21 @@ class Trainer:
         if self.bad_in_a_row == MAX_BAD_STEPS:
             self.fail()
 
+    def is_sound(self) -> bool:
+        """Whether the last step's loss and the weights are finite."""
+        sums = [p.detach().sum(dtype=torch.float32) for p in self.model.parameters()]
+        return not self.bad_in_a_row and bool(torch.stack(sums).isfinite().all())
+
     def fail(self) -> None:
         """Raise ValueError: the weights, or the data, give no finite loss any more."""
-        folder = self.out_dir / "checkpoint"
-        kept = f"; the checkpoints in {folder} are from before" if list_checkpoints(folder) else ""
-        raise ValueError(f"no finite loss in {self.bad_in_a_row} steps in a row: lower --lr or "
-                         f"choose another --dtype{kept}")
+        checkpoints = list_checkpoints(self.out_dir / "checkpoint")
+        last_step = self.state.step - self.bad_in_a_row  # with these weights, the next steps failed
+        before = [path for path in checkpoints if step_of(path) < last_step]
+        kept = f", and go on from before with --resume {before[0]}" if before else ""
+        what = "the weights are not finite any more"
+        if self.bad_in_a_row:
+            what = f"no finite loss in {self.bad_in_a_row} steps in a row"
+        raise ValueError(f"{what}: lower --lr or choose another --dtype{kept}")
 
     def evaluate(self) -> None:
         """Validate, and export the model to best/ if its loss is the lowest so far."""
@@ -415,12 +433,16 @@ class Trainer:
 
     def save(self) -> None:
         """Save a checkpoint, then export: a model without a checkpoint could not be resumed."""
-        if self.ranks.is_main:
+        if not self.is_sound():
+            self.report.say("not saved, because the loss or the weights are not finite")
+        elif self.ranks.is_main:
             save_checkpoint(self)
             self.objective.export(self.out_dir)
-            best = self.out_dir / "best"
-            if self.is_new and self.state.best_val == math.inf and best.is_dir():
-                shutil.rmtree(best)  # of an earlier run
+            if self.is_new and self.state.best_val == math.inf:
+                best = self.out_dir / "best"  # of an earlier run
+                data.delete_files(best, EXPORTED)
+                with contextlib.suppress(OSError):  # there may be files of other programs
+                    best.rmdir()
         self.ranks.barrier()
 
 
@@ -437,16 +459,21 @@ def to_device(batch: dict, device: torch.device) -> dict:
 
 
 class Stop:
-    """The first Ctrl-C or SIGTERM asks for an end after the running step; a second ends at once."""
+    """The first Ctrl-C or SIGTERM asks for an end after the running step; the same one again ends
+    at once. torchrun sends SIGTERM after a Ctrl-C that its processes have seen, too."""
 
     def __init__(self):
         self.signal = 0
+        self.seen: set[int] = set()
         for name in (signal.SIGINT, signal.SIGTERM):
             signal.signal(name, self.ask)
 
     def ask(self, number: int, frame) -> None:
-        self.signal = number
-        self.restore()
+        if number in self.seen:
+            self.restore()
+            os.kill(os.getpid(), number)
+        self.seen.add(number)
+        self.signal = self.signal or number
 
     def restore(self) -> None:
         """Let signals end the process again."""
@@ -484,7 +511,7 @@ class Ranks:
         # import this before init_process_group, or its default arguments capture the group
         importlib.import_module("torch.distributed.nn")
         store = next(dist.rendezvous("env://"))[0]
-        if local_size == world_size:  # a restart must not find addresses of processes that died
+        if local_size == world_size:  # a restart must not read addresses of processes that died
             attempt = env.get("TORCHELASTIC_RESTART_COUNT", 0)
             store = dist.PrefixStore(f"attempt {attempt}", store)
         is_gpu = chosen.type == "cuda"
@@ -540,9 +567,9 @@ class GradientReducer:
 
         gradient   [ slice 2 | slice 1 | slice 0 ]      slice 0 is ready first
 
-    All ranks send the slices in the same order. A rank without a micro-batch sends them at the
-    end. (DistributedDataParallel was not an option: it expects every rank to have a micro-batch,
-    and one forward call per backward pass.)
+    All ranks send the slices in the same order. A rank without a micro-batch sends zeros in finish.
+    (DistributedDataParallel needs a micro-batch on every rank, and one forward call per backward
+    pass.)
     """
     SLICE_BYTES = 1 << 26
 
@@ -550,41 +577,41 @@ class GradientReducer:
         """gradient: (P,), with the gradient of each parameter in turn as a view."""
         self.slices: list[Tensor] = []
         self.slice_of: dict[nn.Parameter, int] = {}
-        self.waiting: Counter[int] = Counter()  # per slice: gradients still to come in this pass
-        self.works: list = []
-        self.counting = False
+        self.remaining: Counter[int] = Counter()  # per slice: gradients still to come in this pass
+        self.handles: list = []  # of the slices that were sent
+        self.is_last_pass = False
         end = begin = len(gradient)
         for p in reversed(parameters if ranks.world_size > 1 else []):
             begin -= p.numel()
             self.slice_of[p] = len(self.slices)
-            p.register_post_accumulate_grad_hook(self.count)
+            p.register_post_accumulate_grad_hook(self.on_gradient)
             if (end - begin) * gradient.element_size() >= self.SLICE_BYTES or begin == 0:
                 self.slices.append(gradient[begin:end])
                 end = begin
 
     def start(self) -> None:
         """Call before the last backward pass of a step: from then on, complete slices are sent."""
-        self.waiting = Counter(self.slice_of.values())
-        self.counting = True
+        self.remaining = Counter(self.slice_of.values())
+        self.is_last_pass = True
 
-    def count(self, p: nn.Parameter) -> None:
+    def on_gradient(self, p: nn.Parameter) -> None:
         """Hook: the gradient of p is complete. Send the complete slices, in order."""
-        if self.counting:
-            self.waiting[self.slice_of[p]] -= 1
-            while len(self.works) < len(self.slices) and self.waiting[len(self.works)] == 0:
+        if self.is_last_pass:
+            self.remaining[self.slice_of[p]] -= 1
+            while len(self.handles) < len(self.slices) and not self.remaining[len(self.handles)]:
                 self.send()
 
     def send(self) -> None:
-        self.works.append(dist.all_reduce(self.slices[len(self.works)], async_op=True))
+        self.handles.append(dist.all_reduce(self.slices[len(self.handles)], async_op=True))
 
     def finish(self) -> None:
         """Send the slices that are left, and wait for all."""
-        self.counting = False
-        while len(self.works) < len(self.slices):
+        self.is_last_pass = False
+        while len(self.handles) < len(self.slices):
             self.send()
-        for work in self.works:
-            work.wait()
-        self.works = []
+        for handle in self.handles:
+            handle.wait()
+        self.handles = []
 
 
 def gpu_of_process(device: str, local: int, local_size: int) -> str:
@@ -790,7 +817,7 @@ class State:
 
 
 def save_checkpoint(trainer: Trainer) -> None:
-    """Write step-N-HASH.pt, HASH being that of its bytes, and delete all but the newest --keep.
+    """Write step-N-HASH.pt (HASH: of its bytes), and delete all but the newest --keep.
 
     identity: what may not change when the run is resumed. settings: what a resumed run takes from
     here if no flag says otherwise.
@@ -800,7 +827,7 @@ def save_checkpoint(trainer: Trainer) -> None:
     trained = {n: p.detach() for n, p in trainer.model.named_parameters() if p.requires_grad}
     saved = {"model": trained, "optimizers": [o.state_dict() for o in trainer.optimizers],
              "state": dataclasses.asdict(state), "identity": trainer.identity,
-             "settings": trainer.settings.stored()}
+             "script": trainer.settings.script, "settings": trainer.settings.stored()}
     newest = folder / "newest"
     for stale in folder.glob("newest.*.tmp"):  # of killed processes: no other run writes here
         stale.unlink()
@@ -819,8 +846,9 @@ def load_checkpoint(saved: dict, trainer: Trainer) -> None:
         # copied: `saved` is mapped from the file
         optimizer.load_state_dict(own | {"state": copy.deepcopy(stored["state"])})
     trainer.state = State(**saved["state"])
-    if saved["settings"].get("valid_hash") != trainer.settings.valid_hash:
-        trainer.state.best_val = math.inf  # of another --valid
+    has_best = trainer.ranks.all_gather((trainer.out_dir / "best").is_dir())[0]
+    if not has_best or saved["settings"].get("valid_hash") != trainer.settings.valid_hash:
+        trainer.state.best_val = math.inf  # of another --valid, or in another --out_dir
     trainer.stream.state = dict(trainer.state.stream)
 
 
@@ -840,9 +868,8 @@ def check_identity(identity: dict, saved: dict | None, out_dir: str, ranks: Rank
         if isinstance(value, dict) and isinstance(before, dict):
             shown = ", ".join(f"{k} was {before.get(k)}, is {value[k]}"
                               for k in value if before.get(k) != value[k])
-        raise AgreedError(f"{flag} is not what it was in the run that {out_dir} continues "
-                          f"({shown}): give the old value, another --out_dir, or --resume never "
-                          "to start anew")
+        raise AgreedError(f"{flag} differs from the run in {out_dir} ({shown}): give the old "
+                          "value, another --out_dir, or --resume never to start anew")
 
 
 @contextlib.contextmanager
@@ -913,11 +940,14 @@ def is_whole(path: Path) -> bool:
 def find_checkpoint(out_dir: str, resume: str, ranks: Ranks) -> dict | None:
     """The content and "path" of the checkpoint to resume from, the same on every rank: the first
     rank chooses it. None: a new run."""
+    is_restart = int(os.environ.get("TORCHELASTIC_RESTART_COUNT") or 0) > 0
+    if is_restart and list_checkpoints(Path(out_dir) / "checkpoint"):
+        resume = "auto"  # torchrun started the processes again: this run has checkpoints by now
     path = newest_checkpoint(Path(out_dir), resume) if ranks.is_main else None
     name = ranks.all_gather(path.name if path else None)[0]
     if name is None:
         return None
-    if path is None:  # the same file, as this machine sees it
+    if path is None:  # where this machine sees the first rank's file
         given = Path(out_dir) if resume == "auto" else Path(resume)
         folder = given.parent if given.is_file() else given
         path = folder / name if (folder / name).is_file() else folder / "checkpoint" / name
@@ -928,7 +958,7 @@ def find_checkpoint(out_dir: str, resume: str, ranks: Ranks) -> dict | None:
         saved = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except (RuntimeError, EOFError, pickle.UnpicklingError, ValueError, KeyError):
         raise AgreedError(f"{path} is not a checkpoint") from None
-    if "settings" not in saved:
+    if not isinstance(saved, dict) or "settings" not in saved:
         raise AgreedError(f"{path} was written by an earlier version, whose runs cannot be "
                           f"resumed: start anew from the model with --init_from {out_dir} and "
                           "another --out_dir")
@@ -983,8 +1013,8 @@ class Report:
             print(text, flush=True)
 
     def show(self, values: dict, names: Iterable[str], epoch: float, share: float) -> None:
-        """Show running means, over about 20 steps, in the progress line. share: done of this run's
-        steps."""
+        """Show running means, over about 20 steps, in the progress line. share: how much of this
+        process's steps is done, 0 to 1."""
         if not self.is_main:
             return
         for name in (*names, "tok_per_s"):
@@ -1126,10 +1156,13 @@ class ResponseLoss(Objective):
             report.close()
         asked = "法国的首都是哪里？" if s.demo else "你好"
         flag = "" if s.out_dir == "out" else f" --model {shlex.quote(s.out_dir)}"
-        print(f"\nfinished: {s.out_dir} is a model folder ({state.step:,} steps, "
-              f"{state.tokens:,} tokens, {duration(state.elapsed_s)}); {s.out_dir}/loss.svg is its "
-              "curve. Talk to it:"
-              f'\n  python sample.py{flag} --prompt "{asked}"\n  python sample.py{flag}')
+        kind, then = "a model folder", "Talk to it"
+        commands = f'  python sample.py{flag} --prompt "{asked}"\n  python sample.py{flag}'
+        if s.lora_rank:
+            kind, then, commands = "an adapter", "Merge it into its model", s.merge_command()
+        print(f"\nfinished: {s.out_dir} is {kind} ({state.step:,} steps, {state.tokens:,} tokens, "
+              f"{duration(state.elapsed_s)}); {s.out_dir}/loss.svg is its curve. {then}:\n"
+              f"{commands}")
 
     def initialize(self, stream: PairStream) -> None:
         """Initialize a new model from counts of the first window, if that beats random weights on
@@ -1200,7 +1233,7 @@ class Settings:
     data_files: tuple[str, ...] = ()
     valid_files: tuple[str, ...] = ()
     valid_hash: str = ""
-    # lengths of a batch are multiples of this, for compiled kernels
+    # S and T of a batch are padded to multiples of this, for compiled kernels
     round_to: int = field(default=0, metadata={"fixed": True})
 
     data: Sequence[str] = flag((), "training pairs: Parquet files or folders of them (default: the "
@@ -1281,10 +1314,11 @@ class Settings:
     columns: ClassVar[tuple[str, ...]] = PAIR
     without: ClassVar[tuple[str, ...]] = ()  # fields that have no flag in this command
     cpu_batch_tokens: ClassVar[int] = CPU_BATCH_TOKENS
+    script: ClassVar[str] = "train.py"
 
     @classmethod
     def about(cls, f: Field) -> Mapping:
-        """What flag() said of a field. A subclass that sets only a default inherits it."""
+        """The metadata from flag(), inherited if a subclass changes only the default."""
         inherited: dict[str, Mapping] = {f.name: f.metadata for f in fields(Settings)}
         return f.metadata or inherited.get(f.name, {})
 
@@ -1310,13 +1344,21 @@ class Settings:
             raise ValueError(f"--vocab_size is for a tokenizer that is trained here; --{other} "
                              "brings its own")
         if self.init_from and self.preset:
-            began = f", and the run in {self.out_dir} began with the other one"
+            why = f"the run in {self.out_dir} was started with the other one"
             if {"init_from", "preset"} <= self.given:
-                began = ": --init_from brings its own shape"
-            raise ValueError(f"--preset and --init_from exclude each other{began}")
+                why = "--init_from brings its own shape"
+            raise ValueError(f"--preset and --init_from exclude each other: {why}")
         if wrong := set(filter(None, self.freeze.split(","))) - {"shared", "encoder", "decoder"}:
             raise ValueError(f"--freeze {wrong.pop()!r}: only shared, encoder and decoder can be "
                              "frozen")
+
+    def merge_command(self) -> str:
+        """The command that merges the adapter that was trained; "" without --lora_rank."""
+        if not self.lora_rank:
+            return ""
+        base, adapter, out = map(shlex.quote, (self.init_from, self.out_dir,
+                                               self.out_dir + "/merged"))
+        return f"  python dpo.py merge --model {base} --adapter {adapter} --out {out}"
 
     def default_lr(self) -> float:
         if self.optimizer != "adafactor":
@@ -1345,6 +1387,9 @@ def resolve(kind: type[Settings], args: argparse.Namespace, ranks: Ranks,
     valid_files = s.find_files([s.valid] if s.valid else [], ranks)
     s = replace(s, data_files=tuple(s.find_files(s.data, ranks)), valid_files=tuple(valid_files),
                 valid_hash=hash_files(valid_files))
+    is_same = ranks.all_gather(s.valid_hash)[0] == s.valid_hash
+    ranks.check(None if is_same else "--valid: this process has other files than the first "
+                f"(machines must share {s.valid}, or have equal copies)")
     s = choose_defaults(s, ranks)
     # machines may differ in what they are fast at: the first rank decides
     agreed = ranks.all_gather(s.stored())[0]
@@ -1421,6 +1466,10 @@ def tokens_per_pass(s: Settings) -> float:
 def check_out_dir(s: Settings, resumes: bool) -> None:
     """Raise ValueError if the run would overwrite a model that it does not resume."""
     out = Path(s.out_dir)
+    for folder in (out / "best", out / "checkpoint"):
+        if folder.exists() and not folder.is_dir():
+            raise ValueError(f"{folder} is a file, and would have to be a folder: move it away, or "
+                             "choose another --out_dir")
     if s.init_from and Path(s.init_from).resolve() in (out.resolve(), (out / "best").resolve()):
         raise ValueError(f"--init_from {s.init_from} would be overwritten: choose another "
                          "--out_dir")
@@ -1575,8 +1624,8 @@ def find_tokenizer(s: Settings, ranks: Ranks, saved: dict | None = None) -> Toke
 
 def train_tokenizer(s: Settings, out: Path, trained: Path) -> Path:
     """Train a tokenizer, unless there is one of the same data and size, or one that the user has
-    put into out. It goes to the folder out / trained, because out may hold a model that needs its
-    own; every export copies it to out. Returns the tokenizer's folder, relative to out."""
+    put into out. It is saved in out / trained first: out may still hold an older model with its own
+    tokenizer. Every export copies it to out. Returns the tokenizer's folder, relative to out."""
     source = {"data": hash_files(s.data_files), "vocab_size": s.vocab_size}
     folder, record = out / trained, out / trained / "source.json"
     if record.is_file():
@@ -1609,7 +1658,8 @@ def hash_weights(model: ChatLM) -> str:
     digest = xxhash.xxh3_64()
     for name, p in model.named_parameters():
         digest.update(name.encode())
-        digest.update(p.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+        values = p.detach().float().cpu().contiguous()
+        digest.update(values.view(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
@@ -1629,12 +1679,15 @@ def make_model(s: Settings, ranks: Ranks, tokenizer: Tokenizer) -> tuple[ChatLM,
     for part in filter(None, s.freeze.split(",")):
         getattr(model, part).requires_grad_(False)
     if s.lora_rank:
-        add_lora(model, s.lora_rank, s.lora_alpha, s.lora_targets.split(","), s.lora_dropout)
+        try:
+            add_lora(model, s.lora_rank, s.lora_alpha, s.lora_targets.split(","), s.lora_dropout)
+        except ValueError as e:
+            raise ValueError(f"--lora_targets: {e}") from None
     if not any(p.requires_grad for p in model.parameters()):
         raise ValueError(f"--freeze {s.freeze} leaves nothing to train")
-    if s.compile:
-        for name in ("encode", "decode"):
-            setattr(model, name, torch.compile(getattr(model, name), dynamic=True))
+    if s.compile:  # block by block: all of a stack share a graph, and compiling takes seconds
+        for block in (*model.encoder.block, *model.decoder.block):
+            block.compile(dynamic=True)
         # some kernels have graphs of their own for lengths that are multiples of 16
         torch._dynamo.config.recompile_limit = 32
     known_turns = sample.known_turns(model)  # on every rank: it may fail
@@ -1744,6 +1797,18 @@ def main() -> None:
 
 
 @contextlib.contextmanager
+def peer_hint(ranks: Ranks) -> Iterator[None]:
+    """Turn the error of a lost connection into a ValueError: another process has ended."""
+    try:
+        yield
+    except RuntimeError as e:
+        pattern = "gloo|nccl|connection (closed|reset|refused)|broken pipe|remote process"
+        if ranks.world_size == 1 or not re.search(pattern, str(e), re.IGNORECASE):
+            raise
+        raise ValueError("another process of this run has ended; its message says why") from None
+
+
+@contextlib.contextmanager
 def compile_hint() -> Iterator[None]:
     """Turn an error of torch.compile into a ValueError that names the flag."""
     try:
@@ -1761,8 +1826,13 @@ def run_training(args: argparse.Namespace, kind: type[Settings],
                  objective_kind: type[Objective]) -> None:
     """Train; then the first rank reports. The classes are those of train.py or of dpo.py."""
     ranks = Ranks.join(args.device)
-    with memory_hint(MEMORY_HINT), compile_hint(), claimed(Path(args.out_dir), ranks):
+    with (memory_hint(MEMORY_HINT), compile_hint(), peer_hint(ranks),
+          claimed(Path(args.out_dir), ranks)):
         saved = find_checkpoint(args.out_dir, args.resume, ranks)
+        began = saved.get("script", kind.script) if saved else kind.script
+        if began != kind.script:
+            raise AgreedError(f"the run in {args.out_dir} is one of {began}: resume it with  "
+                              f"python {began} --out_dir {args.out_dir}")
         settings = resolve(kind, args, ranks, saved)
         tokenizer = find_tokenizer(settings, ranks, saved)
         model, init_hash = make_model(settings, ranks, tokenizer)

@@ -98,7 +98,7 @@ def test_adapter_is_pefts_in_both_directions(folder, tmp_path, targets):
             torch.nn.init.normal_(p, std=0.05)
         assert p.requires_grad == (".lora_" in name)
     adapted = model(**inputs)[0]
-    save_adapter(model, tmp_path / "ours", str(folder), 4, 8.0, targets)
+    save_adapter(model, tmp_path / "ours", str(folder))
     peft = PeftModel.from_pretrained(AutoModelForSeq2SeqLM.from_pretrained(folder), tmp_path / "ours").eval()
     assert (peft(**inputs).logits - adapted).abs().max() < 1e-5 < (adapted - plain).abs().max()
 
@@ -117,7 +117,7 @@ def test_adapter_is_pefts_in_both_directions(folder, tmp_path, targets):
 def test_an_adapter_for_another_model_is_refused(folder, tmp_path):
     other = ChatLM(ChatLMConfig.preset("demo", vocab_size=1300, num_layers=3))
     add_lora(other, 4, 8.0, ["q"])
-    save_adapter(other, tmp_path, "other", 4, 8.0, ["q"])
+    save_adapter(other, tmp_path, "other")
     with pytest.raises(ValueError, match="for another model"):
         load_adapter(ChatLM.from_pretrained(folder), tmp_path)
     with pytest.raises(FileNotFoundError, match="not an adapter"):
@@ -356,11 +356,11 @@ def test_every_way_to_name_targets_is_pefts(folder, tmp_path, targets, init):
 def test_an_adapter_is_written_whole_or_not_at_all(folder, tmp_path):
     model = ChatLM.from_pretrained(folder)
     add_lora(model, 64, 8.0, ["all"])
-    save_adapter(model, tmp_path, str(folder), 64, 8.0, ["all"])
+    save_adapter(model, tmp_path, str(folder))
     before = {p: p.read_bytes() for p in tmp_path.iterdir()}
     script = (f"import resource, sys\nfrom pathlib import Path\nfrom chatlm import ChatLM\nfrom tokenizer import run\nfrom chatlm import add_lora, save_adapter\n"
               f"model = ChatLM.from_pretrained({str(folder)!r})\nadd_lora(model, 128, 8.0, ['all'])\nresource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))\n"
-              f"run(lambda: save_adapter(model, Path({str(tmp_path)!r}), '', 128, 8.0, ['all']))")
+              f"run(lambda: save_adapter(model, Path({str(tmp_path)!r}), ''))")
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 1 and f"{tmp_path}/adapter_model.safetensors: could not be written: File too large" in done.stderr and len(done.stderr.splitlines()) == 1
     assert {p: p.read_bytes() for p in tmp_path.iterdir()} == before
@@ -370,7 +370,7 @@ def test_an_adapter_is_written_whole_or_not_at_all(folder, tmp_path):
 def test_what_cannot_change_is_named_and_nothing_is_touched(folder, triples, straight, flags):
     before = {p: p.read_bytes() for p in straight.rglob("*") if p.is_file()}
     done = call("--out_dir", str(straight), "--max_steps", "30", *flags)
-    assert done.returncode == 2 and f"{flags[0]} is not what it was" in done.stderr.splitlines()[-1], done.stderr
+    assert done.returncode == 2 and f"{flags[0]} differs from the run in" in done.stderr.splitlines()[-1], done.stderr
     assert {p: p.read_bytes() for p in straight.rglob("*") if p.is_file()} == before
 
 
@@ -486,3 +486,11 @@ def test_nothing_to_reject_writes_nothing(folder, tmp_path):
     before = (tmp_path / "p.parquet").read_bytes()
     done = call("reject", "--model", str(folder), "--data", str(tmp_path / "x.jsonl"), "--out", str(tmp_path / "p.parquet"), "--max_new_tokens", "4")
     assert done.returncode == 2 and "no row can be used" in done.stderr and (tmp_path / "p.parquet").read_bytes() == before
+
+
+def test_reject_writes_only_rows_that_dpo_takes(folder, tmp_path):
+    rows = [{"prompt": "你好", "response": "好"}, {"prompt": " ", "response": "空"}, {"prompt": "问", "response": ""}]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
+    done = run_script("dpo.py", "reject", "--model", folder, "--data", tmp_path / "a.jsonl", "--out", tmp_path / "t.parquet", "--max_new_tokens", "4")
+    assert "1 triples; 2 rows dropped" in done.stdout, done.stderr
+    dpo.check_triples(str(tmp_path / "t.parquet"), "t")

@@ -247,7 +247,7 @@ def whole(tmp_path_factory) -> Path:
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     add_lora(model, 2, 4, ["q"])
-    save_adapter(model, folder / "adapter", str(folder), 2, 4, ["q"])
+    save_adapter(model, folder / "adapter", str(folder))
     return folder
 
 

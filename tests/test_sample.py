@@ -768,3 +768,28 @@ def test_token_ids_of_the_generation_config_are_a_part_of_the_model(answered):
     finally:
         path.write_text(kept)
     assert code == 2 and "another model" in line and out.read_bytes() == before
+
+
+def test_samples_do_not_depend_on_where_a_run_was_interrupted(tmp_path, monkeypatch):
+    monkeypatch.setattr(sample, "WINDOW", 8)
+    tokenizer = Tokenizer.train(["今天天气很好，明天也很好。"] * 20, 300)
+    model = ChatLM(ChatLMConfig.preset("demo", vocab_size=len(tokenizer), tie_word_embeddings=False)).eval()
+    (tmp_path / "p.txt").write_text("".join("今天" * (1 + i % 7) + "\n" for i in range(30)), "utf-8")
+    options, made_by = {"do_sample": True, "max_new_tokens": 6, "temperature": 2.0}, {"seed": 7}
+
+    def answers(name: str) -> str:
+        sample.answer_file(model, tokenizer, str(tmp_path / "p.txt"), str(tmp_path / name), 4, 64, options, made_by)
+        return (tmp_path / name).read_text("utf-8")
+    whole = answers("a.jsonl")
+    torch.manual_seed(3)
+    assert answers("b.jsonl") == whole and len(whole.splitlines()) == 30
+    for lines in (8, 11, 29):  # as a killed run leaves them
+        (tmp_path / "b.jsonl").write_text("".join(whole.splitlines(keepends=True)[:lines]) + '{"pro', "utf-8")
+        assert answers("b.jsonl") == whole
+
+
+@pytest.mark.quick
+def test_temperature_0_is_called_greedy(capsys):
+    config = sample.GenerationConfig(do_sample=True)
+    config = sample.chat_command(["/set", "temperature", "0"], config, {})
+    assert not config.do_sample and "do_sample = False (temperature 0 is greedy decoding)" in capsys.readouterr().out

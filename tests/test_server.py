@@ -421,3 +421,67 @@ def test_the_page_in_a_browser(server, tmp_path, monkeypatch):
         assert {address.removeprefix(url(server)) for address in loaded} <= {"/v1/chat/completions", "/favicon.ico"}
     finally:
         browser.close()
+
+
+@pytest.mark.parametrize(("field", "value"), [
+    ("tools", [{"type": "function"}]), ("response_format", {"type": "json_object"}), ("logprobs", True),
+    ("frequency_penalty", 1.0), ("logit_bias", {"1": 5}), ("num_beams", 4), ("seed", "x"),
+    ("messages", [{"role": "tool", "content": "a"}]), ("messages", [{"role": "system", "content": "a"}]),
+    ("messages", [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}])], ids=str)
+def test_fields_that_would_change_the_answer_are_refused(server, field, value):
+    status, answer = post(server, json.dumps({"messages": QUESTION, field: value}).encode())
+    assert status == 400 and ("not supported" in answer["error"]["message"] or field[:4] in answer["error"]["message"]
+                              or "not a question" in answer["error"]["message"])
+
+
+def test_fields_without_effect_pass_and_a_seed_repeats(server):
+    neutral = {"tools": [], "tool_choice": "auto", "response_format": {"type": "text"}, "logprobs": False, "frequency_penalty": 0, "user": "u", "functions": None}
+    body = {"messages": QUESTION, **neutral}
+    assert post(server, json.dumps(body).encode())[1]["choices"][0]["message"]["content"] == expected(server)
+    chat = client(server).chat.completions
+    said = [chat.create(model="tiny", messages=QUESTION, temperature=2.0, seed=seed).choices[0].message.content for seed in (5, 6, 5, 7)]
+    assert said[0] == said[2] and len(set(said)) > 1
+    only = chat.create(model="tiny", messages=QUESTION, temperature=2.0, extra_body={"top_k": 1})
+    assert only.choices[0].message.content == expected(server)
+
+
+def test_a_message_that_is_too_long_is_refused(server):
+    for stream in (False, True):
+        with pytest.raises(openai.BadRequestError, match="and the server takes 64") as error:
+            client(server).chat.completions.create(model="tiny", messages=[{"role": "user", "content": "今" * 300}], stream=stream)
+        assert error.value.code == "context_length_exceeded"
+
+
+def test_a_stop_in_the_last_token_is_a_stop(server):
+    text, chat = expected(server), client(server).chat.completions
+    for n in range(1, 12):
+        ids = server.tokenizer.encode(text)[:n]
+        seen = server.tokenizer.decode(ids)
+        if seen and text.startswith(seen):
+            found = chat.create(model="tiny", messages=QUESTION, stop=[seen[-1]], max_tokens=n).choices[0]
+            assert found.finish_reason == "stop", n
+
+
+@pytest.mark.parametrize(("method", "path", "status"), [
+    ("GET", "/v1/chat/completions", 405), ("POST", "/health", 405), ("HEAD", "/", 200), ("HEAD", "/health", 200), ("OPTIONS", "/v1/chat/completions", 200),
+    ("PUT", "/", 405), ("GET", "/nothing", 404), ("POST", "/nothing", 404), ("BREW", "/nothing", 404)])
+def test_methods_and_paths(server, method, path, status):
+    with socket.create_connection(("127.0.0.1", server.server_port), timeout=60) as s:
+        s.sendall(f"{method} {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n".encode())
+        head, _, body = b"".join(iter(lambda: s.recv(1 << 16), b"")).partition(b"\r\n\r\n")
+    assert int(head.split()[1]) == status
+    assert (b"Allow: POST" in head) == (path.endswith("completions"))
+    if status >= 400:
+        assert json.loads(body)["error"]["message"]
+    if method == "HEAD":
+        assert not body and b"Content-Length: 0" not in head
+
+
+def test_bodies_that_are_not_read_are_not_the_next_request(server):
+    for head in ("GET /health HTTP/1.1\r\nHost: x\r\nContent-Length: 4\r\n\r\nabcd",
+                 "POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\nContent-Length: 9\r\n\r\n4\r\nabcd\r\n",
+                 "GARBAGE\r\n\r\n"):
+        with socket.create_connection(("127.0.0.1", server.server_port), timeout=60) as s:
+            s.sendall(head.encode() + b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")
+            found = b"".join(iter(lambda: s.recv(1 << 16), b""))
+        assert found.count(b'"error"') + found.count(b'"status"') == 1 and b"<html" not in found.lower(), found

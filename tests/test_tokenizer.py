@@ -467,3 +467,15 @@ def test_special_tokens_of_the_configuration_alone_are_refused(tokenizer, tmp_pa
         assert "tokenizer.json" in str(error)
     else:
         assert ours.encode("你好<a><b>") == AutoTokenizer.from_pretrained(tmp_path / "again")("你好<a><b>").input_ids
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize(("file", "content"), [
+    ("tokenizer_config.json", {"eos_token": "</s>"}), ("tokenizer_config.json", {"pad_token": {"content": "<p>"}}), ("special_tokens_map.json", {"unk_token": "<unk>"}),
+    ("special_tokens_map.json", {"additional_special_tokens": ["<a>"]}), ("added_tokens.json", {"<b>": 900}), ("tokenizer_config.json", {"split_special_tokens": True})], ids=str)
+def test_special_tokens_outside_of_tokenizer_json_are_refused(tmp_path, file, content):
+    Tokenizer.train(CORPUS[:100], 700).save_pretrained(tmp_path)
+    assert Tokenizer.from_pretrained(tmp_path)
+    (tmp_path / file).write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=f"{file}"):
+        Tokenizer.from_pretrained(tmp_path)

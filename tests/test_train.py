@@ -390,7 +390,7 @@ def test_full_disk_loses_nothing(base, straight, tmp_path):
 def test_what_cannot_change_is_named(base, straight, change, flag):
     before = {p: p.read_bytes() for p in straight.rglob("*") if p.is_file()}
     line = refused(*base, "--out_dir", str(straight), "--max_steps", "30", *change)
-    assert flag in line and "is not what it was" in line
+    assert flag in line and "differs from the run in" in line
     assert {p: p.read_bytes() for p in straight.rglob("*") if p.is_file()} == before
 
 
@@ -772,8 +772,8 @@ def test_another_starting_model_is_refused(base, straight, tmp_path, flags):
     weights = load_file(model / "model.safetensors")
     weights["encoder.block.0.layer.0.SelfAttention.q.weight"][0, 0] += 1
     save_file(weights, model / "model.safetensors", {"format": "pt"})
-    assert "--init_from (the model's weights) is not what it was" in refused(*args, str(model), "--max_steps", "4")
-    assert "(the model's weights) is not what it was" in refused("--out_dir", str(tmp_path / "out"), "--max_steps", "4")
+    assert "--init_from (the model's weights) differs from the run in" in refused(*args, str(model), "--max_steps", "4")
+    assert "(the model's weights) differs from the run in" in refused("--out_dir", str(tmp_path / "out"), "--max_steps", "4")
     assert call(*args, str(straight / "best"), "--max_steps", "4").returncode == 0
 
 
@@ -784,7 +784,7 @@ def test_data_that_changed_in_its_middle_is_refused(base, straight, tmp_path):
     content = bytearray(Path(base[1]).read_bytes())
     content[len(content) // 3] ^= 1
     path.write_bytes(content)
-    assert "--data is not what it was" in refused(*base, "--data", str(path), "--out_dir", str(straight), "--max_steps", "30")
+    assert "--data differs from the run in" in refused(*base, "--data", str(path), "--out_dir", str(straight), "--max_steps", "30")
 
 
 def test_training_reads_folders_and_names_the_command_that_converts(base, tmp_path):
@@ -840,7 +840,7 @@ def test_a_refused_resume_changes_nothing(base, tmp_path):
     assert call("--data", base[1], "--max_steps", "2", *common).returncode == 0
     before = {p: p.read_bytes() for p in out.rglob("*") if p.is_file()}
     done = call("--data", str(half), "--max_steps", "4", *common)
-    assert done.returncode == 2 and "--data is not what it was" in done.stderr
+    assert done.returncode == 2 and "--data differs from the run in" in done.stderr
     assert {p: p.read_bytes() for p in out.rglob("*") if p.is_file()} == before
 
 
@@ -1044,7 +1044,7 @@ for step in range(3):
             if micro == 1:
                 reducer.start()
             layers(torch.full((4, 200), 0.01 * (1 + step))).sum().backward()
-        sent.append(len(reducer.works))
+        sent.append(len(reducer.handles))
     reducer.finish()
     expected = torch.zeros_like(flat)
     layers.zero_grad(set_to_none=True)
@@ -1066,3 +1066,132 @@ def test_gradients_are_sent_while_backward_computes(tmp_path):
     (tmp_path / "reduce.py").write_text(REDUCE.format(root=str(ROOT)), "utf-8")
     done = run_ranks(tmp_path / "reduce.py", ranks=2)
     assert done.returncode == 0 and sorted(done.stdout.split()) == ["1", "3", "ok", "ok"], done.stderr[-2000:]
+
+
+# --- advice that works, and nothing lost ---------------------------------------------------------------------------------------------
+
+def test_the_command_that_resumes_is_named(base, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    asked = itertools.chain([False] * 6, itertools.repeat(True))
+    monkeypatch.setattr(train.Stop, "signal", property(lambda self: next(asked) * signal.SIGINT, lambda self, value: None), raising=False)
+    done = call(*base, "--out_dir", str(out), "--resume", "never", "--max_steps", "20")
+    assert done.returncode == 130 and "and saved; the same command without --resume resumes the run" in done.stdout, done.stderr
+    monkeypatch.undo()
+    assert "resuming from" in call(*base, "--out_dir", str(out), "--max_steps", "20").stdout
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")  # torchrun starts the same command again
+    again = call(*base, "--out_dir", str(out), "--resume", "never", "--max_steps", "22").stdout
+    assert "resuming from" in again and "step 20" in again
+
+
+def test_an_older_checkpoint_says_what_it_deletes(base, tmp_path):
+    out = tmp_path / "out"
+    args = [*base, "--out_dir", str(out), "--save_every", "2", "--keep", "9"]
+    call(*args, "--max_steps", "6")
+    older = list_checkpoints(out / "checkpoint")[-1]
+    assert "deleted 2 checkpoints of later steps" in call(*args, "--max_steps", "4", "--resume", str(older)).stdout
+
+
+def test_an_adapter_ends_with_the_command_that_merges_it(base, straight, tmp_path):
+    flags = [x for x in base if x not in ("--preset", "demo")]
+    flags = [*flags[:flags.index("--tokenizer")], *flags[flags.index("--tokenizer") + 2:], "--init_from", str(straight), "--max_steps", "2"]
+    out = tmp_path / "out"
+    done = call(*flags, "--lora_rank", "2", "--out_dir", str(out))
+    assert "is an adapter" in done.stdout and f"python dpo.py merge --model {straight} --adapter {out} --out {out}/merged" in done.stdout
+    assert "sample.py" not in done.stdout
+    (line,) = [line for line in done.stdout.splitlines() if "dpo.py merge" in line]
+    assert run_script(*shlex.split(line)[1:]).returncode == 0 and ChatLM.from_pretrained(out / "merged")
+    # one kind of model in a folder: the older one goes
+    assert call(*flags, "--out_dir", str(out), "--resume", "never").returncode == 0
+    assert not list(out.glob("adapter_*")) and (out / "config.json").exists()
+    assert call(*flags, "--lora_rank", "2", "--out_dir", str(out), "--resume", "never").returncode == 0
+    assert {p.name for p in out.iterdir() if p.suffix == ".safetensors"} == {"adapter_model.safetensors"} and not (out / "config.json").exists()
+    # another starting model of the same shape is told
+    other = tmp_path / "other"
+    shutil.copytree(straight, other, ignore=shutil.ignore_patterns("checkpoint", "best", "tensorboard"))
+    model = ChatLM.from_pretrained(other)
+    with torch.no_grad():
+        model.shared.weight[5] += 1
+    model.save_pretrained(other)
+    for base_model, told in ((straight, False), (other, True)):
+        done = run_script("dpo.py", "merge", "--model", base_model, "--adapter", out, "--out", tmp_path / "merged")
+        assert done.returncode == 0 and ("was trained on other weights" in done.stderr) == told
+
+
+def test_broken_weights_never_replace_good_checkpoints(base, tmp_path):
+    out = tmp_path / "out"
+    args = [*base, "--out_dir", str(out), "--save_every", "1", "--keep", "2", "--optimizer", "adamw", "--warmup_steps", "0", "--grad_clip", "1e30"]
+    assert call(*args, "--lr", "1e-3", "--max_steps", "3").returncode == 0
+    done = call(*args, "--lr", "1e30", "--max_steps", "40")
+    assert done.returncode == 2 and "not saved, because the loss or the weights are not finite" in done.stdout
+    newest, good = list_checkpoints(out / "checkpoint")
+    assert (train.step_of(newest), train.step_of(good)) == (4, 3)  # step 4 made the weights large, but finite
+    assert all(w.isfinite().all() for w in load_file(out / "model.safetensors").values())
+    advice = done.stderr.splitlines()[-1].partition("go on from before with ")[2].split()
+    assert advice == ["--resume", str(good)]
+    assert call(*args, *advice, "--lr", "1e-3", "--max_steps", "5").returncode == 0
+
+
+@pytest.mark.quick
+def test_a_second_kind_of_signal_does_not_interrupt_the_end():
+    script = f"""
+import os, signal, sys, time
+sys.path.insert(0, {str(ROOT)!r})
+import train
+stop = train.Stop()
+for name in sys.argv[1:]:
+    os.kill(os.getpid(), getattr(signal, name))
+    time.sleep(0.05)
+print("saved", stop.signal)
+"""
+    def ends(*names: str) -> tuple[int, str]:
+        done = subprocess.run([sys.executable, "-c", script, *names], capture_output=True, text=True, timeout=60, check=False)
+        return done.returncode, done.stdout.strip()
+    assert ends("SIGINT", "SIGTERM") == (0, f"saved {signal.SIGINT.value}")  # what torchrun sends
+    assert ends("SIGTERM", "SIGTERM") == (-signal.SIGTERM, "")
+
+
+@pytest.mark.quick
+def test_the_script_of_a_run_is_named(base, straight):
+    done = run_script("dpo.py", "--out_dir", straight, "--init_from", straight / "best", "--data", base[1])
+    assert done.returncode == 2 and f"is one of train.py: resume it with  python train.py --out_dir {straight}" in done.stderr
+
+
+def test_other_validation_files_on_a_rank_are_refused(base, tmp_path):
+    other = tmp_path / "valid.parquet"
+    pq.write_table(pq.read_table(base[3])[:30], other)
+    args = [[*base[:3], valid, *base[4:], "--out_dir", str(tmp_path / "out"), "--max_steps", "2"] for valid in (base[3], str(other))]
+    ends = [script.completed() for script in start_ranks("train.py", *args)]
+    assert [end.returncode for end in ends] == [2, 2]
+    assert all("--valid: this process has other files than the first" in end.stderr for end in ends)
+
+
+def test_a_lost_process_is_one_line(base, tmp_path):
+    """The file of --data is missing for the second process only."""
+    args = [[*base, "--out_dir", str(tmp_path / "out"), "--max_steps", "2"], [base[0], str(tmp_path / "none.parquet"), *base[2:], "--out_dir", str(tmp_path / "out"), "--max_steps", "2"]]
+    ends = [script.completed() for script in start_ranks("train.py", *args)]
+    assert "no such file" in ends[1].stderr
+    assert ends[0].returncode == 2 and ends[0].stderr.splitlines()[-1] == "train.py: error: another process of this run has ended; its message says why"
+    assert "Traceback" not in ends[0].stderr
+
+
+@pytest.mark.quick
+def test_files_of_others_in_out_dir_stay(base, tmp_path):
+    out = tmp_path / "out"
+    (out / "best").mkdir(parents=True)
+    (out / "best" / "notes.txt").write_text("precious")
+    (out / "best" / "config.json").write_text("{}")
+    flags = [*base[:2], *base[4:], "--out_dir", str(out), "--max_steps", "1"]
+    assert call(*flags).returncode == 0
+    assert [p.name for p in (out / "best").iterdir()] == ["notes.txt"]
+    for name in ("best", "checkpoint"):
+        other = tmp_path / name
+        other.mkdir()
+        (other / name).write_text("a file")
+        assert f"{other / name} is a file" in refused(*flags[:-4], "--out_dir", str(other), "--max_steps", "1")
+
+
+def test_the_best_model_is_kept_in_a_new_out_dir(base, straight, tmp_path):
+    checkpoint = list_checkpoints(straight / "checkpoint")[0]
+    out = tmp_path / "out"
+    assert call(*base, "--out_dir", str(out), "--resume", str(checkpoint), "--max_steps", "26", "--lr", "1").returncode == 0
+    assert (out / "best" / "model.safetensors").exists()
