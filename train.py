@@ -1685,11 +1685,8 @@ def make_model(s: Settings, ranks: Ranks, tokenizer: Tokenizer) -> tuple[ChatLM,
             raise ValueError(f"--lora_targets: {e}") from None
     if not any(p.requires_grad for p in model.parameters()):
         raise ValueError(f"--freeze {s.freeze} leaves nothing to train")
-    if s.compile:  # block by block: all of a stack share a graph, and compiling takes seconds
-        for block in (*model.encoder.block, *model.decoder.block):
-            block.compile(dynamic=True)
-        # some kernels have graphs of their own for lengths that are multiples of 16
-        torch._dynamo.config.recompile_limit = 32
+    if s.compile:
+        compile_blocks(model)
     known_turns = sample.known_turns(model)  # on every rank: it may fail
     if ranks.is_main:
         turns = max(count_turns(s.data_files), known_turns)
@@ -1699,6 +1696,15 @@ def make_model(s: Settings, ranks: Ranks, tokenizer: Tokenizer) -> tuple[ChatLM,
               f"{ranks.world_size} x {ranks.device.type}, {s.dtype}, {s.batch_tokens:,} tokens per "
               "step", flush=True)
     return model, init_hash
+
+
+def compile_blocks(model: ChatLM, backend: str = "inductor") -> None:
+    """Compile each block by itself. All blocks of a stack share one graph, so this takes the same
+    time for any number of them."""
+    for block in (*model.encoder.block, *model.decoder.block):
+        block.compile(dynamic=True, backend=backend)
+    # some kernels have graphs of their own for lengths that are multiples of 16
+    torch._dynamo.config.recompile_limit = 32
 
 
 def count_turns(files: Iterable[str]) -> int:
