@@ -806,17 +806,18 @@ def init_bigrams(model: ChatLM, before: Tensor, after: Tensor) -> None:
     before, after: (N,) int64 on a CPU, from answers: each token and the one that follows it.
 
     Row v of the embedding, which is the head too, is [constant | log p(v) | a_v | b_v]. The last
-    feed-forward layer of the decoder reads the row of token u from the stream and adds
-    carry @ row, which moves u's constant to where the head has log p, and a_u to where it has b:
+    feed-forward layer of the decoder gets the row of token u, and copies two of its parts: the
+    constant to the place of log p, and a_u to the place of b.
 
-        row of u    constant   log p(u)   a_u   b_u        what the head multiplies
-        carried         0      constant    0    a_u        with [constant | log p(v) | a_v | b_v]
+        row of u       constant    log p(u)    a_u    b_u
+        its copy           0       constant     0     a_u
+        head, row v    constant    log p(v)    a_v    b_v       copy . row v = log p(v) + a_u . b_v
 
-    It also subtracts the row itself; otherwise each token would predict tokens like itself. As
-    relu(x) - relu(-x) = x, the ReLU layer is linear here. The other layers start smaller, by
-    1/sqrt(their number) as in GPT-2: larger ones hide the counts, smaller ones learn late. Tokens
-    that were not counted keep random values. Raises ValueError for an untied head, and for gated or
-    narrow feed-forward layers.
+    (up to constant factors). The layer also subtracts the row of u itself; otherwise each token
+    would predict tokens like itself. As relu(x) - relu(-x) = x, the ReLU layer is linear here. The
+    other layers start smaller, by 1/sqrt(their number) as in GPT-2: larger ones hide the counts,
+    smaller ones learn late. Tokens that were not counted keep random values. Raises ValueError for
+    an untied head, and for gated or narrow feed-forward layers.
     """
     c, last = model.config, model.decoder.block[-1].layer[-1].DenseReluDense
     tied = c.tie_word_embeddings and c.scale_decoder_outputs
@@ -833,22 +834,22 @@ def init_bigrams(model: ChatLM, before: Tensor, after: Tensor) -> None:
     rows = F.pad(rows, (0, c.d_model - rows.size(1)))  # (V, D)
 
     size = rows.square().mean(1).sqrt()  # (V,): the layer's norm makes row / size of a row
-    strength = 2.0  # of the carried row next to what other layers add
-    carry = torch.zeros(c.d_model, c.d_model, dtype=torch.float64)  # (D, D)
-    carry[1, 0] = strength / (counts.spread * constant[0])
-    carry[2 + rank:2 + 2 * rank, 2:2 + rank] = strength * torch.eye(rank)
-    carry -= p @ size * torch.eye(c.d_model)
-    stream = rows + rows / size[:, None] @ carry.T  # (V, D): after the layer, per token
-    # the last norm divides by the stream's size, and its weight restores the counts' scale
-    restored = counts.spread / strength / (p @ (1 / size / stream.norm(dim=1)))
+    strength = 2.0  # of the copy next to what other layers add
+    copy = torch.zeros(c.d_model, c.d_model, dtype=torch.float64)  # (D, D): copy @ row of u
+    copy[1, 0] = strength / (counts.spread * constant[0])
+    copy[2 + rank:2 + 2 * rank, 2:2 + rank] = strength * torch.eye(rank)
+    copy -= p @ size * torch.eye(c.d_model)
+    after_layer = rows + rows / size[:, None] @ copy.T  # (V, D), per token
+    # the last norm divides by the size of its input, and its weight restores the counts' scale
+    final_scale = counts.spread / strength / (p @ (1 / size / after_layer.norm(dim=1)))
 
-    model.decoder.final_layer_norm.weight.fill_(restored)
+    model.decoder.final_layer_norm.weight.fill_(final_scale)
     for name, parameter in model.named_parameters():
         if name.endswith((".o.weight", ".wo.weight")):
             parameter.mul_((3 * len(model.decoder.block)) ** -0.5)
     eye = torch.eye(c.d_model)
     last.wi.weight[:2 * c.d_model] = torch.cat([eye, -eye])
-    last.wo.weight[:, :2 * c.d_model] = torch.cat([carry, -carry], 1)
+    last.wo.weight[:, :2 * c.d_model] = torch.cat([copy, -copy], 1)
     uncounted = torch.cat([rows[:, :2], model.shared.weight[:, 2:].double().cpu()], 1)
     model.shared.weight.copy_(torch.where(counts.counted[:, None], rows, uncounted))
 
@@ -1064,8 +1065,8 @@ def load_model(cls: type[ChatLM], folder, dtype: torch.dtype | None, device) -> 
 
 
 def common_dtype(weights: dict[str, Tensor], folder) -> torch.dtype:
-    """The dtype of most numbers: transformers keeps some weights of half a model in float32. Raises
-    ValueError for quantized weights."""
+    """The dtype of most numbers: in a float16 model, transformers keeps the weights of wo in
+    float32. Raises ValueError for quantized weights."""
     numbers: Counter[torch.dtype] = Counter()
     for name, w in weights.items():
         if not w.is_floating_point() or w.element_size() < 2:

@@ -94,299 +94,6 @@ from tokenizer import Tokenizer
 
 # --- the decoder, one token at a time -------------------------------------------------------------
 
-Product = Callable[[Tensor], Tensor]  # (N, in) -> (N, out), for few rows N
-
-
-@functools.cache
-def is_amd() -> bool:
-    """Whether this is an AMD CPU. There, MKL uses one thread for a product with one row, and
-    FBGEMM's float16 product is faster than its embedding bag. On Intel's CPUs, neither holds."""
-    with contextlib.suppress(OSError), open("/proc/cpuinfo", encoding="utf-8") as f:
-        return "AuthenticAMD" in f.read(1 << 12)
-    return "AuthenticAMD" in platform.processor()  # Windows
-
-
-def float32_product(weight: Tensor) -> Product:
-    """x -> x @ weight.T in float32 on a CPU, for a weight (O, I).
-
-    The fastest product depends on the number of rows:
-
-        1 or 2     torch's own; on AMD's CPUs split_product, for 1 to 4
-        up to 16   oneDNN's weight @ x.T. It copies its right matrix into a layout of its own: here
-                   x, which is small, so there is no second copy of the weight
-        more       torch's own
-    """
-    few: Product = functools.partial(F.linear, weight=weight)
-    most_few = 2
-    if is_amd() and torch.backends.mkl.is_available():
-        few, most_few = split_product(weight), 4
-    has_onednn = torch.backends.mkldnn.is_available()
-
-    def product(x: Tensor) -> Tensor:
-        if len(x) <= most_few:
-            return few(x)
-        if not has_onednn or len(x) > 16:
-            return F.linear(x, weight)
-        y = torch.ops.mkldnn._linear_pointwise(weight, x, None, "none", [], "")  # (O, N)
-        return y.t().contiguous()
-    return product
-
-
-def split_product(weight: Tensor) -> Product:
-    """x -> x @ weight.T, where each thread multiplies x with an equal part of the weight (O, I): a
-    batch of products. The few rows of the weight that remain are another product."""
-    parts = max(1, min(torch.get_num_threads(), len(weight) // 64))
-    rows = len(weight) // parts * parts
-    batch, rest = weight[:rows].view(parts, -1, weight.size(1)), weight[rows:]
-
-    def product(x: Tensor) -> Tensor:
-        y = torch.bmm(batch, x.t().expand(parts, -1, -1)).flatten(0, 1)  # (O, N)
-        if len(rest):
-            y = torch.cat([y, rest @ x.t()])
-        return y.t().contiguous()
-    return product
-
-
-def packed_product(weight: Tensor) -> Product:
-    """x -> x @ weight.T with a weight (O, I) of bfloat16, packed for oneDNN. x and the result are
-    float32. oneDNN keeps a kernel of about a megabyte for every number of rows, so more than 8 rows
-    are padded to a multiple of 8."""
-    ops = torch.ops.mkldnn
-    packed = ops._reorder_linear_weight(weight.contiguous(), 16)  # rows of x that it expects
-
-    def product(x: Tensor) -> Tensor:
-        rows = pad_rows(x, 8) if len(x) > 8 else x
-        y = ops._linear_pointwise(rows.bfloat16(), packed, None, "none", [], "")
-        return y[:len(x)].float()
-    return product
-
-
-class ColumnSum:
-    """x -> x @ weight.T for one row x, with a weight (O, I) rounded to bfloat16. x and the result
-    are float32.
-
-    The product is the sum of the columns of the weight, each times a number of x: what an embedding
-    bag computes. FBGEMM's reads ahead in memory, so on Intel's CPUs it takes two thirds of the time
-    of oneDNN's product. The weight is kept transposed, in a part per thread:
-
-        table (parts * I, O / parts):    row p * I + i is column i of the p-th part of the weight
-    """
-
-    def __init__(self, weight: Tensor):
-        out, width = weight.shape
-        parts = min(torch.get_num_threads(), -(-out // 64))
-        padding = (0, 0, 0, -out % parts)
-        table = F.pad(weight.bfloat16(), padding).view(parts, -1, width).transpose(1, 2)
-        self.out, self.table = out, table.flatten(0, 1).contiguous()
-        self.index = torch.arange(parts * width, dtype=torch.int32)
-        self.begins = self.index[::width]  # one bag per part
-
-    def weight(self) -> Tensor:
-        """The weight (O, I) that the table was made of."""
-        parts = self.table.unflatten(0, (len(self.begins), -1))
-        return parts.transpose(1, 2).flatten(0, 1)[:self.out]
-
-    def __call__(self, x: Tensor) -> Tensor:
-        x = x.bfloat16().expand(len(self.begins), -1).reshape(-1)
-        y = F.embedding_bag(self.index, self.table, self.begins, mode="sum", per_sample_weights=x)
-        return y.view(1, -1)[:, :self.out].float()
-
-
-class Float16Product:
-    """x -> x @ weight.T with the weight (O, I) packed as float16 by FBGEMM. The arithmetic is
-    float32; weights under 6e-5 lose some digits."""
-
-    def __init__(self, weight: Tensor):
-        self.packed = torch.ops.quantized.linear_prepack_fp16(weight.float(), None)
-
-    def weight(self) -> Tensor:
-        """The weight (O, I) in float32, as it was rounded to float16."""
-        return torch.ops.quantized.linear_unpack_fp16(self.packed)[0]
-
-    def __call__(self, x: Tensor) -> Tensor:
-        return torch.ops.quantized.linear_dynamic_fp16(x, self.packed)
-
-
-class BFloat16Product:
-    """x -> x @ weight.T on a CPU, for a weight (O, I) rounded to bfloat16. x and the result are
-    float32.
-
-    One row is most of what a chat needs, and has a product of its own: ColumnSum on Intel's CPUs,
-    float16 on AMD's, where it is faster for up to 8 rows. The first call with more rows packs the
-    weight anew and drops the first copy: for oneDNN, or on a CPU without bfloat16 as float16.
-    """
-
-    def __init__(self, weight: Tensor):
-        rounded = weight.bfloat16()
-        self.product: Any = Float16Product(rounded) if is_amd() else ColumnSum(rounded)
-        self.most_rows = 1
-        if is_amd():
-            self.most_rows = 8 if has_bfloat16(weight.device) else sys.maxsize
-
-    def __call__(self, x: Tensor) -> Tensor:
-        if len(x) > self.most_rows:
-            self.repack()
-        return self.product(x)
-
-    def repack(self) -> None:
-        """Change to a product that is fast for many rows."""
-        weight, self.most_rows = self.product.weight().bfloat16(), sys.maxsize
-        self.product = None  # free it first
-        has_it = has_bfloat16(weight.device)
-        self.product = packed_product(weight) if has_it else Float16Product(weight)
-
-
-def int8_product(weight: Tensor) -> Product:
-    """x -> x @ weight.T with 8-bit integers, by FBGEMM: each row of the weight is scaled to
-    -127 .. 127, x is quantized to 8 bits at every call, and integers are summed."""
-    with warnings.catch_warnings():  # quantized tensors are deprecated; 2.11 to 2.13 have them
-        warnings.simplefilter("ignore")
-        scale = weight.abs().amax(1).clamp(min=1e-30) / 127
-        zero = torch.zeros(len(weight), dtype=torch.int64)
-        quantized = torch.quantize_per_channel(weight, scale, zero, 0, torch.qint8)
-        packed = torch.ops.quantized.linear_prepack(quantized)
-    return lambda x: torch.ops.quantized.linear_dynamic(x, packed, True)
-
-
-PACKED_PRODUCTS: dict[torch.dtype, Callable[[Tensor], Product]] = {
-    torch.bfloat16: BFloat16Product, torch.float16: Float16Product, torch.int8: int8_product}
-
-
-def has_bfloat16(device: torch.device) -> bool:
-    """Whether the device has instructions for products of bfloat16."""
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-
-
-def quick_norm(norm: RMSNorm) -> Product:
-    """RMSNorm in four operations, for float32: x / sqrt(|x|^2 + D eps) * (sqrt(D) weight)."""
-    width = len(norm.weight)
-    weight = norm.weight * width ** 0.5
-    floor = norm.weight.new_tensor((width * norm.eps) ** 0.5)
-
-    def normalize(x: Tensor) -> Tensor:
-        size = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-        return x / torch.hypot(size, floor) * weight
-    return normalize
-
-
-def gpu_norm(norm: RMSNorm, scale: float = 1.0) -> Product:
-    """RMSNorm for a GPU: one kernel, and a cast from float32 if that is not the weights' dtype. The
-    result is multiplied by scale."""
-    dtype, weight = norm.weight.dtype, norm.weight * scale
-    weight32 = weight.float()
-
-    def normalize(x: Tensor) -> Tensor:
-        if x.dtype == dtype:
-            return F.rms_norm(x, weight.shape, weight, norm.eps)
-        return F.rms_norm(x, weight.shape, weight32, norm.eps).to(dtype)
-    return normalize
-
-
-class LayerProducts(NamedTuple):
-    """What one decoder block applies to its rows."""
-    norm: Product
-    qkv: Product  # query, key and value side by side
-    out: Product
-    cross_norm: Product
-    cross_q: Product
-    cross_out: Product
-    feed: Product  # x -> x + feed-forward(norm(x))
-
-
-class Products:
-    """The decoder's layers and head as products for few rows. dtype: how the weights are packed on
-    a CPU; None: in their own dtype. Later weight updates are not picked up. keeps_one_copy: the
-    model's layers share the concatenated weights, to save memory.
-
-    With bfloat16 and int8, the encoder computes in bfloat16 if the CPU has instructions for it.
-    Attention does so only with AMX; without, it would be slower."""
-
-    def __init__(self, model: ChatLM, dtype: torch.dtype | None = None,
-                 keeps_one_copy: bool = False):
-        weight = model.shared.weight
-        self.keeps_one_copy = keeps_one_copy
-        self.dtype, self.quick = dtype, weight.is_cpu and weight.dtype == torch.float32
-        self.is_gpu = weight.is_cuda
-        rounds = dtype in (torch.bfloat16, torch.int8)
-        self.rounds = weight.is_cpu and rounds and has_bfloat16(weight.device)
-        has_amx = self.rounds and torch.cpu._is_amx_tile_supported()
-        self.attention_dtype = torch.bfloat16 if has_amx else weight.dtype
-        self.head = self.of(model.head_weight())
-        self.layers = [self.layer(*block.layer) for block in model.decoder.block]
-        c, norm = model.config, model.decoder.final_layer_norm
-        scale = c.d_model ** -0.5 if c.scale_decoder_outputs else 1.0
-        # not model.to_head: packed_models would keep the model for ever
-        self.to_head = gpu_norm(norm, scale) if self.is_gpu else self.scaled(norm, scale)
-
-    def of(self, weight: Tensor) -> Product:
-        if self.dtype:
-            return PACKED_PRODUCTS[self.dtype](weight.detach())
-        return float32_product(weight.detach()) if self.quick else lambda x: F.linear(x, weight)
-
-    def side_by_side(self, *linears: Any) -> Product:
-        """The outputs of several linear layers, concatenated."""
-        if not all(type(module) is Linear for module in linears):  # LoRALinear
-            return lambda x: torch.cat([module(x) for module in linears], -1)
-        weights = [module.weight for module in linears]
-        whole = weights[0] if len(weights) == 1 else torch.cat(weights)
-        if self.keeps_one_copy:
-            for module, part in zip(linears, whole.split([len(w) for w in weights])):
-                module.weight.data = part
-        return self.of(whole)
-
-    def norm(self, module: RMSNorm) -> Product:
-        if self.is_gpu:
-            return gpu_norm(module)
-        return quick_norm(module) if self.quick else module
-
-    def scaled(self, module: RMSNorm, scale: float) -> Product:
-        normalize = self.norm(module)
-        return lambda x: normalize(x) * scale
-
-    def feed(self, layer: Any) -> Product:
-        """x -> x + feed-forward(norm(x)). On a GPU, the first product's kernel includes relu, and
-        its input is divided by 16: the second product could pass float16's 65,504."""
-        norm, module = self.norm(layer.layer_norm), layer.DenseReluDense
-        if self.is_gpu and not module.gated and type(module.wi) is type(module.wo) is Linear:
-            norm = gpu_norm(layer.layer_norm, 1 / 16)
-            wi, wo = module.wi.weight.t(), module.wo.weight
-            zeros = wi.new_zeros(wi.size(1))
-            return lambda x: torch.add(
-                x, F.linear(torch._addmm_activation(zeros, norm(x), wi), wo), alpha=16)
-        if not self.quick:
-            return lambda x: x + module(norm(x))
-        names = ("wi_0", "wi_1") if module.gated else ("wi",)
-        up = self.side_by_side(*(getattr(module, name) for name in names))
-        down = self.side_by_side(module.wo)
-        return lambda x: x + down(module.activation(up(norm(x))))
-
-    def layer(self, own: Any, cross: Any, feed: Any) -> LayerProducts:
-        a, c = own.SelfAttention, cross.EncDecAttention
-        return LayerProducts(
-            self.norm(own.layer_norm), self.side_by_side(a.q, a.k, a.v), self.side_by_side(a.o),
-            self.norm(cross.layer_norm), self.side_by_side(c.q), self.side_by_side(c.o),
-            self.feed(feed))
-
-
-packed_models: weakref.WeakKeyDictionary[ChatLM, Products] = weakref.WeakKeyDictionary()
-
-
-def pack(model: ChatLM, dtype: torch.dtype | None = None) -> None:
-    """Lay the decoder's weights out once, for all answers of a model that will not change.
-
-    dtype: torch.float16, torch.bfloat16 or torch.int8 decode with weights of 2 bytes or 1; the
-    model must be float32 on a CPU. Raises ValueError if the model or the processor cannot.
-    """
-    weight = model.shared.weight
-    if dtype and (weight.dtype != torch.float32 or not weight.is_cpu):
-        raise ValueError(f"{dtype} weights are for decoding on a CPU, from a model in float32")
-    if dtype and "fbgemm" not in torch.backends.quantized.supported_engines:
-        raise ValueError(f"{dtype} weights need torch with FBGEMM and a processor with AVX2")
-    packed_models[model] = Products(model, dtype, keeps_one_copy=dtype is None)
-
-
 class StepGraph(NamedTuple):
     """A captured step, with the memory of its input and output."""
     graph: torch.cuda.CUDAGraph
@@ -432,9 +139,10 @@ class Decoder:
         # keys and values in turn for each layer: (2 * layers, rows, H, capacity, K)
         self.cache = model.shared.weight.new_empty(2 * layers, 0, c.num_heads, 0, c.d_kv,
                                                    dtype=self.products.attention_dtype)
-        self.bias = self.visible = self.cache.new_empty(0)  # (1, H, 1, capacity); visible is masked
-        # of the newest keys and values
-        self.place = torch.zeros(1, dtype=torch.int64, device=self.cache.device)
+        # (1, H, 1, capacity); masked_bias has the lowest number at empty positions
+        self.bias = self.masked_bias = self.cache.new_empty(0)
+        # in the cache, of the newest keys and values
+        self.position = torch.zeros(1, dtype=torch.int64, device=self.cache.device)
         self.begin(input_ids, attention_mask, rows_per_source)
 
     @torch.inference_mode()
@@ -443,7 +151,7 @@ class Decoder:
         """Read prompts, and forget earlier ones. With static, graphs stay valid if there are as
         many sources as before, none longer."""
         # for few tokens, casting the encoder's weights takes longer than it saves
-        rounds = self.products.rounds and input_ids.numel() >= 64
+        rounds = self.products.encodes_in_bfloat16 and input_ids.numel() >= 64
         with torch.autocast("cpu", torch.bfloat16) if rounds else contextlib.nullcontext():
             encoded, mask = self.model.encode(input_ids, attention_mask)
             sources = [block.layer[1].EncDecAttention.keys_values(encoded)  # (B, H, S, K) each
@@ -472,7 +180,7 @@ class Decoder:
             self.cache = self.cache.new_empty(layers, self.rows, heads, 0, width)
         elif self.cache.size(3):
             self.cache.zero_()
-            self.visible.fill_(torch.finfo(self.bias.dtype).min)
+            self.masked_bias.fill_(torch.finfo(self.bias.dtype).min)
 
     def grow_cache(self, rows: int, length: int) -> None:
         """Make room for so many rows and positions. The capacity is a power of two of at least 32;
@@ -485,7 +193,7 @@ class Decoder:
         positions = torch.arange(capacity, device=self.cache.device)
         bias = self.model.decoder.position_bias(positions[-1:], positions)
         self.bias = bias.to(self.cache.dtype)  # of distances capacity - 1 .. 0
-        self.visible = torch.full_like(self.bias, torch.finfo(self.bias.dtype).min)
+        self.masked_bias = torch.full_like(self.bias, torch.finfo(self.bias.dtype).min)
         self.forget_graphs()
 
     def forget_graphs(self) -> None:
@@ -497,16 +205,16 @@ class Decoder:
         """The newest ids (rows,) -> float32 logits (rows, V) of the next, hidden (rows, D)."""
         if self.length == self.cache.size(3):
             self.grow_cache(self.cache.size(1), self.length + 1)
-        self.place.fill_(self.length)
+        self.position.fill_(self.length)
         self.length += 1
         bias = self.bias[..., -self.length:]
         if not self.static:
             return self.forward(ids, bias)
-        self.visible[..., :self.length] = bias
+        self.masked_bias[..., :self.length] = bias
         self.step_counts[self.rows] += 1
         if ids.is_cuda and self.step_counts[self.rows] > 9 and self.can_capture:
             return self.replay(ids)
-        return self.forward(ids, self.visible)
+        return self.forward(ids, self.masked_bias)
 
     def replay(self, ids: Tensor) -> tuple[Tensor, Tensor]:
         """The static step as a CUDA graph, captured at the first call for this number of rows."""
@@ -519,7 +227,7 @@ class Decoder:
                 self.can_capture = False
                 reason = str(e).partition("\n")[0]
                 note_once(f"note: decoding without a CUDA graph, which is slower: {reason}")
-                return self.forward(ids, self.visible)
+                return self.forward(ids, self.masked_bias)
         step = self.graphs[self.rows]
         step.ids.copy_(ids)
         step.graph.replay()
@@ -534,12 +242,12 @@ class Decoder:
         # thread_local: other threads, such as TensorBoard's, may use the GPU meanwhile
         with (torch.cuda.device(ids.device), torch.cuda.stream(current),
               torch.cuda.graph(graph, stream=self.stream, capture_error_mode="thread_local")):
-            result = self.forward(ids, self.visible)
+            result = self.forward(ids, self.masked_bias)
         return StepGraph(graph, ids, *result)
 
     def forward(self, ids: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
-        """Run ids (rows,) through the decoder. Their keys and values go to self.place in the cache,
-        and they attend to its first L positions, which bias (1, H, 1, L) is for."""
+        """Run ids (rows,) through the decoder. Their keys and values go to self.position in the
+        cache, and they attend to its first L positions, which bias (1, H, 1, L) is for."""
         rows = self.rows
         past = self.cache[:, :rows, :, :bias.size(3)].unbind()
         x = self.model.shared(ids)  # (rows, D)
@@ -548,7 +256,7 @@ class Decoder:
         for i, layer in enumerate(self.products.layers):
             qkv = layer.qkv(layer.norm(x)).view(rows, 3, *self.heads)
             newest = qkv[:, 1:].transpose(0, 1).unsqueeze(3).to(self.cache.dtype)
-            self.cache[2 * i:2 * i + 2, :rows].index_copy_(3, self.place, newest)
+            self.cache[2 * i:2 * i + 2, :rows].index_copy_(3, self.position, newest)
             q, keys, values = qkv[:, 0].unsqueeze(2), past[2 * i], past[2 * i + 1]
             y = attend(q, keys, values, bias)  # (rows, H, 1, K)
             x = x + layer.out(y.view(rows, -1))
@@ -560,9 +268,9 @@ class Decoder:
         hidden = self.products.to_head(x)
         return self.products.head(hidden).float(), hidden
 
-    def drops(self, unfinished: int) -> bool:
-        """Whether to drop finished rows. On a GPU, where that costs a graph and a row costs little,
-        only when half have finished."""
+    def should_drop_rows(self, unfinished: int) -> bool:
+        """Whether to drop finished rows: on a GPU only when half have finished, because another
+        number of rows needs another CUDA graph."""
         return unfinished <= (self.rows // 2 if self.static else self.rows - 1)
 
     @torch.inference_mode()
@@ -779,7 +487,7 @@ def decode(decoder: Decoder, input_ids: Tensor, config: GenerationConfig) -> Ite
         going = alive.nonzero()[:, 0]
         if not len(going):
             return
-        if decoder.drops(len(going)):
+        if decoder.should_drop_rows(len(going)):
             rows, alive = rows[going], alive[going]
             decoder.select(going, going)
 
@@ -836,9 +544,10 @@ class Beams:
         return source
 
     def unfinished(self, length: int) -> list[int]:
-        """The prompts that go on. As in transformers, one is done when early_stopping is True and N
-        hypotheses have ended, or when its best running one, divided by its present length ("never"
-        with a positive penalty: by the greatest length), is no better than the worst ended one."""
+        """The prompts that go on. As in transformers, a prompt is done if N hypotheses have ended,
+        and early_stopping is True or no running one can still be better than the worst of them.
+        What a running one can reach is its score at the present length; with "never" and a positive
+        penalty, at the greatest length."""
         config, limit = self.config, self.config.max_new_tokens
         if length == limit:
             return []
@@ -856,7 +565,7 @@ class Beams:
 
 def take_rows(ids: Tensor, rows: Tensor) -> Tensor:
     """ids (P, N, L), rows (P, M) -> (P, M, L)"""
-    return ids.gather(1, rows[:, :, None].expand(-1, -1, ids.size(2)))
+    return ids.take_along_dim(rows[:, :, None], 1)
 
 
 def beam_search(model: ChatLM, input_ids: Tensor, attention_mask: Tensor | None,
@@ -879,7 +588,7 @@ def beam_search(model: ChatLM, input_ids: Tensor, attention_mask: Tensor | None,
         going, alive = [i for i in unfinished if prompts[i] not in results], None
         if not going:
             break
-        if decoder.drops(n * len(going)):
+        if decoder.should_drop_rows(n * len(going)):
             prompts = [prompts[i] for i in going]
             alive = torch.tensor(going, device=ids.device)
             beams.keep(alive)
@@ -926,6 +635,292 @@ def contrastive_search(model: ChatLM, input_ids: Tensor, attention_mask: Tensor 
         decoder.select((at * n + best)[going], going if len(going) < len(rows) else None)
         rows = rows[going]
     return ids[:, :length + 1]
+
+
+# --- products of a decoding step ------------------------------------------------------------------
+
+Product = Callable[[Tensor], Tensor]  # (N, in) -> (N, out), for few rows N
+
+
+@functools.cache
+def is_amd() -> bool:
+    """Whether this is an AMD CPU. There, MKL uses one thread for a product with one row, and
+    FBGEMM's float16 product is faster than its embedding bag. On Intel's CPUs, neither holds."""
+    with contextlib.suppress(OSError), open("/proc/cpuinfo", encoding="utf-8") as f:
+        return "AuthenticAMD" in f.read(1 << 12)
+    return "AuthenticAMD" in platform.processor()  # Windows
+
+
+def float32_product(weight: Tensor) -> Product:
+    """x -> x @ weight.T in float32 on a CPU, for a weight (O, I).
+
+    The fastest product depends on the number of rows:
+
+        1 or 2     torch's own; on AMD's CPUs split_product, for 1 to 4
+        up to 16   oneDNN's weight @ x.T. It copies its right matrix into a layout of its own: here
+                   x, which is small, so there is no second copy of the weight
+        more       torch's own
+    """
+    few: Product = functools.partial(F.linear, weight=weight)
+    most_few = 2
+    if is_amd() and torch.backends.mkl.is_available():
+        few, most_few = split_product(weight), 4
+    has_onednn = torch.backends.mkldnn.is_available()
+
+    def product(x: Tensor) -> Tensor:
+        if len(x) <= most_few:
+            return few(x)
+        if not has_onednn or len(x) > 16:
+            return F.linear(x, weight)
+        y = torch.ops.mkldnn._linear_pointwise(weight, x, None, "none", [], "")  # (O, N)
+        return y.t().contiguous()
+    return product
+
+
+def split_product(weight: Tensor) -> Product:
+    """x -> x @ weight.T, where each thread multiplies x with an equal part of the weight (O, I): a
+    batch of products. The few rows of the weight that remain are another product."""
+    parts = max(1, min(torch.get_num_threads(), len(weight) // 64))
+    rows = len(weight) // parts * parts
+    batch, rest = weight[:rows].view(parts, -1, weight.size(1)), weight[rows:]
+
+    def product(x: Tensor) -> Tensor:
+        y = torch.bmm(batch, x.t().expand(parts, -1, -1)).flatten(0, 1)  # (O, N)
+        if len(rest):
+            y = torch.cat([y, rest @ x.t()])
+        return y.t().contiguous()
+    return product
+
+
+def packed_product(weight: Tensor) -> Product:
+    """x -> x @ weight.T with a weight (O, I) of bfloat16, packed for oneDNN. x and the result are
+    float32. oneDNN keeps a kernel of about a megabyte for every number of rows, so more than 8 rows
+    are padded to a multiple of 8."""
+    ops = torch.ops.mkldnn
+    packed = ops._reorder_linear_weight(weight.contiguous(), 16)  # rows of x that it expects
+
+    def product(x: Tensor) -> Tensor:
+        rows = pad_rows(x, 8) if len(x) > 8 else x
+        y = ops._linear_pointwise(rows.bfloat16(), packed, None, "none", [], "")
+        return y[:len(x)].float()
+    return product
+
+
+class ColumnSum:
+    """x -> x @ weight.T for one row x, with a weight (O, I) rounded to bfloat16. x and the result
+    are float32.
+
+    The product is the sum of the columns of the weight, each times a number of x: what an embedding
+    bag computes. FBGEMM's reads ahead in memory, so on Intel's CPUs it takes two thirds of the time
+    of oneDNN's product. The weight is kept transposed, in a part per thread:
+
+        table (parts * I, O / parts):    row p * I + i is column i of the p-th part of the weight
+    """
+
+    def __init__(self, weight: Tensor):
+        out, width = weight.shape
+        parts = min(torch.get_num_threads(), -(-out // 64))
+        padding = (0, 0, 0, -out % parts)
+        table = F.pad(weight.bfloat16(), padding).view(parts, -1, width).transpose(1, 2)
+        self.out, self.table = out, table.flatten(0, 1).contiguous()
+        self.index = torch.arange(parts * width, dtype=torch.int32)
+        self.begins = self.index[::width]  # one bag per part
+
+    def weight(self) -> Tensor:
+        """The weight (O, I) that the table was made of."""
+        parts = self.table.unflatten(0, (len(self.begins), -1))
+        return parts.transpose(1, 2).flatten(0, 1)[:self.out]
+
+    def __call__(self, x: Tensor) -> Tensor:
+        x = x.bfloat16().expand(len(self.begins), -1).reshape(-1)
+        y = F.embedding_bag(self.index, self.table, self.begins, mode="sum", per_sample_weights=x)
+        return y.view(1, -1)[:, :self.out].float()
+
+
+class Float16Product:
+    """x -> x @ weight.T with the weight (O, I) packed as float16 by FBGEMM. The arithmetic is
+    float32; weights under 6e-5 lose some digits."""
+
+    def __init__(self, weight: Tensor):
+        self.packed = torch.ops.quantized.linear_prepack_fp16(weight.float(), None)
+
+    def weight(self) -> Tensor:
+        """The weight (O, I) in float32, as it was rounded to float16."""
+        return torch.ops.quantized.linear_unpack_fp16(self.packed)[0]
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return torch.ops.quantized.linear_dynamic_fp16(x, self.packed)
+
+
+class BFloat16Product:
+    """x -> x @ weight.T on a CPU, for a weight (O, I) rounded to bfloat16. x and the result are
+    float32.
+
+    One row is most of what a chat needs, and has a product of its own: ColumnSum on Intel's CPUs,
+    float16 on AMD's, where it is faster for up to 8 rows. The first call with more rows packs the
+    weight anew and drops the first copy: for oneDNN, or on a CPU without bfloat16 as float16.
+    """
+
+    def __init__(self, weight: Tensor):
+        rounded = weight.bfloat16()
+        self.product: Any = Float16Product(rounded) if is_amd() else ColumnSum(rounded)
+        self.most_rows = 1
+        if is_amd():
+            self.most_rows = 8 if has_bfloat16(weight.device) else sys.maxsize
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if len(x) > self.most_rows:
+            self.repack()
+        return self.product(x)
+
+    def repack(self) -> None:
+        """Change to a product that is fast for many rows."""
+        weight, self.most_rows = self.product.weight().bfloat16(), sys.maxsize
+        self.product = None  # free it first
+        has_it = has_bfloat16(weight.device)
+        self.product = packed_product(weight) if has_it else Float16Product(weight)
+
+
+def int8_product(weight: Tensor) -> Product:
+    """x -> x @ weight.T with 8-bit integers, by FBGEMM: each row of the weight is scaled to
+    -127 .. 127, x is quantized to 8 bits at every call, and integers are summed."""
+    with warnings.catch_warnings():  # quantized tensors are deprecated; 2.11 to 2.13 have them
+        warnings.simplefilter("ignore")
+        scale = weight.abs().amax(1).clamp(min=1e-30) / 127
+        zero = torch.zeros(len(weight), dtype=torch.int64)
+        quantized = torch.quantize_per_channel(weight, scale, zero, 0, torch.qint8)
+        packed = torch.ops.quantized.linear_prepack(quantized)
+    return lambda x: torch.ops.quantized.linear_dynamic(x, packed, True)
+
+
+PACKED_PRODUCTS: dict[torch.dtype, Callable[[Tensor], Product]] = {
+    torch.bfloat16: BFloat16Product, torch.float16: Float16Product, torch.int8: int8_product}
+
+
+def has_bfloat16(device: torch.device) -> bool:
+    """Whether the device has instructions for products of bfloat16."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
+def fast_norm(norm: RMSNorm, scale: float = 1.0) -> Product:
+    """RMSNorm times scale, in few operations. On a GPU: one kernel, and a cast from float32 if that
+    is not the weights' dtype. In float32 on a CPU: x / sqrt(|x|^2 + D eps) * (sqrt(D) weight)."""
+    dtype, width, eps = norm.weight.dtype, len(norm.weight), norm.eps
+    weight = norm.weight * scale
+    if weight.is_cuda:
+        weight32 = weight.float()
+
+        def on_gpu(x: Tensor) -> Tensor:
+            if x.dtype == dtype:
+                return F.rms_norm(x, weight.shape, weight, eps)
+            return F.rms_norm(x, weight.shape, weight32, eps).to(dtype)
+        return on_gpu
+    if dtype != torch.float32:
+        return norm if scale == 1 else lambda x: norm(x) * scale
+    weight, floor = weight * width ** 0.5, weight.new_tensor((width * eps) ** 0.5)
+
+    def on_cpu(x: Tensor) -> Tensor:
+        size = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+        return x / torch.hypot(size, floor) * weight
+    return on_cpu
+
+
+class LayerProducts(NamedTuple):
+    """What one decoder block applies to its rows."""
+    norm: Product
+    qkv: Product  # query, key and value side by side
+    out: Product
+    cross_norm: Product
+    cross_q: Product
+    cross_out: Product
+    feed: Product  # x -> x + feed-forward(norm(x))
+
+
+class Products:
+    """The decoder's layers and head as products for few rows. dtype: how the weights are packed on
+    a CPU; None: in their own dtype. Later weight updates are not picked up. replaces_weights: the
+    model's weights become slices of the concatenated ones, to save memory.
+
+    With bfloat16 and int8, the encoder computes in bfloat16 if the CPU has instructions for it.
+    Attention does so only with AMX; without, it would be slower."""
+
+    def __init__(self, model: ChatLM, dtype: torch.dtype | None = None,
+                 replaces_weights: bool = False):
+        weight = model.shared.weight
+        self.replaces_weights = replaces_weights
+        self.dtype, self.is_cpu_float32 = dtype, weight.is_cpu and weight.dtype == torch.float32
+        self.is_gpu = weight.is_cuda
+        rounds = dtype in (torch.bfloat16, torch.int8)
+        self.encodes_in_bfloat16 = weight.is_cpu and rounds and has_bfloat16(weight.device)
+        has_amx = self.encodes_in_bfloat16 and torch.cpu._is_amx_tile_supported()
+        self.attention_dtype = torch.bfloat16 if has_amx else weight.dtype
+        self.head = self.product(model.head_weight())
+        self.layers = [self.layer(*block.layer) for block in model.decoder.block]
+        c, norm = model.config, model.decoder.final_layer_norm
+        scale = c.d_model ** -0.5 if c.scale_decoder_outputs else 1.0
+        # not model.to_head: packed_models would keep the model for ever
+        self.to_head = fast_norm(norm, scale)
+
+    def product(self, weight: Tensor) -> Product:
+        if self.dtype:
+            return PACKED_PRODUCTS[self.dtype](weight.detach())
+        if self.is_cpu_float32:
+            return float32_product(weight.detach())
+        return lambda x: F.linear(x, weight)
+
+    def concatenated(self, *linears: Any) -> Product:
+        """The outputs of several linear layers, concatenated."""
+        if not all(type(module) is Linear for module in linears):  # LoRALinear
+            return lambda x: torch.cat([module(x) for module in linears], -1)
+        weights = [module.weight for module in linears]
+        whole = weights[0] if len(weights) == 1 else torch.cat(weights)
+        if self.replaces_weights:
+            for module, part in zip(linears, whole.split([len(w) for w in weights])):
+                module.weight.data = part
+        return self.product(whole)
+
+    def feed(self, layer: Any) -> Product:
+        """x -> x + feed-forward(norm(x)). On a GPU, the first product's kernel includes relu, and
+        its input is divided by 16: the second product could pass float16's 65,504."""
+        norm, module = fast_norm(layer.layer_norm), layer.DenseReluDense
+        if self.is_gpu and not module.gated and type(module.wi) is type(module.wo) is Linear:
+            norm = fast_norm(layer.layer_norm, 1 / 16)
+            wi, wo = module.wi.weight.t(), module.wo.weight
+            zeros = wi.new_zeros(wi.size(1))
+            return lambda x: torch.add(
+                x, F.linear(torch._addmm_activation(zeros, norm(x), wi), wo), alpha=16)
+        if not self.is_cpu_float32:
+            return lambda x: x + module(norm(x))
+        names = ("wi_0", "wi_1") if module.gated else ("wi",)
+        up = self.concatenated(*(getattr(module, name) for name in names))
+        down = self.concatenated(module.wo)
+        return lambda x: x + down(module.activation(up(norm(x))))
+
+    def layer(self, own: Any, cross: Any, feed: Any) -> LayerProducts:
+        a, c = own.SelfAttention, cross.EncDecAttention
+        return LayerProducts(
+            fast_norm(own.layer_norm), self.concatenated(a.q, a.k, a.v), self.concatenated(a.o),
+            fast_norm(cross.layer_norm), self.concatenated(c.q), self.concatenated(c.o),
+            self.feed(feed))
+
+
+packed_models: weakref.WeakKeyDictionary[ChatLM, Products] = weakref.WeakKeyDictionary()
+
+
+def pack(model: ChatLM, dtype: torch.dtype | None = None) -> None:
+    """Lay the decoder's weights out once, for all answers of a model that will not change.
+
+    dtype: torch.float16, torch.bfloat16 or torch.int8 decode with weights of 2 bytes or 1; the
+    model must be float32 on a CPU. Raises ValueError if the model or the processor cannot.
+    """
+    weight = model.shared.weight
+    if dtype and (weight.dtype != torch.float32 or not weight.is_cpu):
+        raise ValueError(f"{dtype} weights are for decoding on a CPU, from a model in float32")
+    if dtype and "fbgemm" not in torch.backends.quantized.supported_engines:
+        raise ValueError(f"{dtype} weights need torch with FBGEMM and a processor with AVX2")
+    packed_models[model] = Products(model, dtype, replaces_weights=dtype is None)
 
 
 # --- text in, text out ----------------------------------------------------------------------------
@@ -1245,8 +1240,8 @@ def answer_file(model: ChatLM, tokenizer: Tokenizer, source: str, target: str, b
     interrupted and continued writes what a whole one writes.
 
     made_by: model and settings, with "seed". They are kept in a hidden file next to target; a run
-    with others is refused. outputs: more files not to read. Returns the number of new rows. Raises ValueError if
-    target is another file.
+    with others is refused. outputs: more files not to read. Returns the number of new rows. Raises
+    ValueError if target is another file.
     """
     out = Path(target)
     if out.exists() and not out.is_file():
@@ -1291,8 +1286,8 @@ def write_answers(model: ChatLM, tokenizer: Tokenizer, prompts: Iterator[str], d
         n = len(answers) // len(part)
         lines = []
         for i, prompt in enumerate(part):
-            mine = answers[i * n:(i + 1) * n]
-            row = {"response": mine[0]} if n == 1 else {"responses": mine}
+            found = answers[i * n:(i + 1) * n]
+            row = {"response": found[0]} if n == 1 else {"responses": found}
             lines.append(json.dumps({"prompt": prompt, **row}, ensure_ascii=False) + "\n")
         # a lone surrogate, which JSON can escape, is written as its escape
         with write_errors(out), open(out, "a", encoding="utf-8", errors="backslashreplace") as f:

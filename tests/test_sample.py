@@ -208,7 +208,7 @@ def test_half_a_model_decodes_as_it_computes(tmp_path, device, dtype):
     said = torch.randint(0, 60, (len(ids), 20), device=device)
     decoder = Decoder(model, ids, mask, static=True)
     steps = torch.stack([decoder.step(column)[0] for column in said.T], 1)
-    assert decoder.mask.dtype == decoder.visible.dtype == decoder.cache.dtype == dtype and decoder.visible.stride(-1) == 1  # or a GPU's kernels refuse them
+    assert decoder.mask.dtype == decoder.masked_bias.dtype == decoder.cache.dtype == dtype and decoder.masked_bias.stride(-1) == 1  # or a GPU's kernels refuse them
     with torch.no_grad():
         whole = torch.nn.functional.linear(model.decode(said, *model.encode(ids, mask)), model.head_weight()).float()
     torch.testing.assert_close(steps, whole, rtol=0.05, atol=0.05 * float(whole.abs().max()))
