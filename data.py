@@ -470,7 +470,7 @@ def open_text(path: Path, problems: Problems) -> Iterator[TextFile]:
             raw: Any = stack.enter_context(open_bytes(path, "rb"))
             stack.enter_context(problems.reading(path, getattr(raw, "fileobj", raw).tell))
             head = raw.read(1 << 16)
-            refuse_other_kinds(head)
+            refuse_other_kinds(path, head)
             encoding = encoding_of(path, head)
             raw.seek(0)
             f = stack.enter_context(TextFile(raw, encoding, errors="replace", newline=""))
@@ -487,16 +487,17 @@ def open_text(path: Path, problems: Problems) -> Iterator[TextFile]:
 
 FIRST_BYTES = {b"\x1f\x8b": "gzip: its name needs .gz", b"PAR1": "Parquet: its name needs .parquet",
                b"PK\x03\x04": "a zip or Excel file: unpack it, or save it as CSV",
-               b"BZh": "bzip2: unpack it", b"\xfd7zXZ": "xz: unpack it",
-               b"\x28\xb5\x2f\xfd": "zstd: unpack it", b"<!doctype": "an HTML page, not data",
-               b"<html": "an HTML page, not data"}
+               b"BZh91AY&SY": "bzip2: unpack it", b"\xfd7zXZ": "xz: unpack it",
+               b"\x28\xb5\x2f\xfd": "zstd: unpack it"}
 
 
-def refuse_other_kinds(head: bytes) -> None:
+def refuse_other_kinds(path: Path, head: bytes) -> None:
     """Raise ValueError if the first bytes of a text file are those of another kind of file."""
     for begin, kind in FIRST_BYTES.items():
-        if head[:16].lstrip().lower().startswith(begin.lower()):
+        if head.startswith(begin):
             raise ValueError(f"it is {kind}")
+    if file_kind(path) != ".txt" and re.match(rb"\s*<(!doctype|html)", head, re.IGNORECASE):
+        raise ValueError("it is an HTML page, not data")
     is_marked = any(head.startswith(mark) for mark in BYTE_ORDER_MARKS)
     if not is_marked and head.count(0) > len(head) // 50:
         raise ValueError("it is not text in UTF-8: save it as UTF-8")
@@ -1481,7 +1482,7 @@ def clean_rows(job: CleanJob) -> tuple[list[dict], list[tuple[str, str]], list[t
         where = f"{job.path}, row {i:,}"
         has_turns = job.turns > 1 and is_conversation(row)
         pairs = pairs_of_turns(row, job) if has_turns else [(source.convert(row), False)]
-        roles = [role for role, _ in turns_of(row)]
+        roles = [role for role, _ in turns_of(row) if CONVERSATION[0] in source.fields]
         if roles[:1] == ["system"]:
             left_out.append(("system turn, left out", where))
         if not isinstance(pairs[0][0], str) and ROLES.get(roles[-1] if roles else "") == "user":
