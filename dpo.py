@@ -217,7 +217,8 @@ class Preference(train.Objective):
         s = self.settings
         print(f"finished: {s.out_dir} ({state.step:,} steps, {data.duration(state.elapsed_s)}); "
               "loss.svg in it is the curve")
-        print(s.merge_command())
+        if s.lora_rank:
+            print(s.merge_command())
 
 
 def read_reference(path: Path, identity: dict[str, str]) -> Tensor | None:

@@ -1457,8 +1457,8 @@ form.onsubmit = async event => {
     const reader = response.body.pipeThrough(new TextDecoderStream()).getReader()
     for (let rest = "", part; !(part = await reader.read()).done;) {
       const lines = (rest + part.value).split("\\n\\n"); rest = lines.pop()
-      for (const line of lines) if (!line.endsWith("[DONE]"))
-      {
+      for (const line of lines) {
+        if (line.endsWith("[DONE]")) continue
         const event = JSON.parse(line.slice(6))
         if (event.error) throw event.error.message
         answer.textContent += event.choices[0]?.delta.content ?? ""
