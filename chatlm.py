@@ -334,8 +334,8 @@ class Attention(nn.Module):
         return self.split_heads(self.k(source)), self.split_heads(self.v(source))
 
     def forward(self, x: Tensor, bias: Tensor, source: Tensor | None = None) -> Tensor:
-        """x (B, T, D) looks at source (B, S, D), or at itself -> (B, T, D). bias: (B or 1, H or 1,
-        T or 1, S), the dtype's lowest number where a query must not look."""
+        """x (B, T, D) attends to source (B, S, D), or to itself -> (B, T, D). bias: (B or 1, H or
+        1, T or 1, S), the dtype's lowest number where a query must not attend."""
         keys, values = self.keys_values(x if source is None else source)
         dropout = self.config.dropout_rate if self.training else 0.0
         y = F.scaled_dot_product_attention(

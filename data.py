@@ -196,7 +196,8 @@ class Rows:
     def __iter__(self) -> Iterator[dict]:
         self.problems = Problems(self.files)
         for path in self.files:
-            for i, row in enumerate(read_file(path, self.problems, self.skip), 1):
+            is_only = len(self.files) == 1
+            for i, row in enumerate(read_file(path, self.problems, self.skip, is_only), 1):
                 self.path, self.row = path, i
                 missing = [c for c in self.columns if not isinstance(row.get(c), str)]
                 if not missing:
@@ -209,7 +210,7 @@ class Rows:
                 self.problems.note(f"row without text in {missing[0]!r}, skipped", self.place())
         for path, old, new in zip(self.files, self.stamps, self.read_stamps()):
             if old != new:
-                raise ValueError(f"{path} has changed while it was read: run the command again")
+                raise ValueError(f"{path} changed while it was being read: run the command again")
         if not self.skip:
             self.problems.warn()
 
@@ -248,16 +249,21 @@ TURNS = ("conversations", "messages")  # columns of conversations: of ShareGPT, 
 def turns_of(row: dict) -> list[tuple[str, Any]]:
     """Role, in lower case, and text of every turn of a conversation: {"from", "value"} or {"role",
     "content"}. An empty list if the row is none."""
-    turns = next((row[column] for column in TURNS if column in row), None)
-    if not isinstance(turns, list) or not all(
-            isinstance(turn, dict) and turn.keys() & {"from", "role"} for turn in turns):
-        return []
-    return [(str(turn.get("from", turn.get("role"))).lower(),
-             turn.get("value", turn.get("content"))) for turn in turns]
+    turns = next((row[column] for column in TURNS if row.get(column) is not None), None)
+    found = []
+    for turn in turns if isinstance(turns, list) else []:
+        role = (turn.get("from") or turn.get("role")) if isinstance(turn, dict) else None
+        if not isinstance(role, str):
+            return []
+        text = turn.get("value")
+        found.append((role.lower(), turn.get("content") if text is None else text))
+    return found
 
 
-def read_file(path: Path, problems: Problems, skip: bool = True) -> Iterator[dict]:
-    """The rows of one file. Bad lines are noted in problems; without skip they raise ValueError."""
+def read_file(path: Path, problems: Problems, skip: bool = True,
+              is_only: bool = True) -> Iterator[dict]:
+    """The rows of one file. Bad lines are noted in problems; without skip they raise ValueError, as
+    does a JSON file without any good line if it is the only file."""
     def bad(reason: str, line: int, detail: str) -> None:
         if not skip:
             raise ValueError(f"line {line:,}: {detail}")
@@ -281,7 +287,7 @@ def read_file(path: Path, problems: Problems, skip: bool = True) -> Iterator[dic
                 yield row
             return
         else:
-            rows = read_json_lines(f, bad)
+            rows = read_json_lines(f, bad, is_only)
         yield from rows
 
 
@@ -298,8 +304,8 @@ def read_json_list(f) -> list[dict]:
     return rows
 
 
-def read_json_lines(f, bad: Callable[[str, int, str], None]) -> Iterator[dict]:
-    """One object per line; blank lines are skipped. Raises ValueError if no line is an object."""
+def read_json_lines(f, bad: Callable[[str, int, str], None], is_only: bool) -> Iterator[dict]:
+    """One object per line; blank lines are skipped. bad, is_only: see read_file."""
     good, first_error = 0, ""
     for number, line in enumerate(f, 1):
         line = line.strip(" \t\r\n")
@@ -309,13 +315,14 @@ def read_json_lines(f, bad: Callable[[str, int, str], None]) -> Iterator[dict]:
                 raise ValueError("not an object")
         except (ValueError, RecursionError) as e:
             bad("line is not JSON", number, str(e))
-            hint = ": put each object on a line of its own, or all in one list" * (line == "{")
+            hint = ": put each object on a line of its own, or all in one list"
+            hint = hint if line.startswith("{") else ""
             first_error = first_error or f"line {number:,}: {e}{hint}"
             continue
         if line:
             good += 1
             yield row
-    if first_error and not good:
+    if first_error and not good and is_only:
         raise ValueError(f"no line of it is a JSON object ({first_error})")
 
 
@@ -405,7 +412,7 @@ def refuse_pointer(path: str | Path) -> None:
 
 def read_parquet(path: Path, problems: Problems) -> Iterator[dict]:
     """The rows of a Parquet file, a few at a time even if a row group is large. Columns that hold
-    dates or times are left out. Binary columns are text if they are UTF-8, as Spark writes it."""
+    dates or times are left out. Bytes that are UTF-8 become text: Spark may write it so."""
     pa, share, size = arrow(), 0.0, path.stat().st_size
     with open(path, "rb") as f, problems.reading(path, lambda: share * size):
         try:
@@ -417,17 +424,19 @@ def read_parquet(path: Path, problems: Problems) -> Iterator[dict]:
                 if n > 1:
                     raise ValueError(f"it has the column {name!r} twice")
             columns = [c.name for c in file.schema_arrow if not holds_times(c.type)]
+            has_bytes = any(pa.types.is_binary(c.type) or pa.types.is_large_binary(c.type)
+                            for c in file.schema_arrow)
             for name in file.schema_arrow.names:
                 if name not in columns:
                     problems.note("column of dates or times, not read", f"{path}, {name}")
             for batch in file.iter_batches(max(1, min(1024, rows)), columns=columns):
                 share += len(batch) / file.metadata.num_rows
-                for i, field in enumerate(batch.schema):
-                    if pa.types.is_binary(field.type) or pa.types.is_large_binary(field.type):
-                        with contextlib.suppress(pa.ArrowInvalid):  # not UTF-8: it stays bytes
-                            text = batch.column(i).cast(pa.string())
-                            batch = batch.set_column(i, field.name, text)
-                yield from batch.to_pylist()
+                for row in batch.to_pylist():
+                    for name, value in row.items() if has_bytes else ():
+                        if isinstance(value, bytes):
+                            with contextlib.suppress(UnicodeDecodeError):  # it stays bytes
+                                row[name] = value.decode()
+                    yield row
         except (pa.ArrowException, OSError, OverflowError, ValueError) as e:
             raise ValueError(f"{path} cannot be read: {' '.join(str(e).split())}") from None
 
@@ -485,7 +494,8 @@ def open_text(path: Path, problems: Problems) -> Iterator[TextFile]:
         raise ValueError(f"{path} cannot be read: {' '.join(str(e).split())}") from None
 
 
-FIRST_BYTES = {b"\x1f\x8b": "gzip: its name needs .gz", b"PAR1": "Parquet: its name needs .parquet",
+FIRST_BYTES = {b"\x1f\x8b": "gzip: its name needs .gz",
+               b"PAR1\x15": "Parquet: its name needs .parquet",
                b"PK\x03\x04": "a zip or Excel file: unpack it, or save it as CSV",
                b"BZh91AY&SY": "bzip2: unpack it", b"\xfd7zXZ": "xz: unpack it",
                b"\x28\xb5\x2f\xfd": "zstd: unpack it"}
@@ -553,7 +563,7 @@ def input_files(paths: Iterable[str | Path], outputs: Iterable[str | Path] = ())
     given = list(map(Path, paths))
     for name, times in Counter(map(os.path.realpath, given)).items():
         if times > 1:
-            note_once(f"note: {name} is given {times} times, and read as often")
+            note_once(f"note: {name} is given {times} times, and its rows are read {times} times")
     for path in given:
         if not path.exists():
             raise FileNotFoundError(f"no such file or folder: {path}")
@@ -610,7 +620,7 @@ def folder_files(folder: Path, written: set[str]) -> list[Path]:
             elif not file_kind(file):
                 skipped.note("of unknown type", name)
             elif (number := (file.stat().st_dev, file.stat().st_ino)) in seen:
-                skipped.note("that are links to others", name)
+                skipped.note("links to files already read", name)
             else:
                 seen.add(number)
                 found.append(file)
@@ -1216,7 +1226,7 @@ ROLES = dict.fromkeys(("human", "user", "prompter"), "user") | dict.fromkeys(
 
 
 def is_conversation(row: dict) -> bool:
-    return any(column in row for column in TURNS)
+    return any(row.get(column) is not None for column in TURNS)
 
 
 def read_turns(row: dict) -> list[tuple] | str:
@@ -1344,8 +1354,8 @@ SOURCES = {
 }
 
 
-def raw_rows(path: Path, source: str, problems: Problems) -> Iterator[dict]:
-    """The rows of one file of a source."""
+def raw_rows(path: Path, source: str, problems: Problems, is_only: bool) -> Iterator[dict]:
+    """The rows of one file of a source. is_only: see read_file."""
     if source == "wiki":
         return wiki_entries(path, problems)
     if source == "chinese_medical" and file_kind(path) == ".csv":
@@ -1353,7 +1363,7 @@ def raw_rows(path: Path, source: str, problems: Problems) -> Iterator[dict]:
             header = [name.strip() for name in next(csv.reader([f.readline()]), [])]
         if header == MEDICAL or not set(MEDICAL[1:]) <= set(header):
             return medical_rows(path, problems)
-    return read_file(path, problems)
+    return read_file(path, problems, is_only=is_only)
 
 
 def wiki_entries(path: Path, problems: Problems) -> Iterator[dict]:
@@ -1588,7 +1598,8 @@ def clean(inputs: list[str], source: str, out: str, fields: tuple[str, ...], min
     def jobs() -> Iterator[CleanJob]:
         for path in files:
             first = 1
-            for rows in batches(raw_rows(path, source, problems), CLEAN_CHARS, row_chars):
+            raw = raw_rows(path, source, problems, len(files) == 1)
+            for rows in batches(raw, CLEAN_CHARS, row_chars):
                 if first == 1:
                     check_source(path, source, fields, rows, turns)
                 yield CleanJob(path, first, rows, source, fields, min_chars, max_chars,
@@ -1839,7 +1850,7 @@ def find_duplicates(items: Iterable, text_of: Callable, threshold: float = 0.85,
     comparison = Comparison(*find_candidates(exact, keys), threshold)
     del sketches, keys
     for batch in batches(against, BATCH_CHARS):
-        comparison.reasons(batch)  # remembers the batch; nobody needs its reasons
+        comparison.reasons(batch)  # only adds the batch; its reasons are not needed
     pairs = ((text_of(item), item) for item in items)
     for batch in batches(pairs, BATCH_CHARS, lambda pair: len(pair[0])):
         reasons = comparison.reasons([text for text, _ in batch])

@@ -326,7 +326,7 @@ def reject(argv: list[str]) -> None:
     data.refuse_empty(len(triples), [args.data], data.Problems())
     data.write_pairs(args.out, triples, COLUMNS)
     print(f"{args.out}: {len(triples):,} triples; {len(rows) - len(triples):,} rows dropped, "
-          "because prompt or response is empty, or every answer is empty or the chosen one")
+          "because of an empty prompt or response, or no answer that differs from the response")
     os.unlink(answers)
     answers.with_name(f".{answers.name}.settings").unlink()
 
@@ -364,9 +364,10 @@ def merge(argv: list[str]) -> None:
     check_folder(args.out)
     tokenizer = Tokenizer.from_pretrained(args.model)
     model = ChatLM.from_pretrained(args.model)
-    base_hash = train.hash_weights(model)
     load_adapter(model, Path(args.adapter))
-    if adapter_base(Path(args.adapter)) not in ("", base_hash):
+    base_hash = adapter_base(Path(args.adapter))
+    if base_hash and base_hash != train.hash_weights(
+            ChatLM.from_pretrained(args.model, torch.float32)):  # as training loads it
         note_once(f"warning: {args.adapter} was trained on other weights than those of "
                   f"{args.model}: the merged model may answer badly")
     merge_lora(model)

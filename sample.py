@@ -1011,7 +1011,7 @@ def losses(model: ChatLM, tokenizer: Tokenizer, rows: list[dict], max_len: int,
         part = rows[begin:begin + batch_size]
         batch = to_batch(tokenizer, [row["prompt"] for row in part], max_len, device)
         labels, mask = to_batch(tokenizer, [row["response"] for row in part], max_len, device,
-                                "responses, for the loss,")
+                                "for the loss, responses")
         with torch.no_grad():
             nats += float(model.loss_sum(*batch, labels.masked_fill(mask == 0, IGNORED)))
         tokens += int(mask.sum())
@@ -1236,8 +1236,8 @@ def count_answers(prompts: Iterator[str], target: Path, record: Path, made_by: d
 def answer_file(model: ChatLM, tokenizer: Tokenizer, source: str, target: str, batch_size: int,
                 max_len: int, options: dict, made_by: dict, outputs: Iterable[str] = ()) -> int:
     """Append {"prompt", "response"} lines to target, in the order of source, after the answers that
-    it has already; with num_return_sequences "responses", a list. With a seed, a run that was
-    interrupted and continued writes what a whole one writes.
+    it has already; with num_return_sequences "responses", a list. With a seed and the same
+    batch_size, a run that was interrupted and continued writes what a whole one writes.
 
     made_by: model and settings, with "seed". They are kept in a hidden file next to target; a run
     with others is refused. outputs: more files not to read. Returns the number of new rows. Raises
@@ -1519,7 +1519,7 @@ def read_messages(messages: Any) -> list[str]:
     roles = [message.get("role", "user") for message in messages]
     if unknown := [role for role in roles if role not in ROLES + SYSTEM_ROLES]:
         raise BadRequest(f"the role {unknown[0]!r} is not supported")
-    if set(roles) & set(SYSTEM_ROLES):
+    if set(roles[:-1]) & set(SYSTEM_ROLES):
         note_once("note: system messages have no effect: the model was not trained on them")
     texts: list[str] = []
     for message in reversed(messages):
@@ -1535,8 +1535,8 @@ def read_messages(messages: Any) -> list[str]:
             break
         if not is_text:
             raise BadRequest("the last message has no text in content")
-        if not texts and message.get("role", "user") != "user":
-            raise BadRequest("the last message is not a question: add one of the role user")
+        if not texts and message.get("role") == "assistant":
+            raise BadRequest("the last message is an answer: add a question")
         texts.append(str(content))
     texts.reverse()
     return texts if len(texts) % 2 else texts[1:]
@@ -1547,9 +1547,10 @@ OPTIONS = {"max_tokens": "max_new_tokens", "max_completion_tokens": "max_new_tok
            "temperature": "temperature", "top_p": "top_p", "top_k": "top_k",
            "repetition_penalty": "repetition_penalty",
            "no_repeat_ngram_size": "no_repeat_ngram_size"}
-# other fields that are read, or that change no answer
-FIELDS = {"messages", "stream", "stream_options", "stop", "n", "seed", "model", "user", "metadata",
-          "store", "service_tier", "safety_identifier", "prompt_cache_key", "parallel_tool_calls"}
+# fields that would change the answer, and that are refused unless they have a neutral value
+REFUSED = {"tools", "tool_choice", "functions", "function_call", "response_format", "logprobs",
+           "top_logprobs", "frequency_penalty", "presence_penalty", "logit_bias", "modalities",
+           "audio", "num_beams", "best_of", "min_p"}
 NEUTRAL: tuple = (None, False, 0, "", "auto", "none", [], {}, {"type": "text"}, ["text"])
 
 
@@ -1560,8 +1561,9 @@ class ChatRequest:
         if type(body) is not dict:
             raise BadRequest("the body is not a JSON object")
         for name, value in body.items():
-            if name not in FIELDS and name not in OPTIONS and value not in NEUTRAL:
-                raise BadRequest(f"{name:.40} is not supported: leave it out")
+            is_off = value in NEUTRAL or name in ("num_beams", "best_of") and value == 1
+            if name in REFUSED and not is_off:
+                raise BadRequest(f"{name} is not supported: leave it out")
         self.texts, self.stream = read_messages(body.get("messages")), body.get("stream") or False
         if type(self.stream) is not bool:
             raise BadRequest("stream must be true or false")
@@ -1576,6 +1578,8 @@ class ChatRequest:
         if self.seed is not None and (type(self.seed) is not int or abs(self.seed) >= 1 << 63):
             raise BadRequest("seed must be a whole number of 64 bits")
         given = {OPTIONS[name]: body[name] for name in OPTIONS if body.get(name) is not None}
+        if given.get("top_k") == -1:  # as vLLM writes "off"
+            given["top_k"] = 0
         options = defaults | STREAMING | given
         options["do_sample"] |= "temperature" in given or "top_p" in given
         try:
@@ -1626,8 +1630,9 @@ class ChatHandler(BaseHTTPRequestHandler):
         if has_body and self.command != "POST":
             self.close_connection = True  # its body is not read
         path = self.path.partition("?")[0]
-        methods = "GET, HEAD" if path in ("/", "/health") or path.startswith("/v1/models") else (
-            "POST" if path == "/v1/chat/completions" else "")
+        methods = "POST" if path == "/v1/chat/completions" else ""
+        if path in ("/", "/health", "/v1/models") or path.startswith("/v1/models/"):
+            methods = "GET, HEAD"
         if not methods:
             self.close_connection = True
             self.refuse(404, f"there is no {path}")
@@ -1680,7 +1685,11 @@ class ChatHandler(BaseHTTPRequestHandler):
             self.refuse(503, "too many requests wait for the model", {"Retry-After": "5"})
             return
         try:
-            with self.server.lock:
+            device, is_seeded = self.server.model.shared.weight.device, request.seed is not None
+            gpus = [device] if device.type == "cuda" else []
+            with self.server.lock, torch.random.fork_rng(gpus, enabled=is_seeded):
+                if is_seeded:
+                    torch.manual_seed(request.seed)
                 if not self.has_left():
                     self.answer(request, prompt)
         except (ValueError, RuntimeError, MemoryError) as e:
@@ -1753,8 +1762,6 @@ class ChatHandler(BaseHTTPRequestHandler):
                 "created": int(time.time()), "model": server.name}
         if request.stream:
             self.reply(200, None, "text/event-stream; charset=utf-8")
-        if request.seed is not None:
-            torch.manual_seed(request.seed)
         prompt_tokens = len(server.tokenizer.encode(prompt))
         choices, completion_tokens = [], 0
         for index in range(request.answers):

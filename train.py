@@ -108,6 +108,9 @@ from tokenizer import Tokenizer
 
 # long: the other ranks wait while the first one trains a tokenizer
 TIMEOUT = datetime.timedelta(days=2)
+# which torchrun started this process, "" if none did; the same after a restart
+LAUNCHER = os.environ.get("TORCHELASTIC_RUN_ID", "")
+LAUNCHER += f" {os.getppid()}" if LAUNCHER else ""
 MAX_BAD_STEPS = 10  # in a row, then training stops
 EXPORTED = (*MODEL_FILES, *ADAPTER_FILES, "generation_config.json", "tokenizer.json",
             "tokenizer_config.json", "special_tokens_map.json")
@@ -228,6 +231,9 @@ class Trainer:
         for path in later:
             path.unlink()
         self.report = Report(self.out_dir, self.ranks.is_main, self.state.step)
+        if self.ranks.is_main and LAUNCHER:  # see find_checkpoint
+            (self.out_dir / "checkpoint").mkdir(exist_ok=True)
+            write_file(self.out_dir / "checkpoint" / "launcher", LAUNCHER)
         if later:
             self.report.say(f"deleted {len(later):,} checkpoints of later steps")
         if saved:
@@ -257,7 +263,7 @@ class Trainer:
         while done < 1 and not stopping:
             values, stopping = self.train_step(done, stop.signal > 0)
             done = self.progress()
-            if done >= 1 and not self.is_sound():
+            if done >= 1 and (self.bad_in_a_row or not self.has_finite_weights()):
                 self.fail()
             if not self.bad_in_a_row:
                 share = min(1.0, (done - at_start) / (1 - at_start))
@@ -267,15 +273,16 @@ class Trainer:
             if settings.valid and self.due(settings.bleu_every) and done < 1:
                 self.score()
             if self.due(settings.save_every) or done >= 1 or stopping:
-                self.save()
+                self.save(stopping)
         self.stream.close()
         self.report.close()
         stop.restore()
         if stopping:
             same = "the same command" + " without --resume" * (settings.resume != "auto")
-            saved_too = " and saved" * self.is_sound()
-            self.report.say(f"stopped at step {self.state.step:,}{saved_too}; {same} resumes the "
-                            "run")
+            end = f" and saved; {same} resumes the run"
+            if not self.has_finite_weights():
+                end = f"; {same} goes on from the newest checkpoint, if there is one"
+            self.report.say(f"stopped at step {self.state.step:,}{end}")
             self.ranks.leave()
             sys.exit(128 + (stop.signal or signal.SIGTERM))
         return self.state
@@ -390,17 +397,16 @@ class Trainer:
         if self.bad_in_a_row == MAX_BAD_STEPS:
             self.fail()
 
-    def is_sound(self) -> bool:
-        """Whether the last step's loss and the weights are finite."""
+    def has_finite_weights(self) -> bool:
         sums = [p.detach().sum(dtype=torch.float32) for p in self.model.parameters()]
-        return not self.bad_in_a_row and bool(torch.stack(sums).isfinite().all())
+        return bool(torch.stack(sums).isfinite().all())
 
     def fail(self) -> None:
         """Raise ValueError: the weights, or the data, give no finite loss any more."""
         checkpoints = list_checkpoints(self.out_dir / "checkpoint")
         last_step = self.state.step - self.bad_in_a_row  # with these weights, the next steps failed
         before = [path for path in checkpoints if step_of(path) < last_step]
-        kept = f", and go on from before with --resume {before[0]}" if before else ""
+        kept = f"; resume from an earlier checkpoint with --resume {before[0]}" if before else ""
         what = "the weights are not finite any more"
         if self.bad_in_a_row:
             what = f"no finite loss in {self.bad_in_a_row} steps in a row"
@@ -431,12 +437,18 @@ class Trainer:
             self.report.say(f"step {self.state.step:,}  {shown}")
         self.ranks.barrier()
 
-    def save(self) -> None:
-        """Save a checkpoint, then export: a model without a checkpoint could not be resumed."""
-        if not self.is_sound():
+    def save(self, stopping: bool = False) -> None:
+        """Save a checkpoint, then export: a model without a checkpoint could not be resumed.
+
+        After a bad step the weights may be broken, so nothing is saved; when stopping, only a
+        checkpoint is, and older ones stay."""
+        is_bad = self.bad_in_a_row > 0
+        if not self.has_finite_weights() or is_bad and not stopping:
             self.report.say("not saved, because the loss or the weights are not finite")
+        elif self.ranks.is_main and is_bad:
+            save_checkpoint(self, keep=sys.maxsize)
         elif self.ranks.is_main:
-            save_checkpoint(self)
+            save_checkpoint(self, self.settings.keep)
             self.objective.export(self.out_dir)
             if self.is_new and self.state.best_val == math.inf:
                 best = self.out_dir / "best"  # of an earlier run
@@ -460,7 +472,7 @@ def to_device(batch: dict, device: torch.device) -> dict:
 
 class Stop:
     """The first Ctrl-C or SIGTERM asks for an end after the running step; the same one again ends
-    at once. torchrun sends SIGTERM after a Ctrl-C that its processes have seen, too."""
+    at once. (Some launchers send SIGTERM after a Ctrl-C.)"""
 
     def __init__(self):
         self.signal = 0
@@ -816,8 +828,8 @@ class State:
     stream: dict = field(default_factory=lambda: {"epoch": 0, "window": 0, "batch": 0})
 
 
-def save_checkpoint(trainer: Trainer) -> None:
-    """Write step-N-HASH.pt (HASH: of its bytes), and delete all but the newest --keep.
+def save_checkpoint(trainer: Trainer, keep: int) -> None:
+    """Write step-N-HASH.pt (HASH: of its bytes), and delete all but the newest `keep`.
 
     identity: what may not change when the run is resumed. settings: what a resumed run takes from
     here if no flag says otherwise.
@@ -834,7 +846,7 @@ def save_checkpoint(trainer: Trainer) -> None:
     with atomic_write(newest) as temporary, write_errors(newest, RuntimeError):  # a full disk
         torch.save(saved, temporary)
     newest.rename(folder / f"step-{state.step:08d}-{hash_file(newest)}.pt")
-    for old in list_checkpoints(folder)[trainer.settings.keep:]:
+    for old in list_checkpoints(folder)[keep:]:
         old.unlink()
 
 
@@ -940,11 +952,11 @@ def is_whole(path: Path) -> bool:
 def find_checkpoint(out_dir: str, resume: str, ranks: Ranks) -> dict | None:
     """The content and "path" of the checkpoint to resume from, the same on every rank: the first
     rank chooses it. None: a new run."""
-    is_restart = int(os.environ.get("TORCHELASTIC_RESTART_COUNT") or 0) > 0
-    if is_restart and list_checkpoints(Path(out_dir) / "checkpoint"):
-        resume = "auto"  # torchrun started the processes again: this run has checkpoints by now
+    record = Path(out_dir) / "checkpoint" / "launcher"
+    if ranks.is_main and LAUNCHER and record.is_file() and record.read_text("utf-8") == LAUNCHER:
+        resume = "auto"  # torchrun started the processes again: the checkpoints are of this run
     path = newest_checkpoint(Path(out_dir), resume) if ranks.is_main else None
-    name = ranks.all_gather(path.name if path else None)[0]
+    name, resume = ranks.all_gather((path.name if path else None, resume))[0]
     if name is None:
         return None
     if path is None:  # where this machine sees the first rank's file
@@ -1468,7 +1480,7 @@ def check_out_dir(s: Settings, resumes: bool) -> None:
     out = Path(s.out_dir)
     for folder in (out / "best", out / "checkpoint"):
         if folder.exists() and not folder.is_dir():
-            raise ValueError(f"{folder} is a file, and would have to be a folder: move it away, or "
+            raise ValueError(f"{folder} is a file where this run needs a folder: move it away, or "
                              "choose another --out_dir")
     if s.init_from and Path(s.init_from).resolve() in (out.resolve(), (out / "best").resolve()):
         raise ValueError(f"--init_from {s.init_from} would be overwritten: choose another "
@@ -1658,8 +1670,7 @@ def hash_weights(model: ChatLM) -> str:
     digest = xxhash.xxh3_64()
     for name, p in model.named_parameters():
         digest.update(name.encode())
-        values = p.detach().float().cpu().contiguous()
-        digest.update(values.view(-1).view(torch.uint8).numpy().data)
+        digest.update(p.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
@@ -1808,7 +1819,7 @@ def peer_hint(ranks: Ranks) -> Iterator[None]:
     try:
         yield
     except RuntimeError as e:
-        pattern = "gloo|nccl|connection (closed|reset|refused)|broken pipe|remote process"
+        pattern = "connection (closed|reset|refused)|broken pipe|remote (process|worker)"
         if ranks.world_size == 1 or not re.search(pattern, str(e), re.IGNORECASE):
             raise
         raise ValueError("another process of this run has ended; its message says why") from None

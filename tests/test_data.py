@@ -854,7 +854,7 @@ def test_flags_of_clean_without_effect_are_told(tmp_path, source, row, flags, no
     ({"conversations": [{"from": "human", "value": "问"}, {"from": "gpt", "value": "答"}]}, ("问", "答")),
     ({"conversations": [{"from": "human", "value": "问"}, {"from": "assistant", "value": "答"}] * 2}, "conversation of several turns (see --turns)"),
     ({"conversations": []}, "conversations is not a list of from and value, or of role and content"), ({"conversations": "问"}, "conversations is not a list of from and value, or of role and content"),
-    ({"conversations": None}, "conversations is not a list of from and value, or of role and content"), ({"conversations": [{"from": "human"}, {}]}, "conversations is not a list of from and value, or of role and content"),
+    ({"conversations": None}, ("", None)), ({"conversations": [{"from": "human"}, {}]}, "conversations is not a list of from and value, or of role and content"),
     ({"conversations": [{"from": "system", "value": "a"}, {"from": "human", "value": "b"}]}, "conversation in which human and assistant do not take turns"),
     ({"conversations": [{"from": "system", "value": "a"}, {"from": "Human", "value": "问"}, {"from": "chatgpt", "value": "答"}]}, ("问", "答")),
     ({"messages": [{"role": "system", "content": "a"}, {"role": "user", "content": "问"}, {"role": "assistant", "content": "答"}]}, ("问", "答")),
@@ -1183,7 +1183,7 @@ def test_columns_with_any_name_can_be_used(tmp_path):
 @pytest.mark.quick
 @pytest.mark.parametrize(("name", "content", "cause"), [
     ("a.jsonl", gzip.compress(b'{"prompt": "a"}'), "it is gzip: its name needs .gz"), ("a.csv", b"PK\x03\x04" + b"\0" * 99, "a zip or Excel file"),
-    ("a.jsonl", b"PAR1" + b"\0" * 40, "Parquet: its name needs .parquet"), ("a.json", b"\n<!DOCTYPE html><html>", "an HTML page"), ("a.txt", b"BZh91AY&SY", "bzip2"),
+    ("a.jsonl", b"PAR1\x15" + b"\0" * 40, "Parquet: its name needs .parquet"), ("a.json", b"\n<!DOCTYPE html><html>", "an HTML page"), ("a.txt", b"BZh91AY&SY", "bzip2"),
     ("a.jsonl.gz", gzip.compress(gzip.compress(b"{}")), "it is gzip"), ("a.jsonl", json.dumps([{"prompt": "问题"}]).encode("utf-16-le"), "not text in UTF-8"),
     ("a.jsonl", json.dumps({"prompt": "问", "response": "答"}, indent=1).encode(), "put each object on a line of its own"),
     ("a.jsonl", b'["q", "a"]\n["q", "a"]\n', "it begins with [, but is not one JSON list"), ("a.jsonl", b'{"a": 1},\n{"a": 2},\n', "no line of it is a JSON object (line 1: Extra data"),
@@ -1237,6 +1237,24 @@ def test_binary_text_is_read_and_nested_times_are_left_out(tmp_path):
     pq.write_table(table, tmp_path / "a.parquet")
     rows = Rows(tmp_path / "a.parquet", skip=True)
     assert list(rows) == [{"prompt": "问", "image": b"\xff\xd8"}] and rows.problems["column of dates or times, not read"] == 2
+    values = ["问".encode()] * 2000
+    values[5] = b"\xff\xfe"
+    pq.write_table(pa.table({"text": pa.array(values, pa.binary())}), tmp_path / "b.parquet")
+    rows = Rows(tmp_path / "b.parquet", ("text",), skip=True)
+    assert len(list(rows)) == 1999 and rows.problems.total() == 1
+
+
+@pytest.mark.quick
+def test_conversations_of_a_merged_schema_and_folders_with_other_json_are_read(tmp_path):
+    turns = [{"from": None, "value": None, "role": "user", "content": "第一个问题是什么？"}, {"from": None, "value": None, "role": "assistant", "content": "这是第一个回答。"}]
+    rows = [{"conversations": None, "messages": turns}, {"conversations": turns, "messages": None}]
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "in" / "meta.json").write_text('{"a": 1,\n"b": 2}')
+    done = call("clean", "--source", "sharegpt", str(tmp_path / "in"), "--out", str(tmp_path / "o.parquet"))
+    assert len(list(Rows(tmp_path / "o.parquet"))) == 2 and "2  line is not JSON" in done.stdout, done.stderr
+    (tmp_path / "par.txt").write_text("PAR1 is a magic number\n")
+    assert list(Rows(tmp_path / "par.txt")) == [{"text": "PAR1 is a magic number"}]
 
 
 @pytest.mark.quick
@@ -1248,9 +1266,9 @@ def test_a_file_is_read_once_however_often_a_folder_links_to_it(tmp_path, capsys
     (tmp_path / "in" / "b.jsonl").symlink_to(tmp_path / "in" / "a.jsonl")
     (tmp_path / "in" / "c.jsonl").hardlink_to(tmp_path / "in" / "a.jsonl")
     assert [file.name for file in input_files([tmp_path / "in"])] == ["a.jsonl"]
-    assert "1 hidden (_temporary), 2 that are links to others (b.jsonl, ...)" in capsys.readouterr().err
+    assert "1 hidden (_temporary), 2 links to files already read (b.jsonl, ...)" in capsys.readouterr().err
     assert len(input_files([path, path])) == 2
-    assert "is given 2 times, and read as often" in capsys.readouterr().err
+    assert "is given 2 times, and its rows are read 2 times" in capsys.readouterr().err
 
 
 @pytest.mark.quick
@@ -1280,7 +1298,7 @@ def test_a_file_that_changes_while_it_is_read_is_an_error(tmp_path):
             list(reading)
             reading = iter(rows)
         pairs_file(path, 31 + len(change))
-        with pytest.raises(ValueError, match="has changed while it was read"):
+        with pytest.raises(ValueError, match="changed while it was being read"):
             list(reading)
 
 

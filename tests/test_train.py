@@ -1077,9 +1077,13 @@ def test_the_command_that_resumes_is_named(base, tmp_path, monkeypatch):
     assert done.returncode == 130 and "and saved; the same command without --resume resumes the run" in done.stdout, done.stderr
     monkeypatch.undo()
     assert "resuming from" in call(*base, "--out_dir", str(out), "--max_steps", "20").stdout
-    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")  # torchrun starts the same command again
-    again = call(*base, "--out_dir", str(out), "--resume", "never", "--max_steps", "22").stdout
-    assert "resuming from" in again and "step 20" in again
+    monkeypatch.setattr(train, "LAUNCHER", "a 1")
+    never = [*base, "--out_dir", str(out), "--resume", "never"]
+    assert "resuming from" not in call(*never, "--max_steps", "3").stdout  # the checkpoints were of another run
+    again = call(*never, "--max_steps", "5").stdout  # as torchrun starts the same command again
+    assert "resuming from" in again and "step 3" in again
+    monkeypatch.setattr(train, "LAUNCHER", "b 2")
+    assert "resuming from" not in call(*never, "--max_steps", "2").stdout
 
 
 def test_an_older_checkpoint_says_what_it_deletes(base, tmp_path):
@@ -1125,7 +1129,7 @@ def test_broken_weights_never_replace_good_checkpoints(base, tmp_path):
     newest, good = list_checkpoints(out / "checkpoint")
     assert (train.step_of(newest), train.step_of(good)) == (4, 3)  # step 4 made the weights large, but finite
     assert all(w.isfinite().all() for w in load_file(out / "model.safetensors").values())
-    advice = done.stderr.splitlines()[-1].partition("go on from before with ")[2].split()
+    advice = done.stderr.splitlines()[-1].partition("resume from an earlier checkpoint with ")[2].split()
     assert advice == ["--resume", str(good)]
     assert call(*args, *advice, "--lr", "1e-3", "--max_steps", "5").returncode == 0
 
@@ -1143,6 +1147,18 @@ def test_a_second_kind_of_signal_does_not_interrupt_the_end():
             time.sleep(1)
     finally:
         stop.restore()
+
+
+def test_a_stop_in_a_bad_step_saves_and_keeps_older_checkpoints(base, tmp_path, monkeypatch):
+    out, loss_sum, calls = tmp_path / "out", ChatLM.loss_sum, itertools.count()
+    assert call(*base, "--out_dir", str(out), "--max_steps", "6", "--save_every", "3", "--keep", "2").returncode == 0
+    asked = itertools.chain([False] * 3, itertools.repeat(True))
+    monkeypatch.setattr(train.Stop, "signal", property(lambda self: next(asked) * signal.SIGINT, lambda self, value: None), raising=False)
+    monkeypatch.setattr(ChatLM, "loss_sum", lambda self, **batch: loss_sum(self, **batch) * (math.nan if next(calls) > 2 else 1))
+    done = call(*base, "--out_dir", str(out), "--max_steps", "20", "--save_every", "100", "--keep", "2", "--eval_every", "100")
+    assert done.returncode == 130 and "and saved; the same command resumes the run" in done.stdout, done.stdout
+    steps = [train.step_of(path) for path in list_checkpoints(out / "checkpoint")]
+    assert len(steps) == 3 and steps[1:] == [6, 3]
 
 
 @pytest.mark.quick

@@ -242,7 +242,7 @@ def test_messages_become_turns():
 
     for roles, texts in (("u", "u0"), ("su", "u1"), ("uau", "u0 a1 u2"), ("suauau", "u1 a2 u3 a4 u5"), ("uu", "u1"), ("auu", "u2"), ("uaau", "u3"), ("au", "u1"), ("sau", "u2")):
         assert read_messages(messages(roles)) == texts.split(), roles
-    with pytest.raises(BadRequest, match="is not a question"):
+    with pytest.raises(BadRequest, match="is an answer"):
         read_messages(messages("ua"))
     assert read_messages([{"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": None}]}]) == ["a"]
     assert read_messages([{"role": "user", "content": "a"}, {"role": "assistant", "content": None}, {"role": "user", "content": "b"}]) == ["b"]
