@@ -941,8 +941,9 @@ def save_adapter(model: ChatLM, folder: Path, base: str, base_hash: str = "") ->
     metadata = {"format": "pt", "base_hash": base_hash}
     write_tensors(weights, folder / "adapter_model.safetensors", metadata)
     write_file(folder / "adapter_config.json", json.dumps(config, indent=2) + "\n")
-    own = {name: model.generation[name] for name in ("turns",) if name in model.generation}
-    write_file(folder / "generation_config.json", json.dumps(own) + "\n")  # see data.py --turns
+    turns = model.generation.get("turns")  # see data.py clean --turns
+    generation = {"turns": turns} if turns else {}
+    write_file(folder / "generation_config.json", json.dumps(generation) + "\n")
 
 
 def adapter_base(folder: Path) -> str:

@@ -431,14 +431,19 @@ def read_parquet(path: Path, problems: Problems) -> Iterator[dict]:
                     problems.note("column of dates or times, not read", f"{path}, {name}")
             for batch in file.iter_batches(max(1, min(1024, rows)), columns=columns):
                 share += len(batch) / file.metadata.num_rows
-                for row in batch.to_pylist():
-                    for name, value in row.items() if has_bytes else ():
-                        if isinstance(value, bytes):
-                            with contextlib.suppress(UnicodeDecodeError):  # it stays bytes
-                                row[name] = value.decode()
-                    yield row
+                rows_read = batch.to_pylist()
+                yield from map(decode_bytes, rows_read) if has_bytes else rows_read
         except (pa.ArrowException, OSError, OverflowError, ValueError) as e:
             raise ValueError(f"{path} cannot be read: {' '.join(str(e).split())}") from None
+
+
+def decode_bytes(row: dict) -> dict:
+    """Turn values that are bytes into text; those that are not UTF-8 stay bytes."""
+    for name, value in row.items():
+        if isinstance(value, bytes):
+            with contextlib.suppress(UnicodeDecodeError):
+                row[name] = value.decode()
+    return row
 
 
 def holds_times(kind: Any) -> bool:

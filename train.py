@@ -108,7 +108,7 @@ from tokenizer import Tokenizer
 
 # long: the other ranks wait while the first one trains a tokenizer
 TIMEOUT = datetime.timedelta(days=2)
-# which torchrun started this process, "" if none did; the same after a restart
+# names the torchrun that started this process, the same after a restart; "" without torchrun
 LAUNCHER = os.environ.get("TORCHELASTIC_RUN_ID", "")
 LAUNCHER += f" {os.getppid()}" if LAUNCHER else ""
 MAX_BAD_STEPS = 10  # in a row, then training stops
