@@ -61,7 +61,7 @@ import warnings
 import weakref
 from collections import Counter, deque
 from collections.abc import Callable, Generator, Iterable, Iterator
-from dataclasses import Field, asdict, dataclass, field, fields, replace
+from dataclasses import Field, asdict, dataclass, field, fields
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -1511,6 +1511,18 @@ ROLES = ("user", "assistant")
 SYSTEM_ROLES = ("system", "developer")
 
 
+def text_of(message: dict) -> str:
+    """The text of a message; "" if it has none. Raises BadRequest for other kinds of content."""
+    content = message.get("content")
+    if type(content) is list:
+        parts = [part for part in content if type(part) is dict]
+        kinds = [part.get("type", "text") for part in parts]
+        if others := [kind for kind in kinds if kind != "text"]:
+            raise BadRequest(f"content of type {others[0]!r} is not supported, only text")
+        content = "".join(part["text"] for part in parts if type(part.get("text")) is str)
+    return content if type(content) is str and content.strip() else ""
+
+
 def read_messages(messages: Any) -> list[str]:
     """The texts of a conversation: question, answer, ..., question. Only the last messages in which
     user and assistant take turns count. Raises BadRequest."""
@@ -1523,21 +1535,14 @@ def read_messages(messages: Any) -> list[str]:
         note_once("note: system messages have no effect: the model was not trained on them")
     texts: list[str] = []
     for message in reversed(messages):
-        content = message.get("content")
-        if type(content) is list:  # parts, of which text is understood
-            kinds = [part.get("type", "text") for part in content if type(part) is dict]
-            if others := [kind for kind in kinds if kind != "text"]:
-                raise BadRequest(f"content of type {others[0]!r} is not supported, only text")
-            texts_of = (part.get("text") for part in content if type(part) is dict)
-            content = "".join(text for text in texts_of if type(text) is str)
-        is_text = isinstance(content, str) and bool(content.strip())
-        if texts and not (is_text and message.get("role") == ROLES[len(texts) % 2]):
+        text, role = text_of(message), message.get("role")
+        if texts and not (text and role == ROLES[len(texts) % 2]):
             break
-        if not is_text:
+        if not text:
             raise BadRequest("the last message has no text in content")
-        if not texts and message.get("role") == "assistant":
+        if not texts and role == "assistant":
             raise BadRequest("the last message is an answer: add a question")
-        texts.append(str(content))
+        texts.append(text)
     texts.reverse()
     return texts if len(texts) % 2 else texts[1:]
 
@@ -1583,11 +1588,10 @@ class ChatRequest:
         options = defaults | STREAMING | given
         options["do_sample"] |= "temperature" in given or "top_p" in given
         try:
-            self.config = GenerationConfig(**options | {"min_new_tokens": 0})
-            least = min(options["min_new_tokens"], self.config.max_new_tokens)
-            self.config = replace(self.config, min_new_tokens=least)
+            self.config = config = GenerationConfig(**options | {"min_new_tokens": 0})
         except ValueError as e:
             raise BadRequest(str(e).replace("max_new_tokens", "max_tokens")) from None
+        config.min_new_tokens = min(options["min_new_tokens"], config.max_new_tokens)
         usage = body.get("stream_options")
         self.with_usage = type(usage) is dict and usage.get("include_usage") is True
 
@@ -1650,9 +1654,6 @@ class ChatHandler(BaseHTTPRequestHandler):
         self.close_connection = True
         self.refuse(int(code), message or "the request cannot be read")
 
-    def do_HEAD(self) -> None:
-        self.do_GET()
-
     def do_GET(self) -> None:
         path = self.path.partition("?")[0]
         if path == "/":
@@ -1672,6 +1673,8 @@ class ChatHandler(BaseHTTPRequestHandler):
             else:
                 self.refuse(404, f"there is no model {asked}, only {self.server.name}")
 
+    do_HEAD = do_GET
+
     def do_POST(self) -> None:
         if not self.is_allowed():
             return
@@ -1679,7 +1682,7 @@ class ChatHandler(BaseHTTPRequestHandler):
             request = ChatRequest(self.read_body(), self.server.options)
             prompt = self.read_prompt(request)
         except BadRequest as e:
-            self.reply(e.status, error_body(e.status, str(e), e.code))
+            self.refuse(e.status, str(e), code=e.code)
             return
         if not self.server.room.acquire(blocking=False):
             self.refuse(503, "too many requests wait for the model", {"Retry-After": "5"})
@@ -1695,7 +1698,7 @@ class ChatHandler(BaseHTTPRequestHandler):
         except (ValueError, RuntimeError, MemoryError) as e:
             message = str(e).partition("\n")[0] or "out of memory"
             if request.stream:  # its head has been sent
-                self.send_data(json.dumps(error_body(500, message)))
+                self.send_event(error_body(500, message))
             else:
                 self.refuse(500, message)
         finally:
@@ -1716,13 +1719,12 @@ class ChatHandler(BaseHTTPRequestHandler):
             length = int(self.headers.get("Content-Length", ""))
         except ValueError:
             length = -1
-        if "Transfer-Encoding" in self.headers:
-            length = -1
-        if not 0 <= length <= MAX_BODY_BYTES:
+        if length < 0 or "Transfer-Encoding" in self.headers:
             self.close_connection = True
-            if length < 0:
-                raise BadRequest("the header Content-Length is missing (bodies in chunks are not "
-                                 "read)", 411)
+            raise BadRequest("the header Content-Length is missing (bodies in chunks are not read)",
+                             411)
+        if length > MAX_BODY_BYTES:
+            self.close_connection = True
             raise BadRequest(f"the body has more than {MAX_BODY_BYTES:,} bytes", 413)
         body = self.rfile.read(length)
         if len(body) < length:
@@ -1756,31 +1758,32 @@ class ChatHandler(BaseHTTPRequestHandler):
 
     def answer(self, request: ChatRequest, prompt: str) -> None:
         """Decode, and send the answers as events or as one object."""
-        server = self.server
+        tokenizer, limit = self.server.tokenizer, request.config.max_new_tokens
         kind = "chat.completion.chunk" if request.stream else "chat.completion"
         head = {"id": f"chatcmpl-{secrets.token_hex(12)}", "object": kind,
-                "created": int(time.time()), "model": server.name}
+                "created": int(time.time()), "model": self.server.name}
+        choices, prompt_tokens, completion_tokens = [], len(tokenizer.encode(prompt)), 0
+
+        def send(delta: dict, reason: str | None = None) -> None:
+            if request.stream:
+                choice = {"index": len(choices), "delta": delta, "finish_reason": reason}
+                self.send_event({**head, "choices": [choice]})
+
         if request.stream:
             self.reply(200, None, "text/event-stream; charset=utf-8")
-        prompt_tokens = len(server.tokenizer.encode(prompt))
-        choices, completion_tokens = [], 0
         for index in range(request.answers):
             text, ids = "", list[int]()
-            if request.stream:
-                self.send_event(head, index, {"role": "assistant", "content": ""})
+            send({"role": "assistant", "content": ""})
             with contextlib.closing(self.decode(prompt, request.config, ids)) as tokens:
-                for part in until_stop(server.tokenizer.stream(tokens), request.stop):
+                for part in until_stop(tokenizer.stream(tokens), request.stop):
                     text += part
-                    if request.stream and part:
-                        self.send_event(head, index, {"content": part})
+                    if part:
+                        send({"content": part})
             completion_tokens += len(ids)
-            whole = server.tokenizer.decode(ids)
-            has_ended = ids[-1] == server.model.config.eos_token_id
-            has_ended |= any(stop in whole for stop in request.stop)
-            is_cut = len(ids) == request.config.max_new_tokens and not has_ended
+            has_ended = ids[-1] == self.server.model.config.eos_token_id
+            is_cut = len(ids) == limit and not has_ended and text == tokenizer.decode(ids)
             reason = "length" if is_cut else "stop"
-            if request.stream:
-                self.send_event(head, index, {}, reason)
+            send({}, reason)
             message = {"role": "assistant", "content": text}
             choices.append({"index": index, "message": message, "finish_reason": reason})
         usage = {"prompt_tokens": prompt_tokens, "completion_tokens": completion_tokens,
@@ -1789,13 +1792,13 @@ class ChatHandler(BaseHTTPRequestHandler):
             self.reply(200, {**head, "choices": choices, "usage": usage})
             return
         if request.with_usage:
-            self.send_data(json.dumps({**head, "choices": [], "usage": usage}))
-        self.send_data("[DONE]")
+            self.send_event({**head, "choices": [], "usage": usage})
+        self.wfile.write(b"data: [DONE]\n\n")
 
     def decode(self, prompt: str, config: GenerationConfig,
                ids: list[int]) -> Generator[int, None, None]:
-        """The ids of an answer, as they come; they are also appended to ids. Raises
-        ConnectionResetError when the client has left."""
+        """Yield the ids of an answer, and append them to ids. Raises ConnectionResetError when the
+        client has left."""
         server, device = self.server, self.server.model.shared.weight.device
         if device.type == "cuda":  # every thread has its own current device
             torch.cuda.set_device(device)
@@ -1806,16 +1809,13 @@ class ChatHandler(BaseHTTPRequestHandler):
             ids.append(int(row[0, -1]))
             yield ids[-1]
 
-    def send_event(self, head: dict, index: int, delta: dict, reason: str | None = None) -> None:
-        choice = {"index": index, "delta": delta, "finish_reason": reason}
-        self.send_data(json.dumps({**head, "choices": [choice]}, ensure_ascii=False))
-
-    def send_data(self, text: str) -> None:
+    def send_event(self, data: dict) -> None:
+        text = json.dumps(data, ensure_ascii=False)
         self.wfile.write(f"data: {text}\n\n".encode("utf-8", "replace"))
-        self.wfile.flush()
 
-    def refuse(self, status: int, message: str, headers: dict[str, str] | None = None) -> None:
-        self.reply(status, error_body(status, message), headers=headers)
+    def refuse(self, status: int, message: str, headers: dict[str, str] | None = None,
+               code: str | None = None) -> None:
+        self.reply(status, error_body(status, message, code), headers=headers)
 
     def reply(self, status: int, body: dict | bytes | None, kind: str = "application/json",
               headers: dict[str, str] | None = None) -> None:
@@ -1840,19 +1840,18 @@ class ChatHandler(BaseHTTPRequestHandler):
 
 def serve(model: ChatLM, tokenizer: Tokenizer, args: argparse.Namespace, options: dict) -> None:
     """Answer requests until Ctrl-C. Raises ValueError for a port that is in use."""
-    name = Path(args.model).resolve().name
-    address = (args.host, args.serve)
     for option, value in STREAMING.items():
         if options[option] != value:
             note_once(f"note: {option} {options[option]} has no effect with --serve, which streams")
     try:
-        server = ChatServer(address, model, tokenizer, name, args.max_len, options, args.api_key)
+        server = ChatServer((args.host, args.serve), model, tokenizer,
+                            Path(args.model).resolve().name, args.max_len, options, args.api_key)
     except (OSError, UnicodeError, TypeError) as e:
         reason = getattr(e, "strerror", None) or e
         raise ValueError(f"--serve {args.serve} --host {args.host}: {reason}") from None
     host = f"[{args.host}]" if ":" in args.host else args.host
-    print(f"http://{host}:{server.server_port}/ is a chat page; programs use "
-          f"http://{host}:{server.server_port}/v1. Ctrl-C stops.", flush=True)
+    url = f"http://{host}:{server.server_port}/"
+    print(f"{url} is a chat page; programs use {url}v1. Ctrl-C stops.", flush=True)
     try:
         server.serve_forever()
     except KeyboardInterrupt:
