@@ -6,9 +6,9 @@
     python sample.py --score valid.parquet                        loss, BLEU-4, exact match
     python sample.py --serve 8000                                 a chat page, and OpenAI's API
 
-The model gives a score (a logit) to every token that may come next. softmax turns the scores into
-probabilities, a decoding strategy picks one token, and the model sees it in the next step, until it
-picks [EOS]:
+The model gives every token that may come next a score (a logit). softmax turns the scores into
+probabilities, and a decoding strategy picks a token, which the model sees in the next step, until
+it picks [EOS]:
 
     prompt -> encoder                              the answer so far:  [PAD] 巴
                  |                                                       |
@@ -17,17 +17,16 @@ picks [EOS]:
 greedy        the token with the highest probability. Exact and repeatable, sometimes dull.
 sampling      draw a token by its probability p. temperature T divides the logits: p ~ exp(logit/T),
               below 1 likely tokens become likelier. top_k keeps the k likeliest tokens, top_p the
-              likeliest ones that together have probability p. For example, with probabilities
-              0.5, 0.3, 0.15, 0.05, top_k 2 and top_p 0.8 both draw from the first two, with
-              0.625 and 0.375.
+              likeliest ones that together have probability p. From 0.5, 0.3, 0.15, 0.05, top_k 2
+              and top_p 0.8 both keep the first two, which then have 0.625 and 0.375.
 beam search   keep the N most likely beginnings of an answer at every step. The best whole answer is
               not always the one that begins best.
-contrastive   of the likely tokens, the one least like what was said before.
+contrastive   of the likely tokens, the one least like those before.
 
-Without a trick, step n would compute all n tokens again. But in attention, a token needs only the
-keys and values of those before it, and these do not change. So they are kept in a KV cache, and a
-step computes one token. It still reads every weight of the decoder, 105 million numbers in 0.2b, so
-one answer at a time is limited by memory bandwidth; answers in a batch share each read.
+In attention, a token needs only the keys and values of the tokens before it, and these do not
+change. So they are kept in a KV cache, and a step computes one token instead of all again. It still
+reads every weight of the decoder, 105 million numbers in 0.2b: memory bandwidth is the limit, and
+answers in a batch share each read.
 
     token       x = embedding[id]
     10 layers   x += o(attend(q, k and v of all tokens so far))      one product makes q, k, v
@@ -58,10 +57,9 @@ import threading
 import time
 import urllib.parse
 import warnings
-import weakref
 from collections import Counter, deque
 from collections.abc import Callable, Generator, Iterable, Iterator
-from dataclasses import Field, asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -109,47 +107,46 @@ def attend(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> Tensor:
 
 
 class Decoder:
-    """ChatLM.decode one token at a time: it computes the newest position of every row only.
+    """ChatLM.decode one token at a time, for the newest position of every row.
 
-    Each source has N rows, such as the beams of a search. They share the source's keys and values,
-    which are computed once. The keys and values of earlier answer tokens are in the KV cache. The
-    position bias depends on the distance only, so each step uses a slice of one table.
+    Each source (prompt) has N rows, such as beams, which share its keys and values. Those of answer
+    tokens are in the KV cache. The position bias depends on the distance only, so each step uses a
+    slice of one table.
 
-        on a CPU   p0 p1 p2 --  --  --      a step attends to the part that is filled
+        on a CPU   p0 p1 p2 --  --  --      a step attends to the filled part
         on a GPU   p0 p1 p2 --  --  --      a step attends to the whole cache, with the empty part
-                                            masked: every step runs the same kernels on the same
-                                            memory, so a CUDA graph can replay it
+                                            masked: a CUDA graph replays the same kernels
     """
 
     @torch.inference_mode()
     def __init__(self, model: ChatLM, input_ids: Tensor, attention_mask: Tensor | None = None,
                  rows_per_source: int = 1, static: bool | None = None):
-        """input_ids, attention_mask: (B, S); None: no padding. rows_per_source: N answers per
-        prompt, such as beams. static: attend as on a GPU; None: if the model is on one."""
-        c, layers = model.config, len(model.decoder.block)
+        """input_ids, attention_mask: (B, S); None: no padding. rows_per_source: N. static: attend
+        as on a GPU; None: if the model is on one."""
+        c, weight = model.config, model.shared.weight
         self.model, self.heads = model, (c.num_heads, c.d_kv)
-        self.static = input_ids.is_cuda if static is None else static
-        self.products = packed_models.get(model) or Products(model)
-        # for each number of rows: its steps on this cache and these sources, and its graph
+        self.static = weight.is_cuda if static is None else static
+        self.products = getattr(model, "packed", None) or Products(model)
+        # by number of rows: steps on this cache and these sources, and the graph
         self.step_counts: Counter = Counter()
         self.graphs: dict[int, StepGraph] = {}
         self.stream: torch.cuda.Stream | None = None  # of captures
         self.can_capture = True
-        self.sources: list[tuple[Tensor, Tensor]] = []
+        self.sources: list[tuple[Tensor, Tensor]] = []  # keys and values of each layer
         # keys and values in turn for each layer: (2 * layers, rows, H, capacity, K)
-        self.cache = model.shared.weight.new_empty(2 * layers, 0, c.num_heads, 0, c.d_kv,
-                                                   dtype=self.products.attention_dtype)
+        self.cache = weight.new_empty(2 * len(model.decoder.block), 0, c.num_heads, 0, c.d_kv,
+                                      dtype=self.products.attention_dtype)
         # (1, H, 1, capacity); masked_bias has the lowest number at empty positions
         self.bias = self.masked_bias = self.cache.new_empty(0)
-        # in the cache, of the newest keys and values
-        self.position = torch.zeros(1, dtype=torch.int64, device=self.cache.device)
+        # of the newest keys and values
+        self.position = torch.zeros(1, dtype=torch.int64, device=weight.device)
         self.begin(input_ids, attention_mask, rows_per_source)
 
     @torch.inference_mode()
     def begin(self, input_ids: Tensor, attention_mask: Tensor | None = None,
               rows_per_source: int = 1) -> None:
-        """Read prompts, and forget earlier ones. With static, graphs stay valid if there are as
-        many sources as before, none longer."""
+        """Read prompts, and forget earlier ones. Graphs stay valid if there are as many sources as
+        before, none longer."""
         # for few tokens, casting the encoder's weights takes longer than it saves
         rounds = self.products.encodes_in_bfloat16 and input_ids.numel() >= 64
         with torch.autocast("cpu", torch.bfloat16) if rounds else contextlib.nullcontext():
@@ -178,16 +175,16 @@ class Decoder:
         if self.rows > self.cache.size(1):
             layers, _, heads, _, width = self.cache.shape
             self.cache = self.cache.new_empty(layers, self.rows, heads, 0, width)
-        elif self.cache.size(3):
+        else:
             self.cache.zero_()
             self.masked_bias.fill_(torch.finfo(self.bias.dtype).min)
 
     def grow_cache(self, rows: int, length: int) -> None:
-        """Make room for so many rows and positions. The capacity is a power of two of at least 32;
-        of at least 320 with static, where empty positions cost less than another graph."""
+        """Make room for so many rows and positions: a power of two, at least 32; with static at
+        least 320, because empty positions cost less than another graph."""
         old = self.cache
-        least = max(320 if self.static else 32, old.size(3))
-        capacity = max(least, 1 << max(0, length - 1).bit_length())
+        least = 320 if self.static else 32
+        capacity = max(least, old.size(3), 1 << (length - 1).bit_length())
         self.cache = old.new_zeros(len(old), rows, old.size(2), capacity, old.size(4))
         self.cache[:, :old.size(1), :, :old.size(3)] = old
         positions = torch.arange(capacity, device=self.cache.device)
@@ -202,7 +199,7 @@ class Decoder:
 
     @torch.inference_mode()
     def step(self, ids: Tensor) -> tuple[Tensor, Tensor]:
-        """The newest ids (rows,) -> float32 logits (rows, V) of the next, hidden (rows, D)."""
+        """The newest ids (rows,) -> float32 logits (rows, V) of the next ids, hidden (rows, D)."""
         if self.length == self.cache.size(3):
             self.grow_cache(self.cache.size(1), self.length + 1)
         self.position.fill_(self.length)
@@ -217,7 +214,7 @@ class Decoder:
         return self.forward(ids, self.masked_bias)
 
     def replay(self, ids: Tensor) -> tuple[Tensor, Tensor]:
-        """The static step as a CUDA graph, captured at the first call for this number of rows."""
+        """A static step by a CUDA graph, captured at the first call for this number of rows."""
         if self.rows not in self.graphs:
             try:
                 self.graphs[self.rows] = self.capture(ids.clone())
@@ -247,7 +244,7 @@ class Decoder:
 
     def forward(self, ids: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
         """Run ids (rows,) through the decoder. Their keys and values go to self.position in the
-        cache, and they attend to its first L positions, which bias (1, H, 1, L) is for."""
+        cache; they attend to its first L positions. bias: (1, H, 1, L)."""
         rows = self.rows
         past = self.cache[:, :rows, :, :bias.size(3)].unbind()
         x = self.model.shared(ids)  # (rows, D)
@@ -269,13 +266,13 @@ class Decoder:
         return self.products.head(hidden).float(), hidden
 
     def should_drop_rows(self, unfinished: int) -> bool:
-        """Whether to drop finished rows: on a GPU only when half have finished, because another
-        number of rows needs another CUDA graph."""
+        """Whether to drop finished rows. On a GPU another number of rows needs another graph, so
+        only when half have finished."""
         return unfinished <= (self.rows // 2 if self.static else self.rows - 1)
 
     @torch.inference_mode()
     def select(self, rows: Tensor, sources: Tensor | None = None) -> None:
-        """Keep these rows, in this order, some perhaps several times; and these sources."""
+        """Keep these rows, in this order, perhaps several times, and these sources."""
         if sources is not None:
             self.mask = self.mask[sources]
             self.sources = [(k[sources], v[sources]) for k, v in self.sources]
@@ -305,8 +302,7 @@ UNSUPPORTED = """
 
 
 def option(default: Any, help: str, low: float = 0, high: float = 1) -> Any:
-    """A field of GenerationConfig, from which its flag is made. low, high: the range, of numbers
-    only."""
+    """A field of GenerationConfig, and its flag. low, high: the range of a number."""
     return field(default=default, metadata={"help": help, "low": low, "high": high})
 
 
@@ -341,25 +337,20 @@ class GenerationConfig:
             raise ValueError("early_stopping must be True, False or 'never', not "
                              f"{self.early_stopping!r}")
         for f in fields(self):
-            if type(f.default) is not bool:
-                self.check_number(f)
+            value, kind = getattr(self, f.name), type(f.default)
+            low, high = f.metadata["low"], f.metadata["high"]
+            is_number = type(value) in (int, kind)
+            if kind is not bool and not (is_number and low <= value <= high):
+                what = "a whole number" if kind is int else "a number"
+                also = ", or 0" if f.name == "temperature" else ""
+                raise ValueError(f"{f.name} must be {what} from {low:g} to {high:g}{also}, not "
+                                 f"{value!r}")
         if self.num_return_sequences > self.num_beams and not self.do_sample:
             raise ValueError("num_return_sequences must be at most num_beams without sampling, not "
                              f"{self.num_return_sequences}")
         if self.min_new_tokens > self.max_new_tokens:
             raise ValueError("min_new_tokens must be at most max_new_tokens "
                              f"({self.max_new_tokens}), not {self.min_new_tokens}")
-
-    def check_number(self, f: Field) -> None:
-        """Raise ValueError if a field is not a number of its kind, or out of range."""
-        value, low, high = getattr(self, f.name), f.metadata["low"], f.metadata["high"]
-        is_whole = type(f.default) is int
-        is_number = type(value) is int or not is_whole and type(value) is float
-        if not is_number or not low <= value <= high:
-            what = "a whole number" if is_whole else "a number"
-            also = ", or 0" if f.name == "temperature" else ""
-            raise ValueError(f"{f.name} must be {what} from {low:g} to {high:g}{also}, not "
-                             f"{value!r}")
 
     @property
     def contrastive(self) -> bool:
@@ -380,8 +371,8 @@ class GenerationConfig:
         return unused
 
     def process(self, scores: Tensor, ids: Tensor, eos: int) -> Tensor:
-        """Apply the options to the scores (N, V) of the next token after ids (N, L), which include
-        the start token, in transformers' order."""
+        """Apply the options, in transformers' order, to the scores (N, V) of the next token after
+        ids (N, L), which include the start token."""
         if self.repetition_penalty != 1:
             seen = scores.gather(1, ids)
             lower = torch.where(seen < 0, seen * self.repetition_penalty,
@@ -394,8 +385,7 @@ class GenerationConfig:
             grams = ids.unfold(1, n, 1)  # (N, L - n + 1, n)
             last = ids[:, None, ids.size(1) - n + 1:]  # (N, 1, n - 1)
             rows, at = (grams[:, :, :-1] == last).all(-1).nonzero(as_tuple=True)
-            forbidden = scores.new_tensor(-math.inf)
-            scores = scores.index_put((rows, grams[rows, at, -1]), forbidden)
+            scores[rows, grams[rows, at, -1]] = -math.inf
             if bool(scores.amax(-1).isneginf().any()):  # nonzero has waited for the device anyway
                 raise ValueError("no token is left to choose: lower --no_repeat_ngram_size or "
                                  "--min_new_tokens")
@@ -421,8 +411,8 @@ def generate(model: ChatLM, input_ids: Tensor, attention_mask: Tensor | None = N
     """Answers to prompts: input_ids (B, S) int64 -> ids (B * num_return_sequences, L) int64, with
     the start token. After an answer's [EOS] comes padding (0), or [EOS] after beam search.
 
-    attention_mask: (B, S), 0 where input_ids is padding. options: the fields of GenerationConfig.
-    Raises ValueError for an option out of range.
+    attention_mask: (B, S), 0 for padding. options: the fields of GenerationConfig. Raises
+    ValueError for an option out of range.
     """
     config = GenerationConfig(**options)
     with torch.inference_mode():
@@ -454,8 +444,7 @@ def steps(model: ChatLM, input_ids: Tensor, attention_mask: Tensor | None,
           config: GenerationConfig, idle: list[Decoder] | None = None) -> Iterator[Tensor]:
     """Greedy decoding or sampling. Yields ids (B, L) after every new token.
 
-    idle: a list that keeps the Decoder between calls, at most one. Pass the same list again to
-    reuse it, for the same model with the same weights.
+    idle: a list that keeps the Decoder between calls. Pass it again with the same weights.
     """
     if idle:
         decoder = idle.pop()
@@ -470,7 +459,7 @@ def steps(model: ChatLM, input_ids: Tensor, attention_mask: Tensor | None,
 
 
 def decode(decoder: Decoder, input_ids: Tensor, config: GenerationConfig) -> Iterator[Tensor]:
-    """The ids that steps yields. decoder: it has read the prompts input_ids (B, S)."""
+    """The ids that steps yields. decoder: it has read the prompts."""
     c = decoder.model.config
     ids = input_ids.new_full((len(input_ids), config.max_new_tokens + 1), c.pad_token_id)
     ids[:, 0] = c.decoder_start_token_id
@@ -495,8 +484,7 @@ def decode(decoder: Decoder, input_ids: Tensor, config: GenerationConfig) -> Ite
 class Beams:
     """The hypotheses of P prompts: for each, N that are running and the N best that have ended.
 
-    A hypothesis' score is the sum of its log-probabilities; that of an ended one is divided by
-    length^length_penalty.
+    A score is the sum of log-probabilities; of an ended one, divided by length^length_penalty.
     """
 
     def __init__(self, input_ids: Tensor, config: GenerationConfig, start: int, eos: int):
@@ -515,8 +503,8 @@ class Beams:
         """Append a token to the hypotheses, which become `length` long. scores: (P, N, V) of the
         next token. Returns the previous row (P * N,) of every running hypothesis.
 
-        Of a prompt's 2 N best continuations, those that end and are among the first N compete with
-        the ended ones, and the N best that do not end go on.
+        Of a prompt's 2 N best continuations, those of the first N that end compete with the ended
+        ones, and the N best that do not end go on.
         """
         config, limit = self.config, self.config.max_new_tokens
         prompts, n, vocab = scores.shape
@@ -545,9 +533,9 @@ class Beams:
 
     def unfinished(self, length: int) -> list[int]:
         """The prompts that go on. As in transformers, a prompt is done if N hypotheses have ended,
-        and early_stopping is True or no running one can still be better than the worst of them.
-        What a running one can reach is its score at the present length; with "never" and a positive
-        penalty, at the greatest length."""
+        and early_stopping is True or no running one can become better than the worst of them. A
+        running one can reach its score at this length; with "never" and a positive penalty, at the
+        greatest length."""
         config, limit = self.config, self.config.max_new_tokens
         if length == limit:
             return []
@@ -583,8 +571,8 @@ def beam_search(model: ChatLM, input_ids: Tensor, attention_mask: Tensor | None,
         source = beams.extend(scores.view(len(prompts), n, -1), length)
         unfinished = beams.unfinished(length)
         for i, prompt in enumerate(prompts):
-            if i not in unfinished and prompt not in results:
-                results[prompt] = beams.ended[i, :config.num_return_sequences]
+            if i not in unfinished:
+                results.setdefault(prompt, beams.ended[i, :config.num_return_sequences])
         going, alive = [i for i in unfinished if prompts[i] not in results], None
         if not going:
             break
@@ -607,7 +595,7 @@ def contrastive_search(model: ChatLM, input_ids: Tensor, attention_mask: Tensor 
 
         (1 - alpha) p(token | before) - alpha max_j cos(h(token), h(j)),    j over earlier positions
 
-    where h is the decoder's last hidden state. Every candidate is fed to the decoder to get its h.
+    where h is the decoder's last hidden state, which needs a step with every candidate.
     """
     c, alpha = model.config, config.penalty_alpha
     n = min(config.top_k, c.vocab_size)
@@ -644,21 +632,19 @@ Product = Callable[[Tensor], Tensor]  # (N, in) -> (N, out), for few rows N
 
 @functools.cache
 def is_amd() -> bool:
-    """Whether this is an AMD CPU. There, MKL uses one thread for a product with one row, and
-    FBGEMM's float16 product is faster than its embedding bag. On Intel's CPUs, neither holds."""
+    """Whether this is an AMD CPU. On these, unlike Intel's, MKL uses one thread for a product with
+    one row, and FBGEMM's float16 product is faster than its embedding bag."""
     with contextlib.suppress(OSError), open("/proc/cpuinfo", encoding="utf-8") as f:
         return "AuthenticAMD" in f.read(1 << 12)
     return "AuthenticAMD" in platform.processor()  # Windows
 
 
 def float32_product(weight: Tensor) -> Product:
-    """x -> x @ weight.T in float32 on a CPU, for a weight (O, I).
-
-    The fastest product depends on the number of rows:
+    """x -> x @ weight.T in float32 on a CPU, for a weight (O, I). The fastest by number of rows:
 
         1 or 2     torch's own; on AMD's CPUs split_product, for 1 to 4
         up to 16   oneDNN's weight @ x.T. It copies its right matrix into a layout of its own: here
-                   x, which is small, so there is no second copy of the weight
+                   x, which is small
         more       torch's own
     """
     few: Product = functools.partial(F.linear, weight=weight)
@@ -678,8 +664,8 @@ def float32_product(weight: Tensor) -> Product:
 
 
 def split_product(weight: Tensor) -> Product:
-    """x -> x @ weight.T, where each thread multiplies x with an equal part of the weight (O, I): a
-    batch of products. The few rows of the weight that remain are another product."""
+    """x -> x @ weight.T as a batch of products: each thread takes an equal part of the weight
+    (O, I). The few rows that remain are another product."""
     parts = max(1, min(torch.get_num_threads(), len(weight) // 64))
     rows = len(weight) // parts * parts
     batch, rest = weight[:rows].view(parts, -1, weight.size(1)), weight[rows:]
@@ -694,8 +680,8 @@ def split_product(weight: Tensor) -> Product:
 
 def packed_product(weight: Tensor) -> Product:
     """x -> x @ weight.T with a weight (O, I) of bfloat16, packed for oneDNN. x and the result are
-    float32. oneDNN keeps a kernel of about a megabyte for every number of rows, so more than 8 rows
-    are padded to a multiple of 8."""
+    float32. More than 8 rows are padded to a multiple of 8, because oneDNN keeps a kernel of about
+    a megabyte for every number of rows."""
     ops = torch.ops.mkldnn
     packed = ops._reorder_linear_weight(weight.contiguous(), 16)  # rows of x that it expects
 
@@ -710,9 +696,9 @@ class ColumnSum:
     """x -> x @ weight.T for one row x, with a weight (O, I) rounded to bfloat16. x and the result
     are float32.
 
-    The product is the sum of the columns of the weight, each times a number of x: what an embedding
-    bag computes. FBGEMM's reads ahead in memory, so on Intel's CPUs it takes two thirds of the time
-    of oneDNN's product. The weight is kept transposed, in a part per thread:
+    It is the sum of the columns of the weight, each times a number of x: an embedding bag. FBGEMM's
+    reads ahead in memory, so on Intel's CPUs it takes two thirds of the time of oneDNN's product.
+    The weight is kept transposed, in a part per thread:
 
         table (parts * I, O / parts):    row p * I + i is column i of the p-th part of the weight
     """
@@ -727,7 +713,7 @@ class ColumnSum:
         self.begins = self.index[::width]  # one bag per part
 
     def weight(self) -> Tensor:
-        """The weight (O, I) that the table was made of."""
+        """The rounded weight (O, I)."""
         parts = self.table.unflatten(0, (len(self.begins), -1))
         return parts.transpose(1, 2).flatten(0, 1)[:self.out]
 
@@ -745,7 +731,7 @@ class Float16Product:
         self.packed = torch.ops.quantized.linear_prepack_fp16(weight.float(), None)
 
     def weight(self) -> Tensor:
-        """The weight (O, I) in float32, as it was rounded to float16."""
+        """The rounded weight (O, I) in float32."""
         return torch.ops.quantized.linear_unpack_fp16(self.packed)[0]
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -756,34 +742,30 @@ class BFloat16Product:
     """x -> x @ weight.T on a CPU, for a weight (O, I) rounded to bfloat16. x and the result are
     float32.
 
-    One row is most of what a chat needs, and has a product of its own: ColumnSum on Intel's CPUs,
-    float16 on AMD's, where it is faster for up to 8 rows. The first call with more rows packs the
-    weight anew and drops the first copy: for oneDNN, or on a CPU without bfloat16 as float16.
+    A chat needs mostly one row: ColumnSum on Intel's CPUs, float16 on AMD's, where it is faster for
+    up to 8 rows. The first call with more rows packs the weight anew and drops the first copy: for
+    oneDNN, or on a CPU without bfloat16 as float16.
     """
 
     def __init__(self, weight: Tensor):
-        rounded = weight.bfloat16()
-        self.product: Any = Float16Product(rounded) if is_amd() else ColumnSum(rounded)
-        self.most_rows = 1
-        if is_amd():
-            self.most_rows = 8 if has_bfloat16(weight.device) else sys.maxsize
+        self.many = packed_product if has_bfloat16(weight.device) else Float16Product
+        few = Float16Product if is_amd() else ColumnSum
+        self.product: Any = few(weight.bfloat16())
+        self.most_rows = 8 if is_amd() else 1
+        if few is self.many:
+            self.most_rows = sys.maxsize
 
     def __call__(self, x: Tensor) -> Tensor:
         if len(x) > self.most_rows:
-            self.repack()
+            weight, self.most_rows = self.product.weight().bfloat16(), sys.maxsize
+            self.product = None  # free it first
+            self.product = self.many(weight)
         return self.product(x)
-
-    def repack(self) -> None:
-        """Change to a product that is fast for many rows."""
-        weight, self.most_rows = self.product.weight().bfloat16(), sys.maxsize
-        self.product = None  # free it first
-        has_it = has_bfloat16(weight.device)
-        self.product = packed_product(weight) if has_it else Float16Product(weight)
 
 
 def int8_product(weight: Tensor) -> Product:
-    """x -> x @ weight.T with 8-bit integers, by FBGEMM: each row of the weight is scaled to
-    -127 .. 127, x is quantized to 8 bits at every call, and integers are summed."""
+    """x -> x @ weight.T by FBGEMM with 8-bit integers: rows of the weight are scaled to -127 .. 127,
+    x is quantized at every call."""
     with warnings.catch_warnings():  # quantized tensors are deprecated; 2.11 to 2.13 have them
         warnings.simplefilter("ignore")
         scale = weight.abs().amax(1).clamp(min=1e-30) / 127
@@ -840,18 +822,16 @@ class LayerProducts(NamedTuple):
 
 class Products:
     """The decoder's layers and head as products for few rows. dtype: how the weights are packed on
-    a CPU; None: in their own dtype. Later weight updates are not picked up. replaces_weights: the
-    model's weights become slices of the concatenated ones, to save memory.
+    a CPU; None: as they are. Later weight updates are not picked up. replaces_weights: the model's
+    weights become slices of the concatenated ones, to save memory.
 
     With bfloat16 and int8, the encoder computes in bfloat16 if the CPU has instructions for it.
     Attention does so only with AMX; without, it would be slower."""
 
     def __init__(self, model: ChatLM, dtype: torch.dtype | None = None,
                  replaces_weights: bool = False):
-        weight = model.shared.weight
-        self.replaces_weights = replaces_weights
-        self.dtype, self.is_cpu_float32 = dtype, weight.is_cpu and weight.dtype == torch.float32
-        self.is_gpu = weight.is_cuda
+        weight, self.dtype, self.replaces_weights = model.shared.weight, dtype, replaces_weights
+        self.is_cpu_float32 = weight.is_cpu and weight.dtype == torch.float32
         rounds = dtype in (torch.bfloat16, torch.int8)
         self.encodes_in_bfloat16 = weight.is_cpu and rounds and has_bfloat16(weight.device)
         has_amx = self.encodes_in_bfloat16 and torch.cpu._is_amx_tile_supported()
@@ -859,9 +839,7 @@ class Products:
         self.head = self.product(model.head_weight())
         self.layers = [self.layer(*block.layer) for block in model.decoder.block]
         c, norm = model.config, model.decoder.final_layer_norm
-        scale = c.d_model ** -0.5 if c.scale_decoder_outputs else 1.0
-        # not model.to_head: packed_models would keep the model for ever
-        self.to_head = fast_norm(norm, scale)
+        self.to_head = fast_norm(norm, c.d_model ** -0.5 if c.scale_decoder_outputs else 1.0)
 
     def product(self, weight: Tensor) -> Product:
         if self.dtype:
@@ -882,10 +860,10 @@ class Products:
         return self.product(whole)
 
     def feed(self, layer: Any) -> Product:
-        """x -> x + feed-forward(norm(x)). On a GPU, the first product's kernel includes relu, and
-        its input is divided by 16: the second product could pass float16's 65,504."""
+        """x -> x + feed-forward(norm(x)). On a GPU, the first product's kernel includes relu. Its
+        input is divided by 16: the second product could pass float16's 65,504."""
         norm, module = fast_norm(layer.layer_norm), layer.DenseReluDense
-        if self.is_gpu and not module.gated and type(module.wi) is type(module.wo) is Linear:
+        if module.wo.weight.is_cuda and not module.gated and type(module.wi) is type(module.wo) is Linear:
             norm = fast_norm(layer.layer_norm, 1 / 16)
             wi, wo = module.wi.weight.t(), module.wo.weight
             zeros = wi.new_zeros(wi.size(1))
@@ -906,21 +884,18 @@ class Products:
             self.feed(feed))
 
 
-packed_models: weakref.WeakKeyDictionary[ChatLM, Products] = weakref.WeakKeyDictionary()
-
-
 def pack(model: ChatLM, dtype: torch.dtype | None = None) -> None:
     """Lay the decoder's weights out once, for all answers of a model that will not change.
 
-    dtype: torch.float16, torch.bfloat16 or torch.int8 decode with weights of 2 bytes or 1; the
-    model must be float32 on a CPU. Raises ValueError if the model or the processor cannot.
+    dtype: torch.float16, torch.bfloat16 or torch.int8, for a model in float32 on a CPU. Raises
+    ValueError if the model or the processor cannot.
     """
     weight = model.shared.weight
     if dtype and (weight.dtype != torch.float32 or not weight.is_cpu):
         raise ValueError(f"{dtype} weights are for decoding on a CPU, from a model in float32")
     if dtype and "fbgemm" not in torch.backends.quantized.supported_engines:
         raise ValueError(f"{dtype} weights need torch with FBGEMM and a processor with AVX2")
-    packed_models[model] = Products(model, dtype, replaces_weights=dtype is None)
+    model.packed = Products(model, dtype, replaces_weights=dtype is None)
 
 
 # --- text in, text out ----------------------------------------------------------------------------
@@ -1762,7 +1737,8 @@ class ChatHandler(BaseHTTPRequestHandler):
         kind = "chat.completion.chunk" if request.stream else "chat.completion"
         head = {"id": f"chatcmpl-{secrets.token_hex(12)}", "object": kind,
                 "created": int(time.time()), "model": self.server.name}
-        choices, prompt_tokens, completion_tokens = [], len(tokenizer.encode(prompt)), 0
+        choices: list[dict] = []
+        prompt_tokens, completion_tokens = len(tokenizer.encode(prompt)), 0
 
         def send(delta: dict, reason: str | None = None) -> None:
             if request.stream:
