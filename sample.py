@@ -895,16 +895,26 @@ def pack(model: ChatLM, dtype: torch.dtype | None = None) -> None:
         raise ValueError(f"{dtype} weights are for decoding on a CPU, from a model in float32")
     if dtype and "fbgemm" not in torch.backends.quantized.supported_engines:
         raise ValueError(f"{dtype} weights need torch with FBGEMM and a processor with AVX2")
-    model.packed = Products(model, dtype, replaces_weights=dtype is None)
+    packed = Products(model, dtype, replaces_weights=dtype is None)
+    model.packed = packed  # type: ignore[assignment]
 
 
 # --- text in, text out ----------------------------------------------------------------------------
 
 
+def batches(rows: list, size: int, progress: Progress) -> Iterator[list]:
+    """Parts of `size` rows. Shows the progress."""
+    for begin in range(0, len(rows), size):
+        part = rows[begin:begin + size]
+        yield part
+        progress.add(len(part))
+    progress.clear()
+
+
 def to_batch(tokenizer: Tokenizer, texts: list[str], max_len: int, device,
              kind: str = "prompts") -> tuple[Tensor, Tensor]:
     """input_ids and attention_mask (B, S) int64. Longer texts are cut to max_len tokens; their
-    [EOS] stays. kind: what they are, for a note."""
+    [EOS] stays. kind: of texts, for a note."""
     rows = tokenizer.encode_batch(texts)
     if any(len(ids) > max_len for ids in rows):
         note_once(f"note: {kind} longer than --max_len {max_len} tokens are cut")
@@ -918,20 +928,16 @@ def to_batch(tokenizer: Tokenizer, texts: list[str], max_len: int, device,
 def answer(model: ChatLM, tokenizer: Tokenizer, prompts: list[str], batch_size: int = 32,
            max_len: int = 512, progress: Progress | None = None, **options) -> list[str]:
     """The model's answers, in the order of the prompts; num_return_sequences for each prompt, one
-    after the other. max_len: tokens per prompt. progress: pass it if the prompts are a part of a
-    longer task."""
+    after the other. max_len: tokens per prompt. progress: of a longer task."""
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     per_prompt = options.get("num_return_sequences", 1)
     answers = [""] * (len(prompts) * per_prompt)
     progress = progress or Progress("prompts answered", total=len(prompts))
-    for begin in range(0, len(order), batch_size):
-        rows = order[begin:begin + batch_size]
+    for rows in batches(order, batch_size, progress):
         texts = [prompts[i] for i in rows]
         batch = to_batch(tokenizer, texts, max_len, model.shared.weight.device)
         for k, ids in enumerate(generate(model, *batch, **options).tolist()):
             answers[rows[k // per_prompt] * per_prompt + k % per_prompt] = tokenizer.decode(ids)
-        progress.add(len(rows))
-    progress.clear()
     return answers
 
 
@@ -953,22 +959,22 @@ def bleu4(answers: list[str], references: list[str]) -> float:
     exp(1 - r / c) if the answers (c characters) are shorter than the references (r). The first
     n-gram order without a match counts as 1/2 match, the next as 1/4, ...
     """
-    hits, totals, answer_chars, reference_chars = [0] * 4, [0] * 4, 0, 0
-    for answer_text, reference in zip(answers, references, strict=True):
-        a, r = "".join(answer_text.split()), "".join(reference.split())
-        answer_chars, reference_chars = answer_chars + len(a), reference_chars + len(r)
-        for n in range(1, 5):
-            ours, theirs = (Counter(t[i:i + n] for i in range(len(t) - n + 1)) for t in (a, r))
-            hits[n - 1] += (ours & theirs).total()
-            totals[n - 1] += ours.total()
-    if not hits[0] or not all(totals):
-        return 0.0
+    pairs = [["".join(text.split()) for text in pair]
+             for pair in zip(answers, references, strict=True)]
     logs, smooth = 0.0, 1.0
-    for hit, total in zip(hits, totals):
-        if not hit:
+    for n in range(1, 5):
+        hits = total = 0
+        for pair in pairs:
+            ours, theirs = (Counter(t[i:i + n] for i in range(len(t) - n + 1)) for t in pair)
+            hits += (ours & theirs).total()
+            total += ours.total()
+        if not total or n == 1 and not hits:
+            return 0.0
+        if not hits:
             smooth *= 2
-        logs += math.log(hit / total if hit else 1 / (smooth * total))
-    return 100 * math.exp(logs / 4 + min(0.0, 1 - reference_chars / answer_chars))
+        logs += math.log(hits / total if hits else 1 / (smooth * total))
+    c, r = (sum(map(len, texts)) for texts in zip(*pairs))
+    return 100 * math.exp(logs / 4 + min(0.0, 1 - r / c))
 
 
 def triples(text: str) -> set[str]:
@@ -981,9 +987,8 @@ def losses(model: ChatLM, tokenizer: Tokenizer, rows: list[dict], max_len: int,
            batch_size: int = 16) -> tuple[float, int, int]:
     """Nats, tokens and characters of the responses, each cut to max_len tokens, summed."""
     nats, tokens, chars = 0.0, 0, 0
-    device, progress = model.shared.weight.device, Progress("losses", total=len(rows))
-    for begin in range(0, len(rows), batch_size):
-        part = rows[begin:begin + batch_size]
+    device = model.shared.weight.device
+    for part in batches(rows, batch_size, Progress("losses", total=len(rows))):
         batch = to_batch(tokenizer, [row["prompt"] for row in part], max_len, device)
         labels, mask = to_batch(tokenizer, [row["response"] for row in part], max_len, device,
                                 "for the loss, responses")
@@ -991,15 +996,13 @@ def losses(model: ChatLM, tokenizer: Tokenizer, rows: list[dict], max_len: int,
             nats += float(model.loss_sum(*batch, labels.masked_fill(mask == 0, IGNORED)))
         tokens += int(mask.sum())
         chars += sum(len(tokenizer.decode(row)) for row in labels.tolist())
-        progress.add(len(part))
-    progress.clear()
     return nats, tokens, chars
 
 
 def score(model: ChatLM, tokenizer: Tokenizer, rows: list[dict], max_len: int = 512,
           batch_size: int = 32, **options) -> tuple[dict, list[str]]:
-    """Scores of a model on rows (at least one) of prompt and response, and its answers. Responses
-    that are all lists of triples also get precision, recall and F1."""
+    """Scores of a model on rows (at least one) of prompt and response, and its answers; precision,
+    recall and F1, too, if all responses are lists of triples."""
     ordered = sorted(rows, key=lambda row: len(row["response"]))
     nats, tokens, chars = losses(model, tokenizer, ordered, max_len)
     prompts, references = ([row[column] for row in rows] for column in PAIR)
@@ -1025,7 +1028,7 @@ CHOICE_COLUMNS = ("question", *CHOICES.lower(), "answer")  # in any case
 
 
 def read_choices(path: Path) -> list[dict[str, str]]:
-    """Questions with four choices, as C-Eval and CMMLU publish them. Raises ValueError for a row
+    """Questions with four choices, in the format of C-Eval and CMMLU. Raises ValueError for a row
     without one of the columns."""
     found = []
     for i, row in enumerate(Rows(path), 1):
@@ -1062,9 +1065,7 @@ def score_choices(model: ChatLM, tokenizer: Tokenizer, rows: list[dict[str, str]
     question and choices, and the choice whose text has the highest log-probability per character
     after the question alone."""
     by_letter = by_text = 0
-    progress = Progress("questions", total=len(rows))
-    for begin in range(0, len(rows), batch_size):
-        part = rows[begin:begin + batch_size]
+    for part in batches(rows, batch_size, Progress("questions", total=len(rows))):
         questions = [row["question"] for row in part]
         listed = ["\n".join([row["question"], *(f"{c}. {row[c.lower()]}" for c in CHOICES), "答案："])
                   for row in part]
@@ -1077,8 +1078,6 @@ def score_choices(model: ChatLM, tokenizer: Tokenizer, rows: list[dict[str, str]
             four = slice(4 * i, 4 * i + 4)
             by_letter += letters[four].index(max(letters[four])) == right
             by_text += scores[four].index(max(scores[four])) == right
-        progress.add(len(part))
-    progress.clear()
     return by_letter, by_text
 
 
@@ -1093,9 +1092,9 @@ def score_subjects(model: ChatLM, tokenizer: Tokenizer, files: list[Path], max_l
             note_once(f"note: {path} has no questions and is skipped")
             continue
         right = score_choices(model, tokenizer, rows, max_len, batch_size)
-        shares.append([n / len(rows) for n in right])
-        letter, text = (100 * share for share in shares[-1])
-        print(f"{len(rows):>10,}  {letter:>5.1f} %  {text:>5.1f} %  {path.stem}")
+        letter, text = (n / len(rows) for n in right)
+        shares.append((letter, text))
+        print(f"{len(rows):>10,}  {100 * letter:>5.1f} %  {100 * text:>5.1f} %  {path.stem}")
     letter, text = (sum(column) / len(shares) for column in zip(*shares))
     print(f"{'mean':>10}  {100 * letter:>5.1f} %  {100 * text:>5.1f} %")
     return {"subjects": len(shares), "accuracy_letter": letter, "accuracy_text": text,
@@ -1107,9 +1106,8 @@ def score_subjects(model: ChatLM, tokenizer: Tokenizer, files: list[Path], max_l
 
 def pick_device(name: str | None) -> torch.device:
     """A device by name: "cpu", "cuda" or "cuda:N"; None: a GPU if there is one. A GPU becomes the
-    current device, set up for batches of many shapes. Raises ValueError for a device that is not
-    there."""
-    # segments that can grow share memory between blocks of many sizes; read at first allocation
+    current device. Raises ValueError for a device that is not there."""
+    # segments that grow are shared by blocks of many sizes; read at the first allocation
     if sys.platform == "linux" and "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:
         os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     try:
@@ -1134,29 +1132,27 @@ def pick_device(name: str | None) -> torch.device:
 def load(folder: str, dtype: str | None, device: torch.device) -> ChatLM:
     """A model for decoding. On a CPU its weights are float32, and dtype is how copies of the
     decoder's are packed (see Products). Raises ValueError for int8 on a GPU."""
+    wanted = getattr(torch, dtype) if dtype else None
     if device.type == "cuda":
         if dtype == "int8":
             raise ValueError("--dtype int8 is for CPUs; on a GPU take float16 or bfloat16")
         # cuBLAS's workspace: 8 MB per stream instead of 32
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:2:16:8")
-    wanted = getattr(torch, dtype) if dtype else None
-    if device.type == "cuda":
-        model = ChatLM.from_pretrained(folder, wanted, device)
+        model, packed = ChatLM.from_pretrained(folder, wanted, device), None
     else:
         model = ChatLM.from_pretrained(folder, None, device)
-        wanted = wanted or model.shared.weight.dtype
+        packed = wanted or model.shared.weight.dtype
         model.float()
     model.requires_grad_(False)
-    is_packed = device.type == "cpu" and wanted in (torch.float16, torch.bfloat16, torch.int8)
-    pack(model, wanted if is_packed else None)
+    pack(model, packed if packed in PACKED_PRODUCTS else None)
     return model
 
 
 def model_hash(folder: str) -> str:
     """A hash of a model folder's weights, configuration and tokenizer."""
     names = ("config.json", "generation_config.json", "tokenizer.json")
-    files = [Path(folder) / name for name in names if (Path(folder) / name).is_file()]
-    return hash_files([*sorted(Path(folder).glob("*.safetensors")), *files])
+    files = [*sorted(Path(folder).glob("*.safetensors")), *(Path(folder, name) for name in names)]
+    return hash_files(path for path in files if path.is_file())
 
 
 # --- files ----------------------------------------------------------------------------------------
@@ -1165,8 +1161,8 @@ WINDOW = 256  # prompts of a file that are sorted by length, answered and writte
 
 
 def read_prompts(rows: Rows) -> Iterator[str]:
-    """Yield the column prompt, or text: a line of a .txt file, unless it is blank. Raises
-    ValueError for a row without either."""
+    """Yield the column prompt, or text, of which blank lines are skipped. Raises ValueError for a
+    row without either."""
     for row in rows:
         prompt = row.get("prompt", row.get("text"))
         if type(prompt) is not str:
@@ -1178,8 +1174,8 @@ def read_prompts(rows: Rows) -> Iterator[str]:
 
 def count_answers(prompts: Iterator[str], target: Path, record: Path, made_by: dict) -> int:
     """The number of answers that target has already: to the first prompts, by the model and
-    settings of made_by. A last line that was cut off does not count. Raises ValueError, and changes
-    nothing, if target has something else."""
+    settings of made_by. A last line that was cut off does not count. Raises ValueError if target
+    has something else."""
     if not target.stat().st_size:
         return 0
     advice = f"delete it, or name another file than {target}"
@@ -1214,8 +1210,8 @@ def answer_file(model: ChatLM, tokenizer: Tokenizer, source: str, target: str, b
     it has already; with num_return_sequences "responses", a list. With a seed and the same
     batch_size, a run that was interrupted and continued writes what a whole one writes.
 
-    made_by: model and settings, with "seed". They are kept in a hidden file next to target; a run
-    with others is refused. outputs: more files not to read. Returns the number of new rows. Raises
+    made_by: model and settings, with "seed", kept in a hidden file next to target; a run with
+    others is refused. outputs: more files not to read. Returns the number of new rows. Raises
     ValueError if target is another file.
     """
     out = Path(target)
@@ -1233,14 +1229,21 @@ def answer_file(model: ChatLM, tokenizer: Tokenizer, source: str, target: str, b
             if not total:
                 raise ValueError(f"{source} has no prompts")
             write_file(record, json.dumps(made_by) + "\n")
+            window = max(WINDOW, batch_size)
             if done < total:
-                done -= done % max(WINDOW, batch_size)  # the last window may be incomplete
+                done -= done % window  # the last window may be incomplete
             with open(out, "ab+") as f:
                 f.seek(0)
                 f.truncate(sum(map(len, itertools.islice(f, done))))
             prompts = itertools.islice(read_prompts(rows), done, None)
-            write_answers(model, tokenizer, prompts, done, total, out, batch_size, max_len,
-                          options, made_by.get("seed"))
+            progress = Progress("prompts answered", total=total - done)
+            for begin in range(done, total, window):
+                if made_by.get("seed") is not None:  # samples depend on the window only
+                    key = f"{made_by['seed']} {begin}"
+                    torch.manual_seed(random.Random(key).getrandbits(63))
+                part = list(itertools.islice(prompts, window))
+                answers = answer(model, tokenizer, part, batch_size, max_len, progress, **options)
+                append_answers(out, part, answers)
             return total - done
         finally:
             if is_new and not out.stat().st_size:  # nothing was answered
@@ -1248,27 +1251,17 @@ def answer_file(model: ChatLM, tokenizer: Tokenizer, source: str, target: str, b
                 record.unlink(missing_ok=True)
 
 
-def write_answers(model: ChatLM, tokenizer: Tokenizer, prompts: Iterator[str], done: int,
-                  total: int, out: Path, batch_size: int, max_len: int, options: dict,
-                  seed: int | None) -> None:
-    """Append the answers to prompts, which are those from number `done` on, a window at a time."""
-    window, progress = max(WINDOW, batch_size), Progress("prompts answered", total=total - done)
-    for begin in range(done, total, window):
-        if seed is not None:  # so that samples do not depend on where a run was interrupted
-            torch.manual_seed(random.Random(f"{seed} {begin}").getrandbits(63))
-        part = list(itertools.islice(prompts, window))
-        answers = answer(model, tokenizer, part, batch_size, max_len, progress, **options)
-        n = len(answers) // len(part)
-        lines = []
-        for i, prompt in enumerate(part):
+def append_answers(out: Path, prompts: list[str], answers: list[str]) -> None:
+    """Write answers, equally many for each prompt, to the end of a file."""
+    n = len(answers) // len(prompts)
+    # a lone surrogate, which JSON can escape, is written as its escape
+    with write_errors(out), open(out, "a", encoding="utf-8", errors="backslashreplace") as f:
+        for i, prompt in enumerate(prompts):
             found = answers[i * n:(i + 1) * n]
             row = {"response": found[0]} if n == 1 else {"responses": found}
-            lines.append(json.dumps({"prompt": prompt, **row}, ensure_ascii=False) + "\n")
-        # a lone surrogate, which JSON can escape, is written as its escape
-        with write_errors(out), open(out, "a", encoding="utf-8", errors="backslashreplace") as f:
-            f.writelines(lines)
-            f.flush()
-            os.fsync(f.fileno())
+            f.write(json.dumps({"prompt": prompt, **row}, ensure_ascii=False) + "\n")
+        f.flush()
+        os.fsync(f.fileno())
 
 
 # --- chat -----------------------------------------------------------------------------------------
@@ -1282,8 +1275,8 @@ MAX_TURNS = 1000
 
 
 def known_turns(model: ChatLM) -> int:
-    """How many questions of a conversation the model was trained to see, from "turns" in its
-    generation_config.json; 1: only the last one. Raises ValueError for another value."""
+    """How many questions of a conversation the model was trained to see: "turns" in its
+    generation_config.json. Raises ValueError for another value."""
     turns = model.generation.get("turns", 1)
     if type(turns) is not int or not 1 <= turns <= MAX_TURNS:
         raise ValueError(f"generation_config.json: turns {turns!r} is not a whole number from 1 to "
@@ -1292,8 +1285,8 @@ def known_turns(model: ChatLM) -> int:
 
 
 def with_history(tokenizer: Tokenizer, texts: list[str], turns: int, max_len: int) -> str:
-    """Join the last `turns` questions of `texts` (question, answer, ..., question) and the answers
-    between them; fewer if they do not fit in max_len tokens."""
+    """Join the last `turns` questions of `texts` (question, answer, ..., question), with the
+    answers between them; fewer if they do not fit in max_len tokens."""
     texts = texts[1 - 2 * turns:]
     if turns > 1:
         texts = [text.replace(SEP, " ") for text in texts]
@@ -1312,7 +1305,7 @@ def chat(model: ChatLM, tokenizer: Tokenizer, max_len: int, options: dict) -> No
     print(f"{seen} /help lists commands.")
     config = GenerationConfig(**options)
     texts: list[str] = []  # question, answer, question, ...
-    idle: list[Decoder] = []  # between answers, with its CUDA graph
+    idle: list[Decoder] = []  # see steps
     while True:
         try:
             prompt = input("\n> ").strip()
@@ -1381,8 +1374,7 @@ def with_setting(config: GenerationConfig, name: str = "", value: str = "",
 
 def print_answer(model: ChatLM, tokenizer: Tokenizer, prompt: str, max_len: int,
                  config: GenerationConfig, idle: list[Decoder] | None = None) -> str:
-    """Print an answer, token by token if the strategy allows it, and return it; of several answers
-    the first."""
+    """Print an answer, if possible token by token, and return it; of several answers the first."""
     if config.num_beams > 1 or config.num_return_sequences > 1 or config.contrastive:
         if idle:
             idle.clear()  # only one Decoder at a time has graphs
@@ -1457,7 +1449,7 @@ class BadRequest(ValueError):
 
 
 class ChatServer(ThreadingHTTPServer):
-    """OpenAI's chat interface: each connection has a thread, and one answer is decoded at a time.
+    """OpenAI's chat interface. Each connection has a thread; one answer is decoded at a time.
 
         client -> thread -> is there room to wait? (503) -> lock -> steps -> events -> client
     """
@@ -1472,7 +1464,7 @@ class ChatServer(ThreadingHTTPServer):
         self.model, self.tokenizer, self.name = model, tokenizer, name
         self.max_len, self.options, self.api_key = max_len, options, api_key
         self.turns = known_turns(model)
-        self.idle: list[Decoder] = []  # between answers, with its CUDA graph
+        self.idle: list[Decoder] = []  # see steps
         self.lock, self.room = threading.Lock(), threading.BoundedSemaphore(1 + MAX_WAITING)
 
     def handle_error(self, request, client_address) -> None:
@@ -1946,19 +1938,15 @@ def parse_args() -> argparse.Namespace:
     return args
 
 
+@memory_hint("--batch_size, --num_beams or --max_new_tokens")
 def main() -> None:
-    with memory_hint("--batch_size, --num_beams or --max_new_tokens"):
-        run_command(parse_args())
-
-
-def run_command(args: argparse.Namespace) -> None:
-    folder = Path(args.model)
-    if not any((folder / name).is_file() for name in ("config.json", "adapter_config.json")):
+    args = parse_args()
+    if not any(Path(args.model, name).is_file() for name in ("config.json", "adapter_config.json")):
         raise FileNotFoundError(f"no model in {args.model!r}: train one first with  python "
                                 "train.py  or name its folder with --model")
-    ChatLMConfig.from_pretrained(args.model)  # fails early
+    ChatLMConfig.from_pretrained(args.model)  # fails early, like the next
     if args.input:
-        input_files([args.input], [args.output])  # fails early
+        input_files([args.input], [args.output])
     device = pick_device(args.device)
     tokenizer = Tokenizer.from_pretrained(args.model, append_eos=True)
     model = load(args.model, args.dtype, device)
