@@ -15,12 +15,12 @@ it picks [EOS]:
               decoder -> logits of 29,298 tokens -> pick one:  黎  ------+
 
 greedy        the token with the highest probability. Exact and repeatable, sometimes dull.
-sampling      draw a token by its probability p. temperature T divides the logits: p ~ exp(logit/T),
-              below 1 likely tokens become likelier. top_k keeps the k likeliest tokens, top_p the
-              likeliest ones that together have probability p. From 0.5, 0.3, 0.15, 0.05, top_k 2
-              and top_p 0.8 both keep the first two, which then have 0.625 and 0.375.
-beam search   keep the N most likely beginnings of an answer at every step. The best whole answer is
-              not always the one that begins best.
+sampling      draw a token by its probability. temperature T divides the logits: below 1 likely
+              tokens become likelier. top_k keeps the k likeliest tokens, top_p the likeliest ones
+              that together have probability p. From 0.5, 0.3, 0.15, 0.05, top_k 2 and top_p 0.8
+              both keep the first two, which then have 0.625 and 0.375.
+beam search   keep the N likeliest beginnings: the best answer is not always the one that begins
+              best.
 contrastive   of the likely tokens, the one least like those before.
 
 In attention, a token needs only the keys and values of the tokens before it, and these do not
@@ -93,7 +93,7 @@ from tokenizer import Tokenizer
 # --- the decoder, one token at a time -------------------------------------------------------------
 
 class StepGraph(NamedTuple):
-    """A captured step, with the memory of its input and output."""
+    """A captured step, its input and its output."""
     graph: torch.cuda.CUDAGraph
     ids: Tensor
     logits: Tensor
@@ -101,7 +101,7 @@ class StepGraph(NamedTuple):
 
 
 def attend(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> Tensor:
-    """Attention in the dtype of keys and values; the result has the dtype of q."""
+    """Attention in the dtype of keys and values."""
     y = F.scaled_dot_product_attention(q.to(keys.dtype), keys, values, attn_mask=mask, scale=1.0)
     return y.to(q.dtype)
 
@@ -121,8 +121,8 @@ class Decoder:
     @torch.inference_mode()
     def __init__(self, model: ChatLM, input_ids: Tensor, attention_mask: Tensor | None = None,
                  rows_per_source: int = 1, static: bool | None = None):
-        """input_ids, attention_mask: (B, S); None: no padding. rows_per_source: N. static: attend
-        as on a GPU; None: if the model is on one."""
+        """input_ids, attention_mask: (B, S). rows_per_source: N. static: attend as on a GPU; None:
+        if the model is on one."""
         c, weight = model.config, model.shared.weight
         self.model, self.heads = model, (c.num_heads, c.d_kv)
         self.static = weight.is_cuda if static is None else static
@@ -166,7 +166,7 @@ class Decoder:
                 for old, now in zip(own, new):  # what is masked must be finite, too: 0 * NaN is NaN
                     old[:, :, :length], old[:, :, length:] = now, 0
         else:
-            room = math.ceil(length / 64) * 64 - length
+            room = -length % 64
             self.mask = F.pad(mask, (0, room), value=torch.finfo(mask.dtype).min)
             self.sources = [(F.pad(k, (0, 0, 0, room)), F.pad(v, (0, 0, 0, room)))
                             for k, v in sources]
@@ -243,8 +243,7 @@ class Decoder:
         return StepGraph(graph, ids, *result)
 
     def forward(self, ids: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
-        """Run ids (rows,) through the decoder. Their keys and values go to self.position in the
-        cache; they attend to its first L positions. bias: (1, H, 1, L)."""
+        """A step for ids (rows,). bias (1, H, 1, L): they attend to L positions of the cache."""
         rows = self.rows
         past = self.cache[:, :rows, :, :bias.size(3)].unbind()
         x = self.model.shared(ids)  # (rows, D)
@@ -266,8 +265,7 @@ class Decoder:
         return self.products.head(hidden).float(), hidden
 
     def should_drop_rows(self, unfinished: int) -> bool:
-        """Whether to drop finished rows. On a GPU another number of rows needs another graph, so
-        only when half have finished."""
+        """Whether to drop finished rows; on a GPU if half have finished, as graphs are costly."""
         return unfinished <= (self.rows // 2 if self.static else self.rows - 1)
 
     @torch.inference_mode()
@@ -406,13 +404,16 @@ class GenerationConfig:
         return scores
 
 
+OPTION_NAMES = [f.name for f in fields(GenerationConfig)]
+
+
 def generate(model: ChatLM, input_ids: Tensor, attention_mask: Tensor | None = None,
              **options) -> Tensor:
     """Answers to prompts: input_ids (B, S) int64 -> ids (B * num_return_sequences, L) int64, with
     the start token. After an answer's [EOS] comes padding (0), or [EOS] after beam search.
 
-    attention_mask: (B, S), 0 for padding. options: the fields of GenerationConfig. Raises
-    ValueError for an option out of range.
+    attention_mask: (B, S), 0 for padding. options: fields of GenerationConfig. Raises ValueError
+    for one out of range.
     """
     config = GenerationConfig(**options)
     with torch.inference_mode():
@@ -451,34 +452,35 @@ def steps(model: ChatLM, input_ids: Tensor, attention_mask: Tensor | None,
         decoder.begin(input_ids, attention_mask)
     else:
         decoder = Decoder(model, input_ids, attention_mask)
+    ids = new_answers(model, input_ids, config)
+    rows = torch.arange(len(ids), device=ids.device)  # the decoder's
+    alive = torch.ones(len(ids), dtype=torch.bool, device=ids.device)  # of these the unfinished
+    eos, pad = model.config.eos_token_id, model.config.pad_token_id
     try:
-        yield from decode(decoder, input_ids, config)
+        for length in range(1, config.max_new_tokens + 1):
+            logits = decoder.step(ids[rows, length - 1])[0]
+            scores = config.process(logits, ids[rows, :length], eos)
+            chosen = draw(scores, 1)[:, 0] if config.do_sample else scores.argmax(-1)
+            chosen = torch.where(alive, chosen, pad)
+            ids[rows, length] = chosen
+            yield ids[:, :length + 1]
+            alive &= chosen != eos
+            going = alive.nonzero()[:, 0]
+            if not len(going):
+                return
+            if decoder.should_drop_rows(len(going)):
+                rows, alive = rows[going], alive[going]
+                decoder.select(going, going)
     finally:
         if idle is not None:
             idle[:] = [decoder]
 
 
-def decode(decoder: Decoder, input_ids: Tensor, config: GenerationConfig) -> Iterator[Tensor]:
-    """The ids that steps yields. decoder: it has read the prompts."""
-    c = decoder.model.config
-    ids = input_ids.new_full((len(input_ids), config.max_new_tokens + 1), c.pad_token_id)
-    ids[:, 0] = c.decoder_start_token_id
-    rows = torch.arange(len(ids), device=ids.device)  # the decoder's
-    alive = torch.ones(len(ids), dtype=torch.bool, device=ids.device)  # of these the unfinished
-    for length in range(1, config.max_new_tokens + 1):
-        logits = decoder.step(ids[rows, length - 1])[0]
-        scores = config.process(logits, ids[rows, :length], c.eos_token_id)
-        chosen = draw(scores, 1)[:, 0] if config.do_sample else scores.argmax(-1)
-        chosen = torch.where(alive, chosen, c.pad_token_id)
-        ids[rows, length] = chosen
-        yield ids[:, :length + 1]
-        alive &= chosen != c.eos_token_id
-        going = alive.nonzero()[:, 0]
-        if not len(going):
-            return
-        if decoder.should_drop_rows(len(going)):
-            rows, alive = rows[going], alive[going]
-            decoder.select(going, going)
+def new_answers(model: ChatLM, input_ids: Tensor, config: GenerationConfig) -> Tensor:
+    """Ids (B, max_new_tokens + 1): the start token, then padding."""
+    ids = input_ids.new_full((len(input_ids), config.max_new_tokens + 1), model.config.pad_token_id)
+    ids[:, 0] = model.config.decoder_start_token_id
+    return ids
 
 
 class Beams:
@@ -533,9 +535,8 @@ class Beams:
 
     def unfinished(self, length: int) -> list[int]:
         """The prompts that go on. As in transformers, a prompt is done if N hypotheses have ended,
-        and early_stopping is True or no running one can become better than the worst of them. A
-        running one can reach its score at this length; with "never" and a positive penalty, at the
-        greatest length."""
+        and early_stopping is True or no running one can become better than the worst: at this
+        length; with "never" and a positive penalty, at the greatest length."""
         config, limit = self.config, self.config.max_new_tokens
         if length == limit:
             return []
@@ -559,12 +560,12 @@ def take_rows(ids: Tensor, rows: Tensor) -> Tensor:
 def beam_search(model: ChatLM, input_ids: Tensor, attention_mask: Tensor | None,
                 config: GenerationConfig) -> Tensor:
     """The num_return_sequences best hypotheses of each prompt. See Beams."""
-    c, n, limit = model.config, config.num_beams, config.max_new_tokens
+    c, n = model.config, config.num_beams
     decoder = Decoder(model, input_ids, attention_mask, rows_per_source=n)
     beams = Beams(input_ids, config, c.decoder_start_token_id, c.eos_token_id)
     prompts = list(range(len(input_ids)))  # the decoder's
     results: dict[int, Tensor] = {}  # of those that are done
-    for length in range(1, limit + 1):
+    for length in range(1, config.max_new_tokens + 1):
         ids = beams.running[:, :, :length].flatten(0, 1)  # (P * N, length)
         logits = decoder.step(ids[:, -1])[0]
         scores = config.process(logits.log_softmax(-1), ids, c.eos_token_id)
@@ -583,9 +584,7 @@ def beam_search(model: ChatLM, input_ids: Tensor, attention_mask: Tensor | None,
             source = source.view(-1, n)[alive].flatten()
         decoder.select(source, alive)
     ids = torch.cat([results[prompt] for prompt in range(len(input_ids))])
-    is_eos = ids == c.eos_token_id
-    lengths = torch.where(is_eos.any(1), is_eos.int().argmax(1), limit)
-    return ids[:, :lengths.max() + 1]
+    return ids[:, :(ids != c.eos_token_id).sum(1).max() + 1]
 
 
 def contrastive_search(model: ChatLM, input_ids: Tensor, attention_mask: Tensor | None,
@@ -600,8 +599,7 @@ def contrastive_search(model: ChatLM, input_ids: Tensor, attention_mask: Tensor 
     c, alpha = model.config, config.penalty_alpha
     n = min(config.top_k, c.vocab_size)
     decoder = Decoder(model, input_ids, attention_mask)
-    ids = input_ids.new_full((len(input_ids), config.max_new_tokens + 1), c.pad_token_id)
-    ids[:, 0] = c.decoder_start_token_id
+    ids = new_answers(model, input_ids, config)
     rows = torch.arange(len(ids), device=ids.device)  # the unfinished ones
     logits, hidden = decoder.step(ids[:, 0])
     before = F.normalize(hidden.float(), dim=-1)[:, None]  # (B, L, D)
@@ -627,7 +625,9 @@ def contrastive_search(model: ChatLM, input_ids: Tensor, attention_mask: Tensor 
 
 # --- products of a decoding step ------------------------------------------------------------------
 
-Product = Callable[[Tensor], Tensor]  # (N, in) -> (N, out), for few rows N
+# x (N, I) -> x @ weight.T (N, O), for few rows N and a weight (O, I). Those for CPUs take and
+# return float32.
+Product = Callable[[Tensor], Tensor]
 
 
 @functools.cache
@@ -640,11 +640,10 @@ def is_amd() -> bool:
 
 
 def float32_product(weight: Tensor) -> Product:
-    """x -> x @ weight.T in float32 on a CPU, for a weight (O, I). The fastest by number of rows:
+    """The fastest product with a float32 weight on a CPU depends on the number of rows:
 
         1 or 2     torch's own; on AMD's CPUs split_product, for 1 to 4
-        up to 16   oneDNN's weight @ x.T. It copies its right matrix into a layout of its own: here
-                   x, which is small
+        up to 16   oneDNN's weight @ x.T, which copies only x into a layout of its own
         more       torch's own
     """
     few: Product = functools.partial(F.linear, weight=weight)
@@ -664,8 +663,8 @@ def float32_product(weight: Tensor) -> Product:
 
 
 def split_product(weight: Tensor) -> Product:
-    """x -> x @ weight.T as a batch of products: each thread takes an equal part of the weight
-    (O, I). The few rows that remain are another product."""
+    """A batch of products: each thread takes an equal part of the weight. The few rows that remain
+    are another product."""
     parts = max(1, min(torch.get_num_threads(), len(weight) // 64))
     rows = len(weight) // parts * parts
     batch, rest = weight[:rows].view(parts, -1, weight.size(1)), weight[rows:]
@@ -679,9 +678,8 @@ def split_product(weight: Tensor) -> Product:
 
 
 def packed_product(weight: Tensor) -> Product:
-    """x -> x @ weight.T with a weight (O, I) of bfloat16, packed for oneDNN. x and the result are
-    float32. More than 8 rows are padded to a multiple of 8, because oneDNN keeps a kernel of about
-    a megabyte for every number of rows."""
+    """A weight of bfloat16, packed for oneDNN, which keeps a kernel of about a megabyte for every
+    number of rows: more than 8 are padded to a multiple of 8."""
     ops = torch.ops.mkldnn
     packed = ops._reorder_linear_weight(weight.contiguous(), 16)  # rows of x that it expects
 
@@ -693,12 +691,9 @@ def packed_product(weight: Tensor) -> Product:
 
 
 class ColumnSum:
-    """x -> x @ weight.T for one row x, with a weight (O, I) rounded to bfloat16. x and the result
-    are float32.
-
-    It is the sum of the columns of the weight, each times a number of x: an embedding bag. FBGEMM's
-    reads ahead in memory, so on Intel's CPUs it takes two thirds of the time of oneDNN's product.
-    The weight is kept transposed, in a part per thread:
+    """For one row x: the sum of the columns of the weight, rounded to bfloat16, each times a number
+    of x. That is an embedding bag, and FBGEMM's reads ahead in memory: on Intel's CPUs it takes two
+    thirds of the time of oneDNN's product. The weight is transposed, in a part per thread:
 
         table (parts * I, O / parts):    row p * I + i is column i of the p-th part of the weight
     """
@@ -713,7 +708,7 @@ class ColumnSum:
         self.begins = self.index[::width]  # one bag per part
 
     def weight(self) -> Tensor:
-        """The rounded weight (O, I)."""
+        """The rounded weight."""
         parts = self.table.unflatten(0, (len(self.begins), -1))
         return parts.transpose(1, 2).flatten(0, 1)[:self.out]
 
@@ -724,14 +719,14 @@ class ColumnSum:
 
 
 class Float16Product:
-    """x -> x @ weight.T with the weight (O, I) packed as float16 by FBGEMM. The arithmetic is
-    float32; weights under 6e-5 lose some digits."""
+    """The weight is packed as float16 by FBGEMM, the arithmetic is float32. Weights under 6e-5 lose
+    some digits."""
 
     def __init__(self, weight: Tensor):
         self.packed = torch.ops.quantized.linear_prepack_fp16(weight.float(), None)
 
     def weight(self) -> Tensor:
-        """The rounded weight (O, I) in float32."""
+        """The rounded weight, in float32."""
         return torch.ops.quantized.linear_unpack_fp16(self.packed)[0]
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -739,13 +734,9 @@ class Float16Product:
 
 
 class BFloat16Product:
-    """x -> x @ weight.T on a CPU, for a weight (O, I) rounded to bfloat16. x and the result are
-    float32.
-
-    A chat needs mostly one row: ColumnSum on Intel's CPUs, float16 on AMD's, where it is faster for
-    up to 8 rows. The first call with more rows packs the weight anew and drops the first copy: for
-    oneDNN, or on a CPU without bfloat16 as float16.
-    """
+    """The weight is rounded to bfloat16. For one row, which a chat needs: ColumnSum on Intel's CPUs,
+    float16 on AMD's, where it is faster for up to 8 rows. The first call with more rows packs the
+    weight anew and drops the first copy: for oneDNN, or on a CPU without bfloat16 as float16."""
 
     def __init__(self, weight: Tensor):
         self.many = packed_product if has_bfloat16(weight.device) else Float16Product
@@ -764,8 +755,8 @@ class BFloat16Product:
 
 
 def int8_product(weight: Tensor) -> Product:
-    """x -> x @ weight.T by FBGEMM with 8-bit integers: rows of the weight are scaled to -127 .. 127,
-    x is quantized at every call."""
+    """FBGEMM's product of 8-bit integers: rows of the weight are scaled to -127 .. 127, x is
+    quantized at every call."""
     with warnings.catch_warnings():  # quantized tensors are deprecated; 2.11 to 2.13 have them
         warnings.simplefilter("ignore")
         scale = weight.abs().amax(1).clamp(min=1e-30) / 127
@@ -787,8 +778,8 @@ def has_bfloat16(device: torch.device) -> bool:
 
 
 def fast_norm(norm: RMSNorm, scale: float = 1.0) -> Product:
-    """RMSNorm times scale, in few operations. On a GPU: one kernel, and a cast from float32 if that
-    is not the weights' dtype. In float32 on a CPU: x / sqrt(|x|^2 + D eps) * (sqrt(D) weight)."""
+    """RMSNorm times scale. On a GPU: one kernel, and a cast if x is float32 and the weights are not.
+    In float32 on a CPU: x / sqrt(|x|^2 + D eps) * (sqrt(D) weight)."""
     dtype, width, eps = norm.weight.dtype, len(norm.weight), norm.eps
     weight = norm.weight * scale
     if weight.is_cuda:
@@ -821,12 +812,12 @@ class LayerProducts(NamedTuple):
 
 
 class Products:
-    """The decoder's layers and head as products for few rows. dtype: how the weights are packed on
-    a CPU; None: as they are. Later weight updates are not picked up. replaces_weights: the model's
-    weights become slices of the concatenated ones, to save memory.
+    """The decoder's layers and head as products. dtype: how the weights are packed on a CPU; None:
+    as they are. Later weight updates are not picked up. replaces_weights: the model's weights
+    become slices of the concatenated ones, to save memory.
 
-    With bfloat16 and int8, the encoder computes in bfloat16 if the CPU has instructions for it.
-    Attention does so only with AMX; without, it would be slower."""
+    With bfloat16 and int8, the encoder computes in bfloat16 if the CPU can; attention only with
+    AMX, as it would be slower without."""
 
     def __init__(self, model: ChatLM, dtype: torch.dtype | None = None,
                  replaces_weights: bool = False):
@@ -885,11 +876,9 @@ class Products:
 
 
 def pack(model: ChatLM, dtype: torch.dtype | None = None) -> None:
-    """Lay the decoder's weights out once, for all answers of a model that will not change.
-
-    dtype: torch.float16, torch.bfloat16 or torch.int8, for a model in float32 on a CPU. Raises
-    ValueError if the model or the processor cannot.
-    """
+    """Lay the decoder's weights out for a model that will not change. dtype: torch.float16,
+    torch.bfloat16 or torch.int8, for a model in float32 on a CPU. Raises ValueError if the model or
+    the processor cannot."""
     weight = model.shared.weight
     if dtype and (weight.dtype != torch.float32 or not weight.is_cpu):
         raise ValueError(f"{dtype} weights are for decoding on a CPU, from a model in float32")
@@ -952,8 +941,7 @@ def stream_answer(model: ChatLM, tokenizer: Tokenizer, prompt: str, max_len: int
 
 
 def bleu4(answers: list[str], references: list[str]) -> float:
-    """Corpus BLEU of characters, 0 to 100, like sacrebleu's with tokenize="char". White space does
-    not count.
+    """Corpus BLEU of characters without white space, 0 to 100: sacrebleu's with tokenize="char".
 
     Papineni et al. 2002: the geometric mean of the precisions of 1- to 4-grams, times
     exp(1 - r / c) if the answers (c characters) are shorter than the references (r). The first
@@ -1001,8 +989,8 @@ def losses(model: ChatLM, tokenizer: Tokenizer, rows: list[dict], max_len: int,
 
 def score(model: ChatLM, tokenizer: Tokenizer, rows: list[dict], max_len: int = 512,
           batch_size: int = 32, **options) -> tuple[dict, list[str]]:
-    """Scores of a model on rows (at least one) of prompt and response, and its answers; precision,
-    recall and F1, too, if all responses are lists of triples."""
+    """Scores on rows (at least one) of prompt and response, and the answers. Also precision, recall
+    and F1 if all responses are lists of triples."""
     ordered = sorted(rows, key=lambda row: len(row["response"]))
     nats, tokens, chars = losses(model, tokenizer, ordered, max_len)
     prompts, references = ([row[column] for row in rows] for column in PAIR)
@@ -1012,10 +1000,10 @@ def score(model: ChatLM, tokenizer: Tokenizer, rows: list[dict], max_len: int = 
               "nats_per_char": nats / max(1, chars), "bleu4": bleu4(answers, references),
               "exact_match": exact / len(rows)}
     if all(r.startswith("[(") and r.endswith(")]") for r in references):
-        pairs = [(triples(a), triples(r)) for a, r in zip(answers, references)]
-        right = sum(len(a & r) for a, r in pairs)
-        precision = right / max(1, sum(len(a) for a, _ in pairs))
-        recall = right / max(1, sum(len(r) for _, r in pairs))
+        ours, theirs = (list(map(triples, texts)) for texts in (answers, references))
+        right = sum(len(a & r) for a, r in zip(ours, theirs))
+        precision = right / max(1, sum(map(len, ours)))
+        recall = right / max(1, sum(map(len, theirs)))
         f1 = 2 * precision * recall / max(1e-9, precision + recall)
         result |= {"precision": precision, "recall": recall, "f1": f1}
     return result, answers
@@ -1061,9 +1049,8 @@ def response_logps(model: ChatLM, tokenizer: Tokenizer, prompts: list[str], resp
 
 def score_choices(model: ChatLM, tokenizer: Tokenizer, rows: list[dict[str, str]],
                   max_len: int = 512, batch_size: int = 8) -> tuple[int, int]:
-    """The numbers of right answers by two rules: the letter with the highest probability after
-    question and choices, and the choice whose text has the highest log-probability per character
-    after the question alone."""
+    """The numbers of right answers by letter (the likeliest after question and choices) and by text
+    (the choice with the highest log-probability per character after the question alone)."""
     by_letter = by_text = 0
     for part in batches(rows, batch_size, Progress("questions", total=len(rows))):
         questions = [row["question"] for row in part]
@@ -1114,11 +1101,10 @@ def pick_device(name: str | None) -> torch.device:
         device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
         if device.type not in ("cpu", "cuda"):
             raise RuntimeError("only cpu and cuda can be used")
-        if device.type == "cuda" and device.index is None:
-            device = torch.device("cuda", 0)
-        if device.type == "cuda" and device.index >= torch.cuda.device_count():
-            raise RuntimeError(f"this machine has {torch.cuda.device_count()} GPUs that torch can "
-                               "use")
+        if device.type == "cuda":
+            device, count = torch.device("cuda", device.index or 0), torch.cuda.device_count()
+            if device.index >= count:
+                raise RuntimeError(f"this machine has {count} GPUs that torch can use")
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as e:
         raise ValueError(f"--device {name or 'cuda'}: {str(e).partition(chr(10))[0]}") from None
@@ -1208,11 +1194,11 @@ def answer_file(model: ChatLM, tokenizer: Tokenizer, source: str, target: str, b
                 max_len: int, options: dict, made_by: dict, outputs: Iterable[str] = ()) -> int:
     """Append {"prompt", "response"} lines to target, in the order of source, after the answers that
     it has already; with num_return_sequences "responses", a list. With a seed and the same
-    batch_size, a run that was interrupted and continued writes what a whole one writes.
+    batch_size, an interrupted run that is continued writes what a whole one writes.
 
-    made_by: model and settings, with "seed", kept in a hidden file next to target; a run with
-    others is refused. outputs: more files not to read. Returns the number of new rows. Raises
-    ValueError if target is another file.
+    made_by: model and settings, with "seed", kept in a hidden file next to target. outputs: more
+    files not to read. Returns the number of new rows. Raises ValueError if target is not a file of
+    the same prompts and made_by.
     """
     out = Path(target)
     if out.exists() and not out.is_file():
@@ -1232,8 +1218,7 @@ def answer_file(model: ChatLM, tokenizer: Tokenizer, source: str, target: str, b
             window = max(WINDOW, batch_size)
             if done < total:
                 done -= done % window  # the last window may be incomplete
-            with open(out, "ab+") as f:
-                f.seek(0)
+            with open(out, "rb+") as f:
                 f.truncate(sum(map(len, itertools.islice(f, done))))
             prompts = itertools.islice(read_prompts(rows), done, None)
             progress = Progress("prompts answered", total=total - done)
@@ -1312,11 +1297,11 @@ def chat(model: ChatLM, tokenizer: Tokenizer, max_len: int, options: dict) -> No
         except (EOFError, KeyboardInterrupt, RuntimeError):  # RuntimeError: stdin is closed
             print()
             return
-        words = prompt.split()
-        if words[:1] == ["/quit"]:
+        words = prompt.split() or [""]
+        if words[0] == "/quit":
             return
         try:
-            if words[:1] == ["/new"]:
+            if words[0] == "/new":
                 texts.clear()
                 print("the conversation is forgotten")
             elif prompt.startswith("/"):
@@ -1334,7 +1319,7 @@ def chat(model: ChatLM, tokenizer: Tokenizer, max_len: int, options: dict) -> No
 def chat_command(words: list[str], config: GenerationConfig, options: dict) -> GenerationConfig:
     """Execute a command of the chat. Returns the settings from now on."""
     if words[0] == "/help":
-        print(CHAT_HELP.format(names=", ".join(f.name for f in fields(GenerationConfig))))
+        print(CHAT_HELP.format(names=", ".join(OPTION_NAMES)))
     elif words[0] == "/reset":
         config = GenerationConfig(**options)
         print("settings reset")
@@ -1415,8 +1400,7 @@ form.onsubmit = async event => {
   messages.push({role: "user", content: prompt})
   running = new AbortController(); go.textContent = "停止"; text.value = ""
   try {
-    const headers = {"Content-Type": "application/json"}
-    if (key) headers.Authorization = "Bearer " + key
+    const headers = {"Content-Type": "application/json", Authorization: "Bearer " + key}
     const seen = messages.slice(1 - 2 * TURNS)
     const response = await fetch("v1/chat/completions", {method: "POST", headers,
       signal: running.signal, body: JSON.stringify({stream: true, messages: seen})})
@@ -1605,8 +1589,7 @@ class ChatHandler(BaseHTTPRequestHandler):
         if path in ("/", "/health", "/v1/models") or path.startswith("/v1/models/"):
             methods = "GET, HEAD"
         if not methods:
-            self.close_connection = True
-            self.refuse(404, f"there is no {path}")
+            self.send_error(404, f"there is no {path}")
         elif self.command == "OPTIONS":
             self.reply(200, b"", headers={"Allow": methods})
         elif self.command not in methods.split(", "):
@@ -1617,7 +1600,7 @@ class ChatHandler(BaseHTTPRequestHandler):
         return False
 
     def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
-        """Errors of the base class, as JSON."""
+        """Refuse, and close the connection. The base class calls this, too."""
         self.close_connection = True
         self.refuse(int(code), message or "the request cannot be read")
 
@@ -1676,8 +1659,7 @@ class ChatHandler(BaseHTTPRequestHandler):
         given = self.headers.get("Authorization", "").encode("latin-1", "replace")  # the bytes sent
         if key is None or hmac.compare_digest(given, f"Bearer {key}".encode()):
             return True
-        self.close_connection = True
-        self.refuse(401, "the API key is missing or wrong")
+        self.send_error(401, "the API key is missing or wrong")
         return False
 
     def read_body(self) -> Any:
@@ -1702,14 +1684,12 @@ class ChatHandler(BaseHTTPRequestHandler):
             raise BadRequest(f"the body is not JSON: {e}") from None
 
     def read_prompt(self, request: ChatRequest) -> str:
-        """The question, with earlier ones if the model sees them. Raises BadRequest if it is too
-        long."""
-        server = self.server
-        prompt = with_history(server.tokenizer, request.texts, server.turns, server.max_len)
-        tokens = len(server.tokenizer.encode(prompt))
-        if tokens > server.max_len:
-            raise BadRequest(f"the message has {tokens:,} tokens, and the server takes "
-                             f"{server.max_len:,} (--max_len)", code="context_length_exceeded")
+        """The question, with earlier ones that the model sees. Raises BadRequest."""
+        tokenizer, most = self.server.tokenizer, self.server.max_len
+        prompt = with_history(tokenizer, request.texts, self.server.turns, most)
+        if (tokens := len(tokenizer.encode(prompt))) > most:
+            raise BadRequest(f"the message has {tokens:,} tokens, and the server takes {most:,} "
+                             "(--max_len)", code="context_length_exceeded")
         return prompt
 
     def has_left(self) -> bool:
@@ -1765,8 +1745,7 @@ class ChatHandler(BaseHTTPRequestHandler):
 
     def decode(self, prompt: str, config: GenerationConfig,
                ids: list[int]) -> Generator[int, None, None]:
-        """Yield the ids of an answer, and append them to ids. Raises ConnectionResetError when the
-        client has left."""
+        """Yield ids, and append them to ids. Raises ConnectionResetError if the client leaves."""
         server, device = self.server, self.server.model.shared.weight.device
         if device.type == "cuda":  # every thread has its own current device
             torch.cuda.set_device(device)
@@ -1787,8 +1766,7 @@ class ChatHandler(BaseHTTPRequestHandler):
 
     def reply(self, status: int, body: dict | bytes | None, kind: str = "application/json",
               headers: dict[str, str] | None = None) -> None:
-        """Send a whole response; body None: only its head, and what follows ends with the
-        connection."""
+        """Send a whole response. body None: its head; the rest ends with the connection."""
         content = body if isinstance(body, bytes) else json.dumps(body, ensure_ascii=False).encode()
         self.send_response(status)
         self.send_header("Content-Type", kind)
@@ -1843,29 +1821,31 @@ def early_stopping(text: str) -> bool | str:
 def decoding_options(args: argparse.Namespace, model: ChatLM) -> dict:
     """The fields of GenerationConfig: from flags, else from --reference_settings, else from the
     model's generation_config.json. Prints what has no effect."""
-    names, stored = [f.name for f in fields(GenerationConfig)], model.generation
-    options = {name: stored[name] for name in names if stored.get(name) is not None}
+    stored = model.generation
+    options, given = ({name: values[name] for name in OPTION_NAMES if values.get(name) is not None}
+                      for values in (stored, vars(args)))
     if args.reference_settings:
         options |= REFERENCE_SETTINGS
-    off: tuple = (None, False, 0, 1, [], {})
+    off: tuple = (None, 0, 1, [], {})
     if ignored := sorted(name for name in UNSUPPORTED.split() if stored.get(name) not in off):
         note_once(f"note: {', '.join(ignored)} of the model's generation_config.json "
                   f"{'is' if len(ignored) == 1 else 'are'} not supported and ignored")
-    given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     try:
         config = GenerationConfig(**options | given)
     except ValueError as e:
         name = str(e).split()[0]
         is_stored = name in stored and name not in given
         raise ValueError(f"{args.model}/generation_config.json: {e}" if is_stored else e) from None
-    is_greedy = (options | given).get("temperature") == 0
-    for name, needs in config.unused().items():
+    is_greedy, unused = (options | given).get("temperature") == 0, config.unused()
+    if is_greedy:
+        del unused["temperature"]
+    for name, needs in unused.items():
+        flags = re.sub(r"\b(?=do_sample|penalty_alpha|top_k|num_beams)", "--", needs)
+        why = f"without {flags}"
         if is_greedy and needs.startswith("do_sample"):
-            if name != "temperature" and getattr(args, name, None) is not None:
-                note_once(f"note: --{name} has no effect with temperature 0, which is greedy")
-        elif getattr(args, name, None) is not None:
-            flags = re.sub(r"\b(?=do_sample|penalty_alpha|top_k|num_beams)", "--", needs)
-            note_once(f"note: --{name} has no effect without {flags}")
+            why = "with temperature 0, which is greedy"
+        if getattr(args, name, None) is not None:
+            note_once(f"note: --{name} has no effect {why}")
     return asdict(config)
 
 
@@ -1904,7 +1884,7 @@ def parse_args() -> argparse.Namespace:
     add = parser.add_argument_group("decoding").add_argument
     for f in fields(GenerationConfig):
         kind: Any = type(f.default)
-        low = f.metadata["low"] if f.name != "temperature" else 0  # 0: greedy
+        low = 0 if f.name == "temperature" else f.metadata["low"]
         how: dict[str, Any] = {"type": number(kind, low, f.metadata["high"])}
         if f.name == "do_sample":
             how = {"action": "store_true", "default": None}
@@ -1917,7 +1897,6 @@ def parse_args() -> argparse.Namespace:
     add("--reference_settings", action="store_true", help="decode like ChatLM-mini-Chinese: 5 "
         "beams, sampled, top-k 50, top-p 0.95, no 4 tokens twice")
     args = parser.parse_args()
-    is_file = args.input or args.score
     if bool(args.input) != bool(args.output):
         parser.error("--input and --output need each other")
     if args.prompt is not None and not args.prompt.strip():
@@ -1932,7 +1911,7 @@ def parse_args() -> argparse.Namespace:
         parser.error("--num_beams has no effect with --serve, which streams")
     if args.score and (args.num_return_sequences or 1) > 1:
         parser.error("--num_return_sequences has no effect with --score")
-    if args.batch_size and not is_file:
+    if args.batch_size and not args.input and not args.score:
         parser.error("--batch_size is for --input and --score")
     args.batch_size = args.batch_size or 32
     return args
@@ -1978,8 +1957,7 @@ def score_file(args: argparse.Namespace, model: ChatLM, tokenizer: Tokenizer,
     rows = Rows(args.score)
     is_packed = model.shared.weight.is_cpu and args.dtype not in (None, "float32")
     if {str(name).lower() for name in next(iter(rows), {})} >= set(CHOICE_COLUMNS):
-        names = [f.name for f in fields(GenerationConfig)] + ["seed", "reference_settings"]
-        for name in names + ["dtype"] * is_packed:
+        for name in OPTION_NAMES + ["seed", "reference_settings"] + ["dtype"] * is_packed:
             if getattr(args, name, None) not in (None, False):
                 note_once(f"note: --{name} has no effect on multiple choice")
         result = score_subjects(model, tokenizer, rows.files, args.max_len, args.batch_size)
