@@ -132,10 +132,11 @@ class Decoder:
         self.graphs: dict[int, StepGraph] = {}
         self.stream: torch.cuda.Stream | None = None  # of captures
         self.can_capture = True
-        self.sources: list[tuple[Tensor, Tensor]] = []  # keys and values of each layer
-        # keys and values in turn for each layer: (2 * layers, rows, H, capacity, K)
+        # keys and values in turn for each layer: (2 * layers, rows, H, capacity, K); sources, of the
+        # prompts: (2 * layers, B, H, S, K), with their mask (B, 1, 1, S)
         self.cache = weight.new_empty(2 * len(model.decoder.block), 0, c.num_heads, 0, c.d_kv,
                                       dtype=self.products.attention_dtype)
+        self.sources = self.mask = self.cache.new_empty(0)
         # (1, H, 1, capacity); masked_bias has the lowest number at empty positions
         self.bias = self.masked_bias = self.cache.new_empty(0)
         # of the newest keys and values
@@ -151,33 +152,27 @@ class Decoder:
         rounds = self.products.encodes_in_bfloat16 and input_ids.numel() >= 64
         with torch.autocast("cpu", torch.bfloat16) if rounds else contextlib.nullcontext():
             encoded, mask = self.model.encode(input_ids, attention_mask)
-            sources = [block.layer[1].EncDecAttention.keys_values(encoded)  # (B, H, S, K) each
-                       for block in self.model.decoder.block]
-        length, dtype = mask.size(3), self.cache.dtype
-        if mask.dtype != dtype:  # the least float32 would be -inf in bfloat16
-            mask = mask.double().clamp(min=torch.finfo(dtype).min).to(dtype)
-        sources = [(k.to(dtype), v.to(dtype)) for k, v in sources]
-        if not self.static:
-            self.mask = mask  # (B, 1, 1, S)
-            self.sources = [(k.contiguous(), v.contiguous()) for k, v in sources]
-        elif self.sources and len(mask) == len(self.mask) and length <= self.mask.size(3):
-            self.mask[..., :length], self.mask[..., length:] = mask, torch.finfo(mask.dtype).min
-            for own, new in zip(self.sources, sources):
-                for old, now in zip(own, new):  # what is masked must be finite, too: 0 * NaN is NaN
-                    old[:, :, :length], old[:, :, length:] = now, 0
-        else:
-            room = -length % 64
-            self.mask = F.pad(mask, (0, room), value=torch.finfo(mask.dtype).min)
-            self.sources = [(F.pad(k, (0, 0, 0, room)), F.pad(v, (0, 0, 0, room)))
-                            for k, v in sources]
-            self.forget_graphs()
+            (count, _, _, length), lowest = mask.shape, torch.finfo(self.cache.dtype).min
+            fits = self.static and count == len(self.mask) and length <= self.mask.size(3)
+            if not fits:
+                width = length + (-length % 64 if self.static else 0)
+                heads, kv = self.heads
+                self.mask = self.cache.new_empty(count, 1, 1, width)
+                self.sources = self.cache.new_empty(len(self.cache), count, heads, width, kv)
+                self.forget_graphs()
+            for i, block in enumerate(self.model.decoder.block):
+                for j, x in enumerate(block.layer[1].EncDecAttention.keys_values(encoded)):
+                    self.sources[2 * i + j, :, :, :length] = x
+        # what is masked must be finite, too: 0 * NaN is NaN
+        self.sources[..., length:, :], self.mask[..., length:] = 0, lowest
+        self.mask[..., :length] = mask.double().clamp(min=lowest)  # bfloat16 ends before float32
         self.rows, self.length = len(input_ids) * rows_per_source, 0
         if self.rows > self.cache.size(1):
             layers, _, heads, _, width = self.cache.shape
             self.cache = self.cache.new_empty(layers, self.rows, heads, 0, width)
         else:
             self.cache.zero_()
-            self.masked_bias.fill_(torch.finfo(self.bias.dtype).min)
+            self.masked_bias.fill_(lowest)
 
     def grow_cache(self, rows: int, length: int) -> None:
         """Make room for so many rows and positions: a power of two, at least 32; with static at
@@ -245,7 +240,7 @@ class Decoder:
     def forward(self, ids: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
         """A step for ids (rows,). bias (1, H, 1, L): they attend to L positions of the cache."""
         rows = self.rows
-        past = self.cache[:, :rows, :, :bias.size(3)].unbind()
+        past, sources = self.cache[:, :rows, :, :bias.size(3)].unbind(), self.sources.unbind()
         x = self.model.shared(ids)  # (rows, D)
         if x.dtype == torch.float16:  # sums of many layers can pass its 65,504
             x = x.float()
@@ -258,7 +253,7 @@ class Decoder:
             x = x + layer.out(y.view(rows, -1))
             q = layer.cross_q(layer.cross_norm(x)).view(len(self.mask), -1, *self.heads)
             q = q.transpose(1, 2)  # (B, H, N, K): the N rows of a source are its queries
-            y = attend(q, *self.sources[i], self.mask)
+            y = attend(q, sources[2 * i], sources[2 * i + 1], self.mask)
             x = x + layer.cross_out(y.transpose(1, 2).reshape(rows, -1))
             x = layer.feed(x)
         hidden = self.products.to_head(x)
@@ -272,8 +267,8 @@ class Decoder:
     def select(self, rows: Tensor, sources: Tensor | None = None) -> None:
         """Keep these rows, in this order, perhaps several times, and these sources."""
         if sources is not None:
-            self.mask = self.mask[sources]
-            self.sources = [(k[sources], v[sources]) for k, v in self.sources]
+            self.mask, self.sources = self.mask[sources], self.sources[:, sources]
+            self.forget_graphs()
         if len(rows) > self.cache.size(1):
             self.grow_cache(len(rows), self.length)
         if rows.is_cuda:
@@ -284,8 +279,6 @@ class Decoder:
             for (to, _), copy in zip(moved, copies):
                 self.cache[:, to, :, :self.length] = copy
         self.rows = len(rows)
-        if sources is not None:
-            self.forget_graphs()
 
 
 # --- strategies -----------------------------------------------------------------------------------
@@ -971,12 +964,12 @@ def triples(text: str) -> set[str]:
     return {",".join(part.strip() for part in triple.split(",")) for triple in found}
 
 
-def losses(model: ChatLM, tokenizer: Tokenizer, rows: list[dict], max_len: int,
-           batch_size: int = 16) -> tuple[float, int, int]:
+def losses(model: ChatLM, tokenizer: Tokenizer, rows: list[dict],
+           max_len: int) -> tuple[float, int, int]:
     """Nats, tokens and characters of the responses, each cut to max_len tokens, summed."""
     nats, tokens, chars = 0.0, 0, 0
     device = model.shared.weight.device
-    for part in batches(rows, batch_size, Progress("losses", total=len(rows))):
+    for part in batches(rows, 16, Progress("losses", total=len(rows))):
         batch = to_batch(tokenizer, [row["prompt"] for row in part], max_len, device)
         labels, mask = to_batch(tokenizer, [row["response"] for row in part], max_len, device,
                                 "for the loss, responses")
@@ -1047,8 +1040,8 @@ def response_logps(model: ChatLM, tokenizer: Tokenizer, prompts: list[str], resp
     return logps.tolist()
 
 
-def score_choices(model: ChatLM, tokenizer: Tokenizer, rows: list[dict[str, str]],
-                  max_len: int = 512, batch_size: int = 8) -> tuple[int, int]:
+def score_choices(model: ChatLM, tokenizer: Tokenizer, rows: list[dict[str, str]], max_len: int,
+                  batch_size: int) -> tuple[int, int]:
     """The numbers of right answers by letter (the likeliest after question and choices) and by text
     (the choice with the highest log-probability per character after the question alone)."""
     by_letter = by_text = 0
@@ -1400,7 +1393,8 @@ form.onsubmit = async event => {
   messages.push({role: "user", content: prompt})
   running = new AbortController(); go.textContent = "停止"; text.value = ""
   try {
-    const headers = {"Content-Type": "application/json", Authorization: "Bearer " + key}
+    const headers = {"Content-Type": "application/json"}
+    if (key) headers.Authorization = "Bearer " + key
     const seen = messages.slice(1 - 2 * TURNS)
     const response = await fetch("v1/chat/completions", {method: "POST", headers,
       signal: running.signal, body: JSON.stringify({stream: true, messages: seen})})
@@ -1768,17 +1762,17 @@ class ChatHandler(BaseHTTPRequestHandler):
               headers: dict[str, str] | None = None) -> None:
         """Send a whole response. body None: its head; the rest ends with the connection."""
         content = body if isinstance(body, bytes) else json.dumps(body, ensure_ascii=False).encode()
-        self.send_response(status)
-        self.send_header("Content-Type", kind)
-        for name, value in (headers or {}).items():
-            self.send_header(name, value)
+        headers = {"Content-Type": kind, **(headers or {})}
         if body is None:
-            self.send_header("Cache-Control", "no-cache")
+            headers["Cache-Control"] = "no-cache"
             self.close_connection = True
         else:
-            self.send_header("Content-Length", str(len(content)))
+            headers["Content-Length"] = str(len(content))
         if self.close_connection:
-            self.send_header("Connection", "close")
+            headers["Connection"] = "close"
+        self.send_response(status)
+        for name, value in headers.items():
+            self.send_header(name, value)
         self.end_headers()
         if body is not None and self.command != "HEAD":
             self.wfile.write(content)
@@ -1969,8 +1963,8 @@ def score_file(args: argparse.Namespace, model: ChatLM, tokenizer: Tokenizer,
         if is_packed:
             note_once(f"note: --dtype {args.dtype} is for the answers; the loss is computed in "
                       "float32")
-        options = options | {"num_return_sequences": 1}
-        result, _ = score(model, tokenizer, pairs, args.max_len, args.batch_size, **options)
+        result, _ = score(model, tokenizer, pairs, args.max_len, args.batch_size,
+                          **options | {"num_return_sequences": 1})
         for name, value in result.items():
             shown = f"{value:,.4f}" if isinstance(value, float) else f"{value:,}"
             print(f"{name:>14}  {shown}")

@@ -531,7 +531,7 @@ def test_float16_answers_fit_in_512_mb(fake_gpu):
     decoder = Decoder(model, ones(1, 200), ones(1, 200))
     for _ in range(3):
         decoder.step(ones(1))
-    kept = [*model.parameters(), decoder.cache, decoder.mask, decoder.masked_bias, *(x for pair in decoder.sources for x in pair)]
+    kept = [*model.parameters(), decoder.cache, decoder.mask, decoder.masked_bias, decoder.sources]
     storages = {x.untyped_storage()._cdata: x.untyped_storage().nbytes() for x in kept}
     assert len(storages) == len(kept) - 2 * len(model.decoder.block)  # q, k and v are parts of one tensor
     assert 375e6 < sum(storages.values()) < 472e6 - 45e6

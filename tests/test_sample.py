@@ -167,8 +167,7 @@ def test_a_decoder_that_begins_anew_is_a_new_one(tmp_path, static):
         kept.graphs.clear()
         with torch.inference_mode():
             kept.cache.fill_(math.nan)  # as a float16 model may leave it
-            for x in (x for pair in kept.sources for x in pair):
-                x[:, :, width:] = math.nan
+            kept.sources[..., width:, :] = math.nan
         kept.begin(ids, mask)
         new = Decoder(model, ids, mask, static=static)
         for step in range(steps):
