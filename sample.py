@@ -132,8 +132,8 @@ class Decoder:
         self.graphs: dict[int, StepGraph] = {}
         self.stream: torch.cuda.Stream | None = None  # of captures
         self.can_capture = True
-        # keys and values in turn for each layer: (2 * layers, rows, H, capacity, K); sources, of the
-        # prompts: (2 * layers, B, H, S, K), with their mask (B, 1, 1, S)
+        # keys and values in turn for each layer: (2 * layers, rows, H, capacity, K); those of the
+        # prompts: sources (2 * layers, B, H, S, K), with mask (B, 1, 1, S)
         self.cache = weight.new_empty(2 * len(model.decoder.block), 0, c.num_heads, 0, c.d_kv,
                                       dtype=self.products.attention_dtype)
         self.sources = self.mask = self.cache.new_empty(0)
@@ -495,8 +495,8 @@ class Beams:
         self.is_ended = torch.zeros(prompts, n, dtype=torch.bool, device=device)
 
     def extend(self, scores: Tensor, length: int) -> Tensor:
-        """Append a token to the hypotheses, which become `length` long. scores: (P, N, V) of the
-        next token. Returns the previous row (P * N,) of every running hypothesis.
+        """Append a token to the hypotheses, which become `length` long. scores: (P, N, V). Returns
+        the previous row (P * N,) of every running hypothesis.
 
         Of a prompt's 2 N best continuations, those of the first N that end compete with the ended
         ones, and the N best that do not end go on.
@@ -727,9 +727,9 @@ class Float16Product:
 
 
 class BFloat16Product:
-    """The weight is rounded to bfloat16. For one row, which a chat needs: ColumnSum on Intel's CPUs,
-    float16 on AMD's, where it is faster for up to 8 rows. The first call with more rows packs the
-    weight anew and drops the first copy: for oneDNN, or on a CPU without bfloat16 as float16."""
+    """The weight is rounded to bfloat16. One row, which a chat needs, takes ColumnSum on Intel's
+    CPUs, float16 on AMD's, where it is faster for up to 8 rows. The first call with more rows packs
+    the weight anew: for oneDNN, or on a CPU without bfloat16 as float16."""
 
     def __init__(self, weight: Tensor):
         self.many = packed_product if has_bfloat16(weight.device) else Float16Product
@@ -771,8 +771,8 @@ def has_bfloat16(device: torch.device) -> bool:
 
 
 def fast_norm(norm: RMSNorm, scale: float = 1.0) -> Product:
-    """RMSNorm times scale. On a GPU: one kernel, and a cast if x is float32 and the weights are not.
-    In float32 on a CPU: x / sqrt(|x|^2 + D eps) * (sqrt(D) weight)."""
+    """RMSNorm times scale. On a GPU: one kernel, and a cast if x and the weights differ in dtype. In
+    float32 on a CPU: x / sqrt(|x|^2 + D eps) * (sqrt(D) weight)."""
     dtype, width, eps = norm.weight.dtype, len(norm.weight), norm.eps
     weight = norm.weight * scale
     if weight.is_cuda:
@@ -847,7 +847,9 @@ class Products:
         """x -> x + feed-forward(norm(x)). On a GPU, the first product's kernel includes relu. Its
         input is divided by 16: the second product could pass float16's 65,504."""
         norm, module = fast_norm(layer.layer_norm), layer.DenseReluDense
-        if module.wo.weight.is_cuda and not module.gated and type(module.wi) is type(module.wo) is Linear:
+        linears = [module.wi_0, module.wi_1] if module.gated else [module.wi]
+        is_plain = all(type(linear) is Linear for linear in (*linears, module.wo))
+        if layer.layer_norm.weight.is_cuda and is_plain and not module.gated:
             norm = fast_norm(layer.layer_norm, 1 / 16)
             wi, wo = module.wi.weight.t(), module.wo.weight
             zeros = wi.new_zeros(wi.size(1))
@@ -855,9 +857,7 @@ class Products:
                 x, F.linear(torch._addmm_activation(zeros, norm(x), wi), wo), alpha=16)
         if not self.is_cpu_float32:
             return lambda x: x + module(norm(x))
-        names = ("wi_0", "wi_1") if module.gated else ("wi",)
-        up = self.concatenated(*(getattr(module, name) for name in names))
-        down = self.concatenated(module.wo)
+        up, down = self.concatenated(*linears), self.concatenated(module.wo)
         return lambda x: x + down(module.activation(up(norm(x))))
 
     def layer(self, own: Any, cross: Any, feed: Any) -> LayerProducts:
@@ -909,8 +909,8 @@ def to_batch(tokenizer: Tokenizer, texts: list[str], max_len: int, device,
 
 def answer(model: ChatLM, tokenizer: Tokenizer, prompts: list[str], batch_size: int = 32,
            max_len: int = 512, progress: Progress | None = None, **options) -> list[str]:
-    """The model's answers, in the order of the prompts; num_return_sequences for each prompt, one
-    after the other. max_len: tokens per prompt. progress: of a longer task."""
+    """The model's answers, num_return_sequences for each prompt in turn. max_len: tokens per
+    prompt. progress: of a longer task."""
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     per_prompt = options.get("num_return_sequences", 1)
     answers = [""] * (len(prompts) * per_prompt)
@@ -1009,8 +1009,7 @@ CHOICE_COLUMNS = ("question", *CHOICES.lower(), "answer")  # in any case
 
 
 def read_choices(path: Path) -> list[dict[str, str]]:
-    """Questions with four choices, in the format of C-Eval and CMMLU. Raises ValueError for a row
-    without one of the columns."""
+    """Questions in the format of C-Eval and CMMLU. Raises ValueError for a row without a column."""
     found = []
     for i, row in enumerate(Rows(path), 1):
         row = {str(name).lower(): str(value).strip() for name, value in row.items()
@@ -1028,8 +1027,7 @@ def read_choices(path: Path) -> list[dict[str, str]]:
 @torch.no_grad()
 def response_logps(model: ChatLM, tokenizer: Tokenizer, prompts: list[str], responses: list[str],
                    max_len: int) -> list[float]:
-    """Log-probabilities of responses, len(responses) / len(prompts) for each prompt in turn,
-    without their [EOS]."""
+    """Log-probabilities of responses without their [EOS], equally many for each prompt in turn."""
     device = model.shared.weight.device
     encoded, mask = model.encode(*to_batch(tokenizer, prompts, max_len, device))
     n = len(responses) // len(prompts)
@@ -1109,8 +1107,8 @@ def pick_device(name: str | None) -> torch.device:
 
 
 def load(folder: str, dtype: str | None, device: torch.device) -> ChatLM:
-    """A model for decoding. On a CPU its weights are float32, and dtype is how copies of the
-    decoder's are packed (see Products). Raises ValueError for int8 on a GPU."""
+    """A model for decoding. On a CPU its weights are float32, and dtype is for packed copies of the
+    decoder's. Raises ValueError for int8 on a GPU."""
     wanted = getattr(torch, dtype) if dtype else None
     if device.type == "cuda":
         if dtype == "int8":
@@ -1140,8 +1138,7 @@ WINDOW = 256  # prompts of a file that are sorted by length, answered and writte
 
 
 def read_prompts(rows: Rows) -> Iterator[str]:
-    """Yield the column prompt, or text, of which blank lines are skipped. Raises ValueError for a
-    row without either."""
+    """The column prompt, or text without blank lines. Raises ValueError for a row without both."""
     for row in rows:
         prompt = row.get("prompt", row.get("text"))
         if type(prompt) is not str:
@@ -1253,8 +1250,8 @@ MAX_TURNS = 1000
 
 
 def known_turns(model: ChatLM) -> int:
-    """How many questions of a conversation the model was trained to see: "turns" in its
-    generation_config.json. Raises ValueError for another value."""
+    """How many questions the model was trained to see: "turns" in generation_config.json. Raises
+    ValueError if it is not a number of turns."""
     turns = model.generation.get("turns", 1)
     if type(turns) is not int or not 1 <= turns <= MAX_TURNS:
         raise ValueError(f"generation_config.json: turns {turns!r} is not a whole number from 1 to "
@@ -1469,8 +1466,8 @@ def text_of(message: dict) -> str:
 
 
 def read_messages(messages: Any) -> list[str]:
-    """The texts of a conversation: question, answer, ..., question. Only the last messages in which
-    user and assistant take turns count. Raises BadRequest."""
+    """The texts of a conversation: question, answer, ..., question, from the last messages in which
+    user and assistant take turns. Raises BadRequest."""
     if type(messages) is not list or not messages or any(type(m) is not dict for m in messages):
         raise BadRequest("messages must be a list of objects with role and content")
     roles = [message.get("role", "user") for message in messages]
@@ -1493,11 +1490,10 @@ def read_messages(messages: Any) -> list[str]:
 
 
 # fields of a request that become options of GenerationConfig
-OPTIONS = {"max_tokens": "max_new_tokens", "max_completion_tokens": "max_new_tokens",
-           "temperature": "temperature", "top_p": "top_p", "top_k": "top_k",
-           "repetition_penalty": "repetition_penalty",
-           "no_repeat_ngram_size": "no_repeat_ngram_size"}
-# fields that would change the answer, and that are refused unless they have a neutral value
+OPTIONS = {"max_tokens": "max_new_tokens", "max_completion_tokens": "max_new_tokens"}
+OPTIONS |= {name: name for name in ("temperature", "top_p", "top_k", "repetition_penalty",
+                                    "no_repeat_ngram_size")}
+# fields that would change the answer: they are refused unless they have a neutral value
 REFUSED = {"tools", "tool_choice", "functions", "function_call", "response_format", "logprobs",
            "top_logprobs", "frequency_penalty", "presence_penalty", "logit_bias", "modalities",
            "audio", "num_beams", "best_of", "min_p"}
@@ -1708,7 +1704,7 @@ class ChatHandler(BaseHTTPRequestHandler):
 
         def send(delta: dict, reason: str | None = None) -> None:
             if request.stream:
-                choice = {"index": len(choices), "delta": delta, "finish_reason": reason}
+                choice = {"index": index, "delta": delta, "finish_reason": reason}
                 self.send_event({**head, "choices": [choice]})
 
         if request.stream:
@@ -1895,13 +1891,14 @@ def parse_args() -> argparse.Namespace:
         parser.error("--input and --output need each other")
     if args.prompt is not None and not args.prompt.strip():
         parser.error("--prompt is empty")
-    if args.serve is None and (args.host != "127.0.0.1" or args.api_key):
+    serves = args.serve is not None
+    if not serves and (args.host != "127.0.0.1" or args.api_key):
         parser.error("--host and --api_key are for --serve")
     if args.host not in ("127.0.0.1", "localhost", "::1") and not args.api_key:
         parser.error(f"--host {args.host} can be reached by others: set --api_key")
-    if args.serve is not None and (args.num_return_sequences or args.penalty_alpha):
+    if serves and (args.num_return_sequences or args.penalty_alpha):
         parser.error("--num_return_sequences and --penalty_alpha have no effect with --serve")
-    if args.serve is not None and (args.num_beams or 1) > 1:
+    if serves and (args.num_beams or 1) > 1:
         parser.error("--num_beams has no effect with --serve, which streams")
     if args.score and (args.num_return_sequences or 1) > 1:
         parser.error("--num_return_sequences has no effect with --score")
@@ -1917,9 +1914,9 @@ def main() -> None:
     if not any(Path(args.model, name).is_file() for name in ("config.json", "adapter_config.json")):
         raise FileNotFoundError(f"no model in {args.model!r}: train one first with  python "
                                 "train.py  or name its folder with --model")
-    ChatLMConfig.from_pretrained(args.model)  # fails early, like the next
+    ChatLMConfig.from_pretrained(args.model)  # fails early
     if args.input:
-        input_files([args.input], [args.output])
+        input_files([args.input], [args.output])  # fails early
     device = pick_device(args.device)
     tokenizer = Tokenizer.from_pretrained(args.model, append_eos=True)
     model = load(args.model, args.dtype, device)
