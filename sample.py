@@ -771,7 +771,7 @@ def has_bfloat16(device: torch.device) -> bool:
 
 
 def fast_norm(norm: RMSNorm, scale: float = 1.0) -> Product:
-    """RMSNorm times scale. On a GPU: one kernel, and a cast if x and the weights differ in dtype. In
+    """RMSNorm times scale. On a GPU: one kernel, and a cast if x is not of the weights' dtype. In
     float32 on a CPU: x / sqrt(|x|^2 + D eps) * (sqrt(D) weight)."""
     dtype, width, eps = norm.weight.dtype, len(norm.weight), norm.eps
     weight = norm.weight * scale
