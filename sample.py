@@ -1018,7 +1018,7 @@ def read_choices(path: Path) -> list[dict[str, str]]:
         if missing:
             raise ValueError(f"{path}, row {i:,} has no {missing[0]}")
         row["answer"] = row["answer"].upper()
-        if row["answer"] not in CHOICES:
+        if row["answer"] not in list(CHOICES):
             raise ValueError(f"{path}, row {i:,}: answer {row['answer']!r} is not A, B, C or D")
         found.append(row)
     return found

@@ -310,9 +310,10 @@ def test_multiple_choice_by_letter_and_by_text(tmp_path, monkeypatch, capsys):
                       "chance": 0.25}
     shown = capsys.readouterr().out
     assert "50.0 %   50.0 %  a_val" in shown and "chance: 25.0 %" in shown
-    (tmp_path / "b.csv").write_text("question,A,B,C,D,answer\n问,1,2,3,4,E\n", "utf-8")
-    with pytest.raises(ValueError, match=r"b\.csv, row 1: answer 'E' is not A, B, C or D"):
-        sample.score_subjects(model, tokenizer, files, 64, 8)
+    for wrong in ("E", "AB"):
+        (tmp_path / "b.csv").write_text(f"question,A,B,C,D,answer\n问,1,2,3,4,{wrong}\n", "utf-8")
+        with pytest.raises(ValueError, match=rf"b\.csv, row 1: answer '{wrong}' is not A, B, C or D"):
+            sample.score_subjects(model, tokenizer, files, 64, 8)
 
 
 def test_log_probabilities_of_responses_are_the_models_losses():
