@@ -79,7 +79,7 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from itertools import chain, compress, islice, pairwise
 from pathlib import Path
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple
 
 import numpy as np
 import xxhash
@@ -119,20 +119,15 @@ class Problems(Counter):
         self.first: dict[str, str] = {}
         self.total_bytes = sum(path.stat().st_size for path in files)
         self.closed_bytes = 0
-        self.tell: Callable[[], float] = lambda: 0  # position in the file that is open, in bytes
-
-    @contextlib.contextmanager
-    def reading(self, path: Path, tell: Callable[[], float]) -> Iterator[None]:
-        """Enter while path is being read. tell() returns the position in it, in bytes."""
-        self.tell = tell
-        try:
-            yield
-        finally:
-            self.tell = lambda: 0
-            self.closed_bytes += path.stat().st_size
+        self.tell: Callable[[], float] = lambda: 0  # position in the open file, in bytes
 
     def share(self) -> float:
         return min(1.0, (self.closed_bytes + self.tell()) / max(1, self.total_bytes))
+
+    def close(self, path: Path) -> None:
+        """Call it when path has been read."""
+        self.tell = lambda: 0
+        self.closed_bytes += path.stat().st_size
 
     def note(self, reason: str, where: str, times: int = 1) -> None:
         self.first.setdefault(reason, where)
@@ -260,35 +255,39 @@ def turns_of(row: dict) -> list[tuple[str, Any]]:
     return found
 
 
-def read_file(path: Path, problems: Problems, skip: bool = True,
-              is_only: bool = True) -> Iterator[dict]:
+def read_file(path: Path, problems: Problems, skip: bool = True, is_only: bool = True,
+              parse: Callable | None = None) -> Iterator[dict]:
     """The rows of one file. Bad lines are noted in problems; without skip they raise ValueError, as
-    does a JSON file without any good line if it is the only file."""
+    does a JSON file without any good line if it is the only file. parse: reads a text file of
+    another form. Raises ValueError, naming the file, if the file is damaged."""
     def bad(reason: str, line: int, detail: str) -> None:
         if not skip:
             raise ValueError(f"line {line:,}: {detail}")
         problems.note(reason, f"{path}, line {line:,}")
 
     kind = file_kind(path)
-    if kind == ".parquet":
-        yield from read_parquet(path, problems)
-        return
-    with open_text(path, problems) as f:
-        rows: Iterable[dict]
-        if kind == ".csv":
-            rows = read_csv(f, bad)
-        elif kind == ".txt":
-            rows = read_lines(f, bad if skip else None)
-        elif f.peek(1024).lstrip().startswith("["):
-            items, done, size = read_json_list(f), 0, path.stat().st_size
-            problems.tell = lambda: size * done / len(items)  # the file has been read whole
-            for row in items:
-                done += 1
-                yield row
+    try:
+        if kind == ".parquet":
+            yield from read_parquet(path, problems)
             return
-        else:
-            rows = read_json_lines(f, bad, is_only)
-        yield from rows
+        with open_text(path, problems) as f:
+            if parse:
+                yield from parse(f, bad)
+            elif kind == ".csv":
+                yield from read_csv(f, bad)
+            elif kind == ".txt":
+                yield from read_lines(f, bad if skip else None)
+            elif f.peek(1024).lstrip().startswith("["):
+                rows, size, done = read_json_list(f), path.stat().st_size, 0
+                problems.tell = lambda: size * done / len(rows)  # the file has been read whole
+                for done, row in enumerate(rows, 1):
+                    yield row
+            else:
+                yield from read_json_lines(f, bad, is_only)
+    except (EOFError, gzip.BadGzipFile, zlib.error, csv.Error, ValueError, RecursionError) as e:
+        raise ValueError(f"{path} cannot be read: {' '.join(str(e).split())}") from None
+    finally:
+        problems.close(path)
 
 
 def read_json_list(f) -> list[dict]:
@@ -414,27 +413,28 @@ def read_parquet(path: Path, problems: Problems) -> Iterator[dict]:
     """The rows of a Parquet file, a few at a time even if a row group is large. Columns that hold
     dates or times are left out. Bytes that are UTF-8 become text: Spark may write it so."""
     pa, share, size = arrow(), 0.0, path.stat().st_size
-    with open(path, "rb") as f, problems.reading(path, lambda: share * size):
+    problems.tell = lambda: share * size
+    with open(path, "rb") as f:
         try:
             file = pa.parquet.ParquetFile(f, pre_buffer=False, buffer_size=1 << 20)
             groups = [file.metadata.row_group(i) for i in range(file.num_row_groups)]
-            sizes = [max(1, g.total_byte_size) / g.num_rows for g in groups if g.num_rows]
-            rows = int((1 << 23) / max(sizes, default=1))  # 8 MB at a time
-            for name, n in Counter(file.schema_arrow.names).items():
-                if n > 1:
+            sizes = [group.total_byte_size / group.num_rows for group in groups if group.num_rows]
+            schema, columns, has_bytes = file.schema_arrow, [], False
+            for name, kind in zip(schema.names, schema.types):
+                if schema.names.count(name) > 1:
                     raise ValueError(f"it has the column {name!r} twice")
-            columns = [c.name for c in file.schema_arrow if not holds_times(c.type)]
-            has_bytes = any(pa.types.is_binary(c.type) or pa.types.is_large_binary(c.type)
-                            for c in file.schema_arrow)
-            for name in file.schema_arrow.names:
-                if name not in columns:
+                if holds_times(kind):
                     problems.note("column of dates or times, not read", f"{path}, {name}")
+                    continue
+                columns.append(name)
+                has_bytes |= pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
+            rows = int((1 << 23) / max(1, *sizes, 1))  # 8 MB at a time
             for batch in file.iter_batches(max(1, min(1024, rows)), columns=columns):
                 share += len(batch) / file.metadata.num_rows
-                rows_read = batch.to_pylist()
-                yield from map(decode_bytes, rows_read) if has_bytes else rows_read
-        except (pa.ArrowException, OSError, OverflowError, ValueError) as e:
-            raise ValueError(f"{path} cannot be read: {' '.join(str(e).split())}") from None
+                found = batch.to_pylist()
+                yield from map(decode_bytes, found) if has_bytes else found
+        except (pa.ArrowException, OSError, OverflowError) as e:
+            raise ValueError(str(e)) from None
 
 
 def decode_bytes(row: dict) -> dict:
@@ -476,27 +476,22 @@ class TextFile(io.TextIOWrapper):
 @contextlib.contextmanager
 def open_text(path: Path, problems: Problems) -> Iterator[TextFile]:
     """Open a text file, also .gz. Bytes that cannot be decoded become U+FFFD and are noted in
-    problems. Raises ValueError, naming the file, if it, or what the caller makes of it, is
-    damaged."""
-    try:
-        with contextlib.ExitStack() as stack:
-            open_bytes: Callable = gzip.open if path.suffix.lower() == ".gz" else open
-            raw: Any = stack.enter_context(open_bytes(path, "rb"))
-            stack.enter_context(problems.reading(path, getattr(raw, "fileobj", raw).tell))
-            head = raw.read(1 << 16)
-            refuse_other_kinds(path, head)
-            encoding = encoding_of(path, head)
-            raw.seek(0)
-            f = stack.enter_context(TextFile(raw, encoding, errors="replace", newline=""))
-            try:
-                yield f
-            finally:
-                if f.undecodable:
-                    name = encoding.removesuffix("-sig")
-                    problems.note(f"character U+FFFD: bytes that are not {name}, or lost before",
-                                  str(path), f.undecodable)
-    except (EOFError, gzip.BadGzipFile, zlib.error, csv.Error, ValueError, RecursionError) as e:
-        raise ValueError(f"{path} cannot be read: {' '.join(str(e).split())}") from None
+    problems. Raises ValueError for another kind of file."""
+    open_bytes: Callable = gzip.open if path.suffix.lower() == ".gz" else open
+    with open_bytes(path, "rb") as raw:
+        problems.tell = getattr(raw, "fileobj", raw).tell
+        head = raw.read(1 << 16)
+        refuse_other_kinds(path, head)
+        encoding = encoding_of(path, head)
+        raw.seek(0)
+        f = TextFile(raw, encoding, errors="replace", newline="")
+        try:
+            yield f
+        finally:
+            if f.undecodable:
+                name = encoding.removesuffix("-sig")
+                problems.note(f"character U+FFFD: bytes that are not {name}, or lost before",
+                              str(path), f.undecodable)
 
 
 FIRST_BYTES = {b"\x1f\x8b": "gzip: its name needs .gz",
@@ -760,27 +755,13 @@ def check_folder(path) -> None:
 
 
 class Writer:
-    """Writes string columns to a Parquet file, atomically. made_of: a hash of the command and its
-    inputs for the file's metadata, see recipe."""
+    """Writes string columns to a Parquet file, see open_writer."""
 
-    def __init__(self, path, columns: tuple[str, ...] = PAIR, made_of: str = ""):
-        self.path, self.columns, self.made_of, self.total = Path(path), columns, made_of, 0
-        self.replaced = 0  # lone surrogates
+    def __init__(self, path: Path, schema, parquet):
+        self.path, self.schema, self.parquet = path, schema, parquet
         self.batch: list[dict] = []
-        check_parquet_path(self.path)
-        check_folder(self.path.parent)
-
-    def __enter__(self) -> Self:
-        pa = arrow()
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.schema = pa.schema([(c, pa.string()) for c in self.columns],
-                                {"made_of": self.made_of})
-        self.exit = contextlib.ExitStack()
-        temporary = self.exit.enter_context(atomic_write(self.path))
-        with write_errors(self.path, pa.ArrowException):
-            self.parquet = pa.parquet.ParquetWriter(temporary, self.schema, compression="zstd")
-        self.exit.callback(self.close)
-        return self
+        self.total = 0
+        self.replaced = 0  # lone surrogates
 
     def write(self, row: dict) -> None:
         self.batch.append(row)
@@ -800,7 +781,7 @@ class Writer:
         self.batch = []
 
     def without_surrogates(self, row: dict) -> dict:
-        texts = {c: re.sub("[\ud800-\udfff]", "\ufffd", row[c]) for c in self.columns}
+        texts = {c: re.sub("[\ud800-\udfff]", "\ufffd", row[c]) for c in self.schema.names}
         self.replaced += sum(texts[c].count("\ufffd") - row[c].count("\ufffd") for c in texts)
         return texts
 
@@ -815,16 +796,26 @@ class Writer:
         with write_errors(self.path, arrow().ArrowException):
             self.parquet.close()
 
-    def close(self) -> None:
-        """Close the temporary file, also after an error."""
-        with contextlib.suppress(OSError, arrow().ArrowException):
-            self.parquet.close()
 
-    def __exit__(self, kind, error, trace) -> None:
-        with self.exit:
-            if error is not None:
-                raise error
-            self.finish()
+@contextlib.contextmanager
+def open_writer(path, columns: tuple[str, ...] = PAIR, made_of: str = "") -> Iterator[Writer]:
+    """A Writer of a Parquet file, which appears when the `with` block ends without an error.
+    made_of: a hash of the command and its inputs for the file's metadata, see recipe."""
+    pa, path = arrow(), Path(path)
+    check_parquet_path(path)
+    check_folder(path.parent)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    schema = pa.schema([(c, pa.string()) for c in columns], {"made_of": made_of})
+    with atomic_write(path) as temporary:
+        with write_errors(path, pa.ArrowException):
+            parquet = pa.parquet.ParquetWriter(temporary, schema, compression="zstd")
+        try:
+            writer = Writer(path, schema, parquet)
+            yield writer
+            writer.finish()
+        finally:  # after an error; closing twice does nothing
+            with contextlib.suppress(OSError, pa.ArrowException):
+                parquet.close()
 
 
 def check_parquet_path(path: Path) -> None:
@@ -861,7 +852,7 @@ def check_outputs(inputs: list[str], outputs: list[Path], made_of: str) -> None:
 
 def write_pairs(path, rows: Iterable[dict], columns: tuple[str, ...] = PAIR) -> int:
     """Write rows' string columns to a Parquet file. Returns the number of rows."""
-    with Writer(path, columns) as writer:
+    with open_writer(path, columns) as writer:
         for row in rows:
             writer.write(row)
     return writer.total
@@ -1359,35 +1350,25 @@ SOURCES = {
 }
 
 
-def raw_rows(path: Path, source: str, problems: Problems, is_only: bool) -> Iterator[dict]:
-    """The rows of one file of a source. is_only: see read_file."""
-    if source == "wiki":
-        return wiki_entries(path, problems)
-    if source == "chinese_medical" and file_kind(path) == ".csv":
-        with open_text(path, Problems()) as f:
-            header = [name.strip() for name in next(csv.reader([f.readline()]), [])]
-        if header == MEDICAL or not set(MEDICAL[1:]) <= set(header):
-            return medical_rows(path, problems)
-    return read_file(path, problems, is_only=is_only)
+def parser_of(source: str, kind: str) -> Callable | None:
+    """The function that reads a source's text files of this kind, if they need one of their own."""
+    if source == "wiki" and kind == ".txt":
+        return read_wiki
+    return read_medical if source == "chinese_medical" and kind == ".csv" else None
 
 
-def wiki_entries(path: Path, problems: Problems) -> Iterator[dict]:
+def read_wiki(f, bad: Callable[[str, int, str], None]) -> Iterator[dict]:
     """Title and text of every entry, in the form of either WikiExtractor: <doc ... title="..."> to
     </doc>, a line of JSON, or "title:", the text and a blank line."""
-    if file_kind(path) != ".txt":
-        yield from read_file(path, problems)
-        return
-    with open_text(path, problems) as f:
-        head = f.peek(1 << 16)
-        tagged = "<doc " in head or head.lstrip().startswith("{")
-        yield from (tagged_entries if tagged else titled_entries)(f, path, problems)
+    head = f.peek(1 << 16)
+    is_tagged = "<doc " in head or head.lstrip().startswith("{")
+    return (tagged_entries if is_tagged else titled_entries)(f, bad)
 
 
-def titled_entries(lines: Iterable[str], path: Path, problems: Problems) -> Iterator[dict]:
+def titled_entries(lines: Iterable[str], bad: Callable) -> Iterator[dict]:
     """A title is a line that ends with a colon, at the beginning or after a blank line. Other
     paragraphs belong to the entry before them."""
-    title, after_blank = None, True
-    text: list[str] = []
+    title, text, after_blank = None, list[str](), True
     for i, line in enumerate(lines, 1):
         stripped = line.strip()
         if after_blank and stripped.endswith((":", "：")):
@@ -1397,19 +1378,18 @@ def titled_entries(lines: Iterable[str], path: Path, problems: Problems) -> Iter
         elif title is not None:
             text.append(line)
         elif stripped:
-            problems.note("line outside an entry", f"{path}, line {i:,}")
+            bad("line outside an entry", i, "")
         after_blank = not stripped
     if title is not None:
         yield {"title": title, "text": "".join(text)}
 
 
-def tagged_entries(lines: Iterable[str], path: Path, problems: Problems) -> Iterator[dict]:
+def tagged_entries(lines: Iterable[str], bad: Callable) -> Iterator[dict]:
     title, text = None, list[str]()
     for i, line in enumerate(lines, 1):
-        where = f"{path}, line {i:,}"
         if begin := re.match(r'<doc [^>]*title="(.*?)"[^"]*>$', line.rstrip()):
             if title is not None:
-                problems.note("entry without an end", where)
+                bad("entry without an end", i, "")
             title, text = begin[1], []
         elif title is not None and line.rstrip() == "</doc>":
             yield {"title": title, "text": "".join(text)}
@@ -1420,17 +1400,17 @@ def tagged_entries(lines: Iterable[str], path: Path, problems: Problems) -> Iter
             try:
                 yield json.loads(line)
             except (ValueError, RecursionError):
-                problems.note("line is not JSON", where)
+                bad("line is not JSON", i, "")
         elif line.strip():
-            problems.note("line outside an entry", where)
+            bad("line outside an entry", i, "")
     if title is not None:
-        problems.note("entry without an end", where)
+        bad("entry without an end", i, "")
 
 
 MEDICAL = ["department", "title", "ask", "answer"]
 
 
-def medical_rows(path: Path, problems: Problems) -> Iterator[dict]:
+def read_medical(f, bad: Callable[[str, int, str], None]) -> Iterator[dict]:
     """The records of department,title,ask,answer. Many of them are broken over several lines, or
     have commas and quotes in a field without quotes, so csv would read other rows: a line that does
     not begin like a record belongs to the one before, and the last field takes extra commas."""
@@ -1441,25 +1421,29 @@ def medical_rows(path: Path, problems: Problems) -> Iterator[dict]:
             fields = []
         return fields if len(fields) == 4 else text.split(",", 3)
 
-    with open_text(path, problems) as f:
-        record, first_line, departments = "", 1, set()
-        for i, line in enumerate(chain(f, [""]), 1):  # "": the end
-            head = line.split(",", 3)
-            looks_new = len(head) == 4 and 0 < len(head[0].strip()) <= 12
-            quotes_closed = record.count('"') % 2 == 0
-            begins = not line or head[0] in departments or looks_new and quotes_closed
-            if not begins:
-                record += line
-                continue
-            fields = split_record(record.rstrip("\r\n").replace("\r\n", "\n"))
-            if len(fields) == 4:
-                if fields[0] != MEDICAL[0]:
-                    yield dict(zip(MEDICAL, fields))
-            elif record.strip():
-                problems.note("record with fewer than four fields", f"{path}, line {first_line:,}")
-            record, first_line = line, i
-            if len(head) == 4:
-                departments.add(head[0])
+    names = next(csv.reader(f.peek(1 << 16).splitlines()[:1]), [])
+    header = [name.strip() for name in names]
+    if header != MEDICAL and set(MEDICAL[1:]) <= set(header):  # another order
+        yield from read_csv(f, bad)
+        return
+    record, first_line, departments = "", 1, set()
+    for i, line in enumerate(chain(f, [""]), 1):  # "": the end
+        head = line.split(",", 3)
+        looks_new = len(head) == 4 and 0 < len(head[0].strip()) <= 12
+        quotes_closed = record.count('"') % 2 == 0
+        begins = not line or head[0] in departments or looks_new and quotes_closed
+        if not begins:
+            record += line
+            continue
+        fields = split_record(record.rstrip("\r\n").replace("\r\n", "\n"))
+        if len(fields) == 4:
+            if fields[0] != MEDICAL[0]:
+                yield dict(zip(MEDICAL, fields))
+        elif record.strip():
+            bad("record with fewer than four fields", first_line, "")
+        record, first_line = line, i
+        if len(head) == 4:
+            departments.add(head[0])
 
 
 # --- clean: the command ---------------------------------------------------------------------------
@@ -1603,7 +1587,8 @@ def clean(inputs: list[str], source: str, out: str, fields: tuple[str, ...], min
     def jobs() -> Iterator[CleanJob]:
         for path in files:
             first = 1
-            raw = raw_rows(path, source, problems, len(files) == 1)
+            raw = read_file(path, problems, is_only=len(files) == 1,
+                            parse=parser_of(source, file_kind(path)))
             for rows in batches(raw, CLEAN_CHARS, row_chars):
                 if first == 1:
                     check_source(path, source, fields, rows, turns)
@@ -1611,7 +1596,7 @@ def clean(inputs: list[str], source: str, out: str, fields: tuple[str, ...], min
                                to_simplified, turns)
                 first += len(rows)
 
-    with Writer(out, PREFERENCE if source == "preference" else PAIR, made_of) as writer:
+    with open_writer(out, PREFERENCE if source == "preference" else PAIR, made_of) as writer:
         progress, rows_done, left_out = Progress(), 0, Problems()
         for kept, dropped, others in ordered_map(clean_rows, jobs(), workers):
             for row in kept:
@@ -1950,7 +1935,7 @@ def dedup(inputs: list[str], out: str, threshold: float, against: str | None, wo
         other_rows.problems.warn()
     found = find_duplicates(Progress("rows", rows, passes=2),
                             lambda row: row_text(row, rows.columns), threshold, others, workers)
-    with Writer(out, rows.columns, made_of) as writer:
+    with open_writer(out, rows.columns, made_of) as writer:
         for row, reason in found:
             counts[reason or "kept"] += 1
             if not reason:
@@ -1972,7 +1957,7 @@ def split(inputs: list[str], out: str, valid: float, test: float) -> None:
     made_of, counts = recipe("split", inputs), Problems()
     rows = pair_rows(inputs, paths.values(), made_of)
     with contextlib.ExitStack() as stack:
-        writers = {side: stack.enter_context(Writer(paths[side], rows.columns, made_of))
+        writers = {side: stack.enter_context(open_writer(paths[side], rows.columns, made_of))
                    for side, share in (("train", 1.0), ("valid", valid), ("test", test)) if share}
         for row in Progress("rows", rows):
             digest = xxhash.xxh3_64_intdigest(row["prompt"].encode("utf-8", "surrogatepass"))
@@ -2079,17 +2064,6 @@ class Slice(NamedTuple):
     share: float  # of a window
 
 
-class WindowJob(NamedTuple):
-    """What read_window needs; it can be sent to another process."""
-    slices: list[Slice]
-    columns: tuple[str, ...]
-    tokenizer: Any
-    max_len: int
-    micro_batch_tokens: int
-    round_to: int
-    seed: list[int]  # of the order of its batches
-
-
 @dataclass
 class Window:
     """Tokenized rows, and how they are divided into batches."""
@@ -2123,44 +2097,44 @@ def read_slice(piece: Slice, columns: tuple[str, ...]):
     return pa.table({column: table[column].cast("large_string") for column in columns})
 
 
-def read_window(job: WindowJob) -> Window:
-    """Read and tokenize the rows of a window, without those that have no text in a column."""
-    pa = arrow()
-    pc = pa.compute
-    tables, usable_rows, unusable = [], [], ""
-    for piece in job.slices:
+def read_window(job: tuple[list[Slice], list[int]], columns: tuple[str, ...], tokenizer: Any,
+                max_len: int, micro_batch_tokens: int, round_to: int) -> Window:
+    """Read and tokenize the rows of a window, without those that have no text in a column. job:
+    its slices, and the seed of the order of its batches."""
+    pa, (slices, seed) = arrow(), job
+    tables, numbers, unusable = [], [], ""
+    for piece in slices:
         try:
-            table = read_slice(piece, job.columns)
+            table = read_slice(piece, columns)
             table.validate(full=True)  # also for text that is not UTF-8
         except (pa.ArrowException, OSError) as e:
             raise ValueError(f"{piece.path}: row group {piece.group} cannot be read: "
                              f"{' '.join(str(e).split())}") from None
         usable = np.ones(len(table), dtype=bool)
-        for column in job.columns:
-            has_text = pc.greater(pc.binary_length(table[column]), 0)
-            usable &= pc.fill_null(has_text, False).to_numpy()
+        for column in table.columns:
+            has_text = pa.compute.greater(pa.compute.binary_length(column), 0)
+            usable &= has_text.fill_null(False).to_numpy()
         if not usable.all() and not unusable:
             row = piece.begin + int(usable.argmin()) + 1
             unusable = f"{piece.path}, row group {piece.group}, row {row:,}"
         tables.append(table.filter(pa.array(usable)))
-        usable_rows.append(piece.before + np.flatnonzero(usable))
-    table, numbers = pa.concat_tables(tables), np.concatenate(usable_rows)
-    columns = [tokenize_column(table[column], job) for column in job.columns]
-    lengths = np.stack([np.diff(offsets) for _, offsets in columns], axis=1)
-    rounded = -(-lengths // job.round_to) * job.round_to
-    plan = plan_batches(rounded, job.micro_batch_tokens, np.random.default_rng(job.seed))
-    return Window(columns, numbers, plan, unusable)
+        numbers.append(piece.before + np.flatnonzero(usable))
+    ids = [tokenize_column(column, tokenizer, max_len) for column in pa.concat_tables(tables)]
+    lengths = np.stack([np.diff(offsets) for _, offsets in ids], axis=1)
+    rounded = -(-lengths // round_to) * round_to
+    plan = plan_batches(rounded, micro_batch_tokens, np.random.default_rng(seed))
+    return Window(ids, np.concatenate(numbers), plan, unusable)
 
 
-def tokenize_column(column, job: WindowJob) -> tuple[np.ndarray, np.ndarray]:
+def tokenize_column(column, tokenizer, max_len: int) -> tuple[np.ndarray, np.ndarray]:
     """Ids of all texts, each cut to max_len with [EOS] at its end, and offsets (rows + 1,)."""
-    dtype = np.uint16 if len(job.tokenizer) <= 1 << 16 else np.int32
+    dtype = np.uint16 if len(tokenizer) <= 1 << 16 else np.int32
     ids, sizes = [np.empty(0, dtype)], [np.zeros(1, np.int64)]
-    limit = MAX_CHARS_PER_TOKEN * job.max_len
     for at in range(0, len(column), SLICE_ROWS):
-        texts = [text[:limit] for text in column.slice(at, SLICE_ROWS).to_pylist()]
-        flat, lengths = job.tokenizer.encode_arrays(texts)
-        cut = np.minimum(lengths, job.max_len)
+        texts = column.slice(at, SLICE_ROWS).to_pylist()
+        texts = [text[:MAX_CHARS_PER_TOKEN * max_len] for text in texts]
+        flat, lengths = tokenizer.encode_arrays(texts)
+        cut = np.minimum(lengths, max_len)
         flat = flat[joined_ranges(np.cumsum(lengths) - lengths, cut)]
         flat[np.cumsum(cut) - 1] = EOS
         ids.append(flat.astype(dtype))
@@ -2210,108 +2184,24 @@ def cut_rows(rows: np.ndarray, lengths: np.ndarray, budget: int) -> tuple[np.nda
     return cut
 
 
-class WindowReader:
-    """The windows of every epoch. They are read in order, and background processes read ahead."""
-
-    def __init__(self, files: list[str], columns: tuple[str, ...], seed: int, workers: int,
-                 **options):
-        """options: the other fields of WindowJob. Raises FileNotFoundError or ValueError: see
-        open_parquet."""
-        self.columns, self.seed, self.workers, self.options = columns, seed, workers, options
-        self.row_groups: list[list[Slice]] = []
-        self.rows = 0  # of all files
-        for path in files:
-            self.add_file(path)
-        if not self.rows:
-            raise ValueError(f"{', '.join(files)}: no rows")
-        self.planned: tuple[int, list] = (-1, [])  # an epoch and its windows
-        self.loaded: dict[tuple[int, int], Window] = {}
-        self.ahead: Iterator[Window] = iter(())  # the windows from self.next on
-        self.next = (-1, 0)
-        self.pool: ParallelMap | None = None
-
-    def add_file(self, path: str) -> None:
-        """Divide the row groups of a file into slices that fit a window."""
-        file = open_parquet(path, self.columns)
+def slice_row_groups(files: list[str], columns: tuple[str, ...]) -> list[list[Slice]]:
+    """Divide every row group of the files into slices that fit a window."""
+    row_groups, before = [], 0
+    for path in files:
+        file = open_parquet(path, columns)
         for g in range(file.num_row_groups):
             rows = file.metadata.row_group(g).num_rows
-            share = max(rows / WINDOW_ROWS, text_bytes(file, g, self.columns) / WINDOW_BYTES)
+            share = max(rows / WINDOW_ROWS, text_bytes(file, g, columns) / WINDOW_BYTES)
             step = -(-rows // max(1, math.ceil(share) * SLICE_ROWS)) * SLICE_ROWS or 1
             slices = []
             for at in range(0, rows, step):
                 n = min(step, rows - at)
-                slices.append(Slice(path, g, at, n, self.rows + at, share * n / rows))
-            self.row_groups.append(slices)
-            self.rows += rows
-
-    def plan(self, epoch: int) -> list[list[Slice]]:
-        """The windows of an epoch: shuffled row groups, as many as fit."""
-        if epoch != self.planned[0]:
-            windows: list[list[Slice]] = [[]]
-            filled = 0.0
-            order = np.random.default_rng([self.seed, epoch]).permutation(len(self.row_groups))
-            for piece in chain.from_iterable(self.row_groups[i] for i in order):
-                if filled + piece.share > 1 and windows[-1]:
-                    windows.append([])
-                    filled = 0.0
-                windows[-1].append(piece)
-                filled += piece.share
-            self.planned = epoch, windows
-        return self.planned[1]
-
-    def after(self, epoch: int, window: int) -> tuple[int, int]:
-        """The next window: (epoch, number)."""
-        is_last = window + 1 == len(self.plan(epoch))
-        return (epoch + 1, 0) if is_last else (epoch, window + 1)
-
-    def jobs(self, epoch: int, window: int) -> Iterator[WindowJob]:
-        """The job of this window, then those of the next ones, without end."""
-        while True:
-            yield WindowJob(self.plan(epoch)[window], self.columns,
-                            seed=[self.seed, epoch, window], **self.options)
-            epoch, window = self.after(epoch, window)
-
-    def read_from(self, epoch: int, window: int) -> Iterator[Window]:
-        """This window and the next ones, without end."""
-        jobs = self.jobs(epoch, window)
-        if not self.workers:
-            yield from map(read_window, jobs)
-        first = next(jobs)
-        self.pool = ParallelMap(read_window, jobs, self.workers)
-        yield read_window(first)  # here: the workers are still starting
-        yield from self.pool
-
-    def read(self, epoch: int, window: int) -> Window:
-        """A window; it stays in memory until forget_before."""
-        place = epoch, window
-        if place not in self.loaded:
-            if place != self.next:
-                self.close()
-                self.ahead = self.read_from(*place)
-            try:
-                self.loaded[place] = next(self.ahead)
-            except ChildProcessError:
-                if not (self.pool and self.pool.is_terminated()):
-                    raise
-                # by a SIGTERM to all processes of a run, which asks this one to save and stop
-                note_once("note: the background processes were terminated; from now on this "
-                          "process tokenizes alone")
-                self.close()
-                self.workers = 0
-                return self.read(epoch, window)
-            self.next = self.after(*place)
-        return self.loaded[place]
-
-    def forget_before(self, epoch: int, window: int) -> None:
-        """Drop the windows before this one from memory."""
-        for place in [place for place in self.loaded if place < (epoch, window)]:
-            del self.loaded[place]
-
-    def close(self) -> None:
-        """Stop the background processes."""
-        if self.pool:
-            self.pool.close()
-        self.pool, self.next = None, (-1, 0)
+                slices.append(Slice(path, g, at, n, before + at, share * n / rows))
+            row_groups.append(slices)
+            before += rows
+    if not before:
+        raise ValueError(f"{', '.join(files)}: no rows")
+    return row_groups
 
 
 class Place(NamedTuple):
@@ -2361,32 +2251,96 @@ class PairStream:
         if not getattr(tokenizer, "append_eos", True):  # the model must learn where a text ends
             tokenizer = copy.copy(tokenizer)
             tokenizer.append_eos = True
-        self.columns, self.round_to, self.is_main = columns, round_to, rank == 0
+        self.columns, self.round_to, self.seed, self.workers = columns, round_to, seed, workers
         self.group = group or world_size
         self.own = range(rank, self.group, world_size)  # this rank's batches in a group
         self.state = dict(state or Place()._asdict())
-        self.reader = WindowReader(files, columns, seed, workers, tokenizer=tokenizer,
-                                   max_len=max_len, micro_batch_tokens=micro_batch_tokens,
-                                   round_to=round_to)
-        self.rows = self.reader.rows
-        self.reported = False
+        self.row_groups = slice_row_groups(files, columns)
+        self.rows = sum(piece.rows for piece in chain.from_iterable(self.row_groups))
+        self.read = functools.partial(read_window, columns=columns, tokenizer=tokenizer,
+                                      max_len=max_len, micro_batch_tokens=micro_batch_tokens,
+                                      round_to=round_to)
+        self.warns = rank == 0  # not yet about a row without text
+        self.planned: tuple[int, list] = (-1, [])  # an epoch and its windows
+        self.loaded: dict[tuple[int, int], Window] = {}
+        self.ahead: Iterator[Window] = iter(())  # the windows from self.next on
+        self.next: tuple[int, int] | None = None
+        self.pool: ParallelMap | None = None
+
+    def plan(self, epoch: int) -> list[list[Slice]]:
+        """The windows of an epoch: shuffled row groups, as many as fit."""
+        if epoch != self.planned[0]:
+            windows: list[list[Slice]] = [[]]
+            filled = 0.0
+            order = np.random.default_rng([self.seed, epoch]).permutation(len(self.row_groups))
+            for piece in chain.from_iterable(self.row_groups[i] for i in order):
+                if filled + piece.share > 1 and windows[-1]:
+                    windows.append([])
+                    filled = 0.0
+                windows[-1].append(piece)
+                filled += piece.share
+            self.planned = epoch, windows
+        return self.planned[1]
+
+    def after(self, epoch: int, window: int) -> tuple[int, int]:
+        """The next window: (epoch, number)."""
+        is_last = window + 1 == len(self.plan(epoch))
+        return (epoch + 1, 0) if is_last else (epoch, window + 1)
+
+    def jobs(self, epoch: int, window: int) -> Iterator[tuple[list[Slice], list[int]]]:
+        """The job of this window for read_window, then those of the next ones, without end."""
+        while True:
+            yield self.plan(epoch)[window], [self.seed, epoch, window]
+            epoch, window = self.after(epoch, window)
+
+    def read_ahead(self, epoch: int, window: int) -> Iterator[Window]:
+        """This window and the next ones, without end, read by background processes."""
+        jobs = self.jobs(epoch, window)
+        if not self.workers:
+            yield from map(self.read, jobs)
+        first = next(jobs)
+        self.pool = ParallelMap(self.read, jobs, self.workers)
+        yield self.read(first)  # here: the workers are still starting
+        yield from self.pool
 
     def window(self, epoch: int, window: int) -> Window:
-        """A window. Prints a warning for the first row without text."""
-        found = self.reader.read(epoch, window)
-        if found.first_unusable and self.is_main and not self.reported:
-            self.reported = True
+        """A window; it stays in memory until forget_before. Windows are best read in order."""
+        place = epoch, window
+        if place in self.loaded:
+            return self.loaded[place]
+        if place != self.next:
+            self.close()
+            self.ahead = self.read_ahead(*place)
+        try:
+            found = next(self.ahead)
+        except ChildProcessError:
+            if not (self.pool and self.pool.is_terminated()):
+                raise
+            # by a SIGTERM to all processes of a run, which asks this one to save and stop
+            note_once("note: the background processes were terminated; from now on this process "
+                      "tokenizes alone")
+            self.close()
+            self.workers = 0
+            return self.window(epoch, window)
+        self.loaded[place], self.next = found, self.after(*place)
+        if found.first_unusable and self.warns:
+            self.warns = False
             print(f"warning: rows without text in {' or '.join(self.columns)} are skipped (first: "
                   f"{found.first_unusable})", file=sys.stderr)
         return found
+
+    def forget_before(self, epoch: int, window: int) -> None:
+        """Drop the windows before this one from memory."""
+        for place in [place for place in self.loaded if place < (epoch, window)]:
+            del self.loaded[place]
 
     def locate(self, epoch: int, window: int, batch: int) -> Place:
         """The same place with `batch` inside its window."""
         empty = 0
         while batch >= (n := len(self.window(epoch, window).batches)):
-            batch, (epoch, window) = batch - n, self.reader.after(epoch, window)
+            batch, (epoch, window) = batch - n, self.after(epoch, window)
             empty = 0 if n else empty + 1
-            if empty > len(self.reader.plan(epoch)):
+            if empty > len(self.plan(epoch)):
                 raise ValueError("no row has text in every one of the columns "
                                  + ", ".join(self.columns))
         return Place(epoch, window, batch)
@@ -2395,7 +2349,7 @@ class PairStream:
     def epoch(self) -> float:
         """Position in epochs, such as 1.25, counted in rows. May read a window."""
         epoch, window, batch = self.locate(**self.state)
-        sizes = [sum(piece.rows for piece in slices) for slices in self.reader.plan(epoch)]
+        sizes = [sum(piece.rows for piece in slices) for slices in self.plan(epoch)]
         part = batch / len(self.window(epoch, window).batches)
         return epoch + (sum(sizes[:window]) + sizes[window] * part) / sum(sizes)
 
@@ -2424,7 +2378,7 @@ class PairStream:
     def next_group(self) -> Iterator[dict]:
         """This rank's batches of the next group, perhaps none."""
         start = self.locate(**self.state)
-        self.reader.forget_before(start.epoch, start.window)
+        self.forget_before(start.epoch, start.window)
         places = [self.locate(*start[:2], start.batch + i) for i in self.own]
         for place in places[:-1]:
             yield self.batch(place)
@@ -2442,15 +2396,17 @@ class PairStream:
 
     def one_epoch(self) -> Iterator[dict]:
         """This rank's batches of epoch 0, once. The state does not change."""
-        for window in range(len(self.reader.plan(0))):
+        for window in range(len(self.plan(0))):
             for batch in range(len(self.window(0, window).batches)):
                 if batch % self.group in self.own:
                     yield self.batch(Place(0, window, batch))
-            self.reader.forget_before(0, window + 1)
+            self.forget_before(0, window + 1)
 
     def close(self) -> None:
         """Stop the background processes."""
-        self.reader.close()
+        if self.pool:
+            self.pool.close()
+        self.pool = self.next = None
 
 
 # --- background processes -------------------------------------------------------------------------

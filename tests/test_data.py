@@ -193,7 +193,7 @@ def test_a_killed_worker_is_one_line(demo, monkeypatch):
     monkeypatch.setattr(data, "WINDOW_ROWS", 500)
     stream = PairStream(path, tokenizer, 2000, 64, workers=1)
     next(iter(stream))
-    for process in stream.reader.pool.pool._processes.values():
+    for process in stream.pool.pool._processes.values():
         process.kill()
     with pytest.raises(ChildProcessError, match="was killed .*--workers"):
         take(stream, 100)
@@ -206,7 +206,7 @@ def test_terminated_workers_leave_the_same_batches(demo, monkeypatch, capsys):
     expected = take(PairStream(path, tokenizer, 2000, 64), 100)
     stream = PairStream(path, tokenizer, 2000, 64, workers=2)
     batches = [next(iter(stream))]
-    for process in stream.reader.pool.pool._processes.values():
+    for process in stream.pool.pool._processes.values():
         process.terminate()
     batches += take(stream, 99)
     assert all(torch.equal(a[name], b[name]) for a, b in zip(batches, expected, strict=True) for name in a)
@@ -220,7 +220,7 @@ def test_a_very_large_row_group_is_several_windows(demo, monkeypatch, tmp_path):
     monkeypatch.setattr(data, "WINDOW_ROWS", 1000)
     monkeypatch.setattr(data, "SLICE_ROWS", 100)
     stream = PairStream(tmp_path / "one.parquet", tokenizer, 2000, 64)
-    assert len(stream.reader.plan(0)) == 4
+    assert len(stream.plan(0)) == 4
     whole = epoch_of(stream)
     seen = sorted(tokenizer.decode(ids) for batch in whole for ids in batch["input_ids"].tolist())
     assert seen == sorted(table["prompt"].to_pylist())
