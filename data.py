@@ -1449,103 +1449,108 @@ def read_medical(f, bad: Callable[[str, int, str], None]) -> Iterator[dict]:
 # --- clean: the command ---------------------------------------------------------------------------
 
 
-class CleanJob(NamedTuple):
-    """A batch of raw rows for clean_rows."""
-    path: Path
-    first: int  # number of the first row in the file
-    rows: list[dict]
-    source: str
+SHORTENED = "prompt without its earliest turns, which do not fit in --max_chars"
+
+
+@dataclass
+class Cleaner:
+    """The settings of a clean command. It is sent to background processes."""
+    name: str  # of the source
     fields: tuple[str, ...]  # columns of prompt and response, for the source pairs
     min_chars: int
     max_chars: int
     to_simplified: bool
     turns: int  # questions in a prompt, at most
 
+    @property
+    def source(self) -> Source:
+        if self.name == "pairs":
+            return Source(lambda row: tuple(row.get(f) for f in self.fields), (self.fields,))
+        return SOURCES[self.name]
 
-def find_source(name: str, fields: tuple[str, ...]) -> Source:
-    if name == "pairs":
-        return Source(lambda row: tuple(row.get(f) for f in fields), (fields,))
-    return SOURCES[name]
+    def check(self, path: Path, rows: list[dict]) -> None:
+        """Raise ValueError if none of a file's first rows has the fields of the source. Print a
+        note if --turns has no effect on the file."""
+        if self.turns > 1 and not any(map(is_conversation, rows)):
+            note_once(f"note: {path} has no conversations: --turns has no effect on it")
+        if not any(map(self.source.fits, rows)):
+            hint = " (name them with --prompt_field and --response_field)"
+            raise ValueError(f"{path}: {self.name} needs {self.source.needs()}; found "
+                             f"{shown(rows[0])}{hint if self.name == 'pairs' else ''}")
 
-
-SHORTENED = "prompt without its earliest turns, which do not fit in --max_chars"
-
-
-def clean_rows(job: CleanJob) -> tuple[list[dict], list[tuple[str, str]], list[tuple[str, str]]]:
-    """The cleaned rows; why and where others were dropped; and what was left out of rows, where."""
-    source = find_source(job.source, job.fields)
-    shortest = 1 if source.verbatim else job.min_chars
-    kept, dropped, left_out = [], [], []
-    for i, row in enumerate(job.rows, job.first):
-        row = without_nan(row)
-        where = f"{job.path}, row {i:,}"
-        has_turns = job.turns > 1 and is_conversation(row)
-        pairs = pairs_of_turns(row, job) if has_turns else [(source.convert(row), False)]
-        roles = [role for role, _ in turns_of(row) if CONVERSATION[0] in source.fields]
-        if roles[:1] == ["system"]:
-            left_out.append(("system turn, left out", where))
-        if not isinstance(pairs[0][0], str) and ROLES.get(roles[-1] if roles else "") == "user":
-            dropped.append(("last question has no answer", where))
-        for texts, is_shortened in pairs:
-            cleaned = clean_row(texts, source, shortest, job)
-            if isinstance(cleaned, str):
-                dropped.append((cleaned, where))
-            else:
+    def clean_rows(self, job: tuple[Path, int, list[dict]]) -> tuple[list, list, list]:
+        """(file, number of the first row, rows) -> the cleaned rows; (reason, where) of rows that
+        were dropped; and of what was left out of rows."""
+        path, first, rows = job
+        kept, dropped, left_out = [], [], []
+        for i, row in enumerate(map(without_nan, rows), first):
+            where = f"{path}, row {i:,}"
+            has_turns = self.turns > 1 and is_conversation(row)
+            pairs = self.split_turns(row) if has_turns else [(self.source.convert(row), False)]
+            roles = [role for role, _ in turns_of(row) if CONVERSATION[0] in self.source.fields]
+            if roles[:1] == ["system"]:
+                left_out.append(("system turn, left out", where))
+            if not isinstance(pairs[0][0], str) and ROLES.get(roles[-1] if roles else "") == "user":
+                dropped.append(("last question has no answer", where))
+            for texts, is_shortened in pairs:
+                cleaned = texts if isinstance(texts, str) else self.clean_texts(*texts)
+                if isinstance(cleaned, str):
+                    dropped.append((cleaned, where))
+                    continue
                 kept.append(dict(zip(PAIR if len(cleaned) == 2 else PREFERENCE, cleaned)))
                 if is_shortened:
                     left_out.append((SHORTENED, where))
-    return kept, dropped, left_out
+        return kept, dropped, left_out
 
+    def clean_texts(self, prompt, *responses) -> tuple[str, ...] | str:
+        """What a source returned, cleaned, or why the row is dropped."""
+        prompt, cleaned = self.convert(prompt), []
+        shortest = 1 if self.source.verbatim else self.min_chars
+        for i, response in enumerate(responses):
+            pair = clean_pair(prompt, self.convert(response), shortest, self.max_chars,
+                              self.source.verbatim)
+            if isinstance(pair, str):
+                return f"rejected: {pair}" if i else pair
+            prompt, response = pair
+            if response in cleaned:
+                return "chosen and rejected are equal"
+            cleaned.append(response)
+        return prompt, *cleaned
 
-def clean_row(texts, source: Source, shortest: int, job: CleanJob) -> tuple[str, ...] | str:
-    """texts: what a source returned. Returns them cleaned, or why the row is dropped."""
-    if isinstance(texts, str):
-        return texts
-    prompt, response, *rejected = (converted(text, job) for text in texts)
-    pair = clean_pair(prompt, response, shortest, job.max_chars, source.verbatim)
-    if isinstance(pair, str) or not rejected:
-        return pair
-    second = clean_pair(pair[0], rejected[0], shortest, job.max_chars, source.verbatim)
-    if isinstance(second, str):
-        return f"rejected: {second}"
-    return "chosen and rejected are equal" if second[1] == pair[1] else (*pair, second[1])
+    def convert(self, text):
+        """A raw text without a final [EOS], and in simplified characters if that was asked for."""
+        text = without_eos(text)
+        if not self.to_simplified or not isinstance(text, str):
+            return text
+        return opencc().convert(drop_controls(text))  # OpenCC refuses lone surrogates
 
-
-def converted(text, job: CleanJob):
-    """A raw text without a final [EOS], and in simplified characters if that was asked for."""
-    text = without_eos(text)
-    if not job.to_simplified or not isinstance(text, str):
-        return text
-    return opencc().convert(drop_controls(text))  # OpenCC raises an error for a lone surrogate
-
-
-def pairs_of_turns(row: dict, job: CleanJob) -> list[tuple[Any, bool]]:
-    """A pair for every answer of a conversation, or the reason why there is none; and whether its
-    prompt was shortened. The prompt is the question, after up to job.turns - 1 earlier ones with
-    their answers, joined with [SEP]: as many as fit in job.max_chars. A turn without text is
-    dropped, and the history begins anew."""
-    turns = read_turns(row)
-    if isinstance(turns, str):
-        return [(turns, False)]
-    pairs: list[tuple[Any, bool]] = []
-    history: list[str] = []  # question, answer, question, ...
-    for question, answer in turns:
-        texts = [converted(text, job) for text in (question, answer)]
-        usable = all(isinstance(text, str) and len(text) <= 100 * job.max_chars for text in texts)
-        if usable:
-            question, answer = (clean_text(text.replace(SEP, " ")) for text in texts)
-            answer = trim_unfinished(answer)
-        if not usable or not question or not answer:
-            pairs.append(((question, answer), False))  # clean_row drops and counts it
-            history = []
-            continue
-        whole = asked = [*history[2 - 2 * job.turns:], question]
-        while len(asked) > 1 and len(SEP.join(asked)) > job.max_chars:
-            asked = asked[2:]
-        pair = "translation or table" if is_foreign(question) else (SEP.join(asked), answer)
-        pairs.append((pair, len(asked) < len(whole)))
-        history += [question, answer]
-    return pairs
+    def split_turns(self, row: dict) -> list[tuple[Any, bool]]:
+        """A pair for every answer of a conversation, or the reason why there is none; and whether
+        its prompt was shortened. The prompt is the question, after up to turns - 1 earlier ones
+        with their answers, joined with [SEP]: as many as fit in max_chars. A turn without text is
+        dropped, and the history begins anew."""
+        turns = read_turns(row)
+        if isinstance(turns, str):
+            return [(turns, False)]
+        pairs: list[tuple[Any, bool]] = []
+        history: list[str] = []  # question, answer, question, ...
+        for question, answer in turns:
+            texts = [self.convert(text) for text in (question, answer)]
+            usable = all(isinstance(t, str) and len(t) <= 100 * self.max_chars for t in texts)
+            if usable:
+                question, answer = (clean_text(text.replace(SEP, " ")) for text in texts)
+                answer = trim_unfinished(answer)
+            if not usable or not question or not answer:
+                pairs.append(((question, answer), False))  # clean_texts drops and counts it
+                history = []
+                continue
+            whole = asked = [*history[2 - 2 * self.turns:], question]
+            while len(asked) > 1 and len(SEP.join(asked)) > self.max_chars:
+                asked = asked[2:]
+            pair = "translation or table" if is_foreign(question) else (SEP.join(asked), answer)
+            pairs.append((pair, len(asked) < len(whole)))
+            history += [question, answer]
+        return pairs
 
 
 def without_nan(row: dict) -> dict:
@@ -1577,28 +1582,28 @@ def clean(inputs: list[str], source: str, out: str, fields: tuple[str, ...], min
     the source."""
     made_of = recipe(f"clean {source}", inputs)
     check_outputs(inputs, [Path(out)], made_of)
-    files, counts = input_files(inputs, [out]), Problems()
+    cleaner = Cleaner(source, fields, min_chars, max_chars, to_simplified, turns)
+    files, counts, left_out = input_files(inputs, [out]), Problems(), Problems()
     problems = Problems(files)
     if to_simplified:
         opencc()  # fails early
-    if turns > 1 and CONVERSATION[0] not in find_source(source, fields).fields:
+    if turns > 1 and CONVERSATION[0] not in cleaner.source.fields:
         raise ValueError("--turns is for sources with conversations: belle and sharegpt")
 
-    def jobs() -> Iterator[CleanJob]:
+    def jobs() -> Iterator[tuple[Path, int, list[dict]]]:
         for path in files:
             first = 1
             raw = read_file(path, problems, is_only=len(files) == 1,
                             parse=parser_of(source, file_kind(path)))
             for rows in batches(raw, CLEAN_CHARS, row_chars):
                 if first == 1:
-                    check_source(path, source, fields, rows, turns)
-                yield CleanJob(path, first, rows, source, fields, min_chars, max_chars,
-                               to_simplified, turns)
+                    cleaner.check(path, rows)
+                yield path, first, rows
                 first += len(rows)
 
     with open_writer(out, PREFERENCE if source == "preference" else PAIR, made_of) as writer:
-        progress, rows_done, left_out = Progress(), 0, Problems()
-        for kept, dropped, others in ordered_map(clean_rows, jobs(), workers):
+        progress = Progress()
+        for kept, dropped, others in ordered_map(cleaner.clean_rows, jobs(), workers):
             for row in kept:
                 writer.write(row)
             counts["kept"] += len(kept)
@@ -1606,8 +1611,7 @@ def clean(inputs: list[str], source: str, out: str, fields: tuple[str, ...], min
                 counts.note(reason, where)
             for reason, where in others:
                 left_out.note(reason, where)
-            rows_done += len(kept) + len(dropped)
-            progress.show(f"{rows_done:,} rows", problems.share())
+            progress.show(f"{counts.total():,} rows", problems.share())
         progress.clear()
         # bad lines are rows too; bad characters and unread columns are not
         for reason in [r for r in problems if not r.startswith(("character", "column"))]:
@@ -1619,19 +1623,6 @@ def clean(inputs: list[str], source: str, out: str, fields: tuple[str, ...], min
         if not counts["kept"]:
             raise ValueError(f"no row was kept, and nothing was written; is {' '.join(inputs)} of "
                              f"the source {source}?")
-
-
-def check_source(path: Path, name: str, fields: tuple[str, ...], rows: list[dict],
-                 turns: int) -> None:
-    """Raise ValueError if none of a file's first rows has the fields of its source. Print a note if
-    --turns has no effect on the file."""
-    source = find_source(name, fields)
-    if turns > 1 and not any(map(is_conversation, rows)):
-        note_once(f"note: {path} has no conversations: --turns has no effect on it")
-    if not any(source.fits(row) for row in rows):
-        hint = " (name them with --prompt_field and --response_field)" if name == "pairs" else ""
-        raise ValueError(f"{path}: {name} needs {source.needs()}; found "
-                         f"{shown(rows[0])}{hint}")
 
 
 # --- dedup ----------------------------------------------------------------------------------------
@@ -1973,8 +1964,8 @@ def split(inputs: list[str], out: str, valid: float, test: float) -> None:
             counts[str(writer.path)] = writer.total
         refuse_empty(counts.total(), inputs, rows.problems)
     report(counts, rows.problems)
-    for side in {"valid", "test"} - writers.keys():
-        if paths[side].exists():
+    for side in ("valid", "test"):
+        if side not in writers and paths[side].exists():
             note_once(f"warning: {paths[side]} is of an earlier split, and its rows may be in "
                       "train.parquet now")
     for writer in writers.values():
