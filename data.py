@@ -6,23 +6,23 @@
     python data.py split unique.parquet --out pairs                     train.parquet, valid.parquet
     python data.py stats pairs/train.parquet                            rows and lengths
 
-A chat model learns from pairs: a prompt, and the response to give. Public data sets have them in
-many forms, so the way from their files to the model is:
+A chat model learns from pairs: a prompt, and the response to give. The way from public data sets
+to the model is:
 
     dump -> clean -> dedup -> split -> Parquet: prompt, response -> PairStream -> batches of ids
 
 clean   takes prompt and response from the fields of each source, repairs punctuation and spaces,
         and drops rows that teach little; it counts every reason.
-dedup   drops near-duplicates: a text that is repeated a thousand times is memorized. Two
-        texts are near when their sets of 5-grams of characters are alike, by Jaccard similarity
+dedup   drops near-duplicates: a text that is repeated a thousand times is memorized. Two texts are
+        near if the Jaccard similarity of their sets of character 5-grams is high:
 
             J(A, B) = |A and B| / |A or B|           intersection over union
 
         今天天气很好 has the 5-grams 今天天气很 and 天天气很好; 今天天气很差 shares the first of
-        them. Together they have 3, so J = 1/3. Comparing all pairs of ten million texts is out of
-        reach. MinHash (Broder 1997) finds candidates: a text's 5-grams are hashed into 128 bins,
-        and each bin keeps its smallest value. The share of bins with equal values estimates J.
-        Eight bins make a band, and only texts that agree in a whole band are compared exactly:
+        them. Together they have 3, so J = 1/3. Ten million texts have too many pairs to compare.
+        MinHash (Broder 1997) finds candidates: a text's 5-grams are hashed into 128 bins, and each
+        bin keeps its smallest value. The share of bins with equal values estimates J. Eight bins
+        make a band, and only texts that agree in a whole band are compared exactly:
 
             a   12 7 30 5 | 9 41 3 8 | ...      the first band is equal: compare a and b
             b   12 7 30 5 | 9 16 3 8 | ...      P(compared) = 1 - (1 - J^8)^16
@@ -32,17 +32,15 @@ dedup   drops near-duplicates: a text that is repeated a thousand times is memor
 
 split   puts a row on a side by a hash of its prompt, so the same question is never on both.
 
-PairStream turns Parquet files into an endless sequence of batches. Texts have different lengths,
-and a batch is padded to its longest. Rows are therefore shuffled within a window, and rows of
-similar lengths share a batch:
+PairStream turns Parquet files into an endless sequence of batches. A batch is padded to its longest
+text, so rows are shuffled within a window, and rows of similar lengths share a batch:
 
     file -> row groups -> windows -> batches                  a batch of 3 pairs
             8,192 rows    65,536     micro_batch_tokens       input_ids  法 国 的 首 都 ... (3, S)
                           rows       with padding             labels     巴 黎 。 [EOS] ... (3, T)
 
-For the same settings, the sequence depends only on the files, the seed and the epoch, not on the
-number of processes. So a run can resume on another number of GPUs and still see every row once per
-epoch.
+The sequence depends on the files, the seed and the epoch, not on the number of processes: a run can
+resume on another number of GPUs and still sees every row once per epoch.
 
 Try next: run dedup with --threshold 0.5 and read what it drops; print the share of padding in a
 few batches of PairStream, and again with plan_batches replaced by a random order.
@@ -111,8 +109,7 @@ def arrow():
 
 
 class Problems(Counter):
-    """Counts the problems in files that are read anyway: reason -> count. first: where each one
-    occurred first. share(): how much of `files` has been read, 0 to 1."""
+    """Problems in files that are read anyway: reason -> count. first: where each occurred first."""
 
     def __init__(self, files: Iterable[Path] = ()):
         super().__init__()
@@ -122,6 +119,7 @@ class Problems(Counter):
         self.tell: Callable[[], float] = lambda: 0  # position in the open file, in bytes
 
     def share(self) -> float:
+        """How much of the files has been read, 0 to 1."""
         return min(1.0, (self.closed_bytes + self.tell()) / max(1, self.total_bytes))
 
     def close(self, path: Path) -> None:
@@ -156,16 +154,12 @@ class Rows:
     """The rows of files and folders, as dicts. It can be iterated over many times.
 
     Files are .parquet, .jsonl, .json (lines or one list), .csv or .txt, the text formats also .gz.
-    A line of a .txt file is {"text": line}. Folders: see folder_files.
+    A line of a .txt file is {"text": line}.
 
-    columns: every row must have text in these.
-    skip=False: a row without it and a bad line raise ValueError, which names file and row.
-    skip=True: they are skipped and counted in `problems`, which restarts with every pass. A first
-    row without one of the columns, a damaged file, and an item of a JSON list that is not an object
-    still raise ValueError.
-
-    A missing file raises FileNotFoundError. A file that changes between two passes, or during one,
-    raises ValueError.
+    columns: every row must have text in these. skip: rows without it and bad lines are counted in
+    `problems`, which restarts with every pass; otherwise they raise ValueError, which names file
+    and row. A first row without one of the columns, a damaged file, and a file that changes between
+    or during passes always raise ValueError; a missing file raises FileNotFoundError.
     """
 
     def __init__(self, paths, columns: tuple[str, ...] = (), skip: bool = False,
@@ -173,12 +167,8 @@ class Rows:
         paths = [paths] if isinstance(paths, (str, Path)) else list(paths)
         self.columns, self.skip = columns, skip
         self.files = input_files(paths, outputs)
-        self.stamps = self.read_stamps()
+        self.versions = list(map(file_version, self.files))
         self.problems = Problems()
-
-    def read_stamps(self) -> list[tuple[int, int]]:
-        """Size and time of the last change of every file."""
-        return [(stat.st_size, stat.st_mtime_ns) for stat in (path.stat() for path in self.files)]
 
     def share(self) -> float:
         """How much of the files the current pass has read, 0 to 1."""
@@ -203,17 +193,22 @@ class Rows:
                     raise ValueError(f"{self.place()} has no text in {missing[0]!r}; its columns "
                                      f"are {shown(row)}")
                 self.problems.note(f"row without text in {missing[0]!r}, skipped", self.place())
-        for path, old, new in zip(self.files, self.stamps, self.read_stamps()):
-            if old != new:
+        for path, version in zip(self.files, self.versions):
+            if version != file_version(path):
                 raise ValueError(f"{path} changed while it was being read: run the command again")
         if not self.skip:
             self.problems.warn()
 
 
+def file_version(path: Path) -> tuple[int, int]:
+    """Size and time of the last change."""
+    return path.stat().st_size, path.stat().st_mtime_ns
+
+
 class Texts:
-    """The texts of files: prompt and response of pairs, the turns of conversations (see turns_of),
-    and every string of other rows. It can be iterated over many times. Rows without text, and
-    columns of lists and objects, are noted in rows.problems."""
+    """The texts of files: prompt and response of pairs, the turns of conversations, and every
+    string of other rows. It can be iterated over many times. Rows without text, and columns of
+    lists and objects, are noted in rows.problems."""
 
     def __init__(self, paths):
         self.rows = Rows(paths, skip=True)
@@ -226,15 +221,13 @@ class Texts:
                 values = [row[column] for column in PAIR]
             elif turns := turns_of(row):
                 values = [text for _, text in turns]
-            found = False
-            for value in values:
-                if isinstance(value, str) and value:
-                    found = True
-                    yield value
-                elif isinstance(value, (list, dict)):
-                    self.rows.problems.note("value that is a list or an object, not read",
-                                            self.rows.place())
-            if not found:
+            texts = [value for value in values if isinstance(value, str) and value]
+            yield from texts
+            nested = sum(isinstance(value, (list, dict)) for value in values)
+            if nested:
+                self.rows.problems.note("value that is a list or an object, not read",
+                                        self.rows.place(), nested)
+            if not texts:
                 self.rows.problems.note("row without text", self.rows.place())
 
 
@@ -242,8 +235,8 @@ TURNS = ("conversations", "messages")  # columns of conversations: of ShareGPT, 
 
 
 def turns_of(row: dict) -> list[tuple[str, Any]]:
-    """Role, in lower case, and text of every turn of a conversation: {"from", "value"} or {"role",
-    "content"}. An empty list if the row is none."""
+    """(role in lower case, text) of every turn of a conversation, {"from", "value"} or {"role",
+    "content"}; [] for another row."""
     turns = next((row[column] for column in TURNS if row.get(column) is not None), None)
     found = []
     for turn in turns if isinstance(turns, list) else []:
@@ -258,8 +251,8 @@ def turns_of(row: dict) -> list[tuple[str, Any]]:
 def read_file(path: Path, problems: Problems, skip: bool = True, is_only: bool = True,
               parse: Callable | None = None) -> Iterator[dict]:
     """The rows of one file. Bad lines are noted in problems; without skip they raise ValueError, as
-    does a JSON file without any good line if it is the only file. parse: reads a text file of
-    another form. Raises ValueError, naming the file, if the file is damaged."""
+    do damaged files, and a JSON file without any good line if it is the only file. parse: reads a
+    text file of another form, with the arguments of read_csv."""
     def bad(reason: str, line: int, detail: str) -> None:
         if not skip:
             raise ValueError(f"line {line:,}: {detail}")
@@ -304,7 +297,7 @@ def read_json_list(f) -> list[dict]:
 
 
 def read_json_lines(f, bad: Callable[[str, int, str], None], is_only: bool) -> Iterator[dict]:
-    """One object per line; blank lines are skipped. bad, is_only: see read_file."""
+    """One object per line; blank lines are skipped."""
     good, first_error = 0, ""
     for number, line in enumerate(f, 1):
         line = line.strip(" \t\r\n")
@@ -329,8 +322,8 @@ WIKI_TAG = re.compile("<doc( [^>]*)?>|</doc>")  # what WikiExtractor writes arou
 
 
 def read_lines(f, bad: Callable[[str, int, str], None] | None) -> Iterator[dict]:
-    """Yield lines of text; a line over 4 million characters is split. With bad, WikiExtractor's
-    tags are skipped and reported to it."""
+    """Lines of text; those over 4 million characters are split. With bad, it reports WikiExtractor's
+    tags, which are skipped."""
     for number, line in enumerate(iter(lambda: f.readline(1 << 22), ""), 1):
         if bad and "<" in line and WIKI_TAG.fullmatch(line.strip()):
             bad("tag line of WikiExtractor, skipped", number, "")
@@ -344,8 +337,8 @@ csv.field_size_limit(1 << 30)
 def read_csv(f, bad: Callable[[str, int, str], None]) -> Iterator[dict]:
     """The records of a CSV file with a header. pyarrow.csv would stop at the first bad record.
 
-    bad(reason, line, detail) reports two errors. A record with more fields than the header is
-    skipped. After a bad quote, only the first line of that record is skipped.
+    bad(reason, line, detail) reports a record with more fields than the header, which is skipped,
+    and a bad quote, after which only the first line of that record is skipped.
     """
     record: list[str] = []  # the lines of the current record
     unread: deque[str] = deque()  # lines to read again, which a bad record had swallowed
@@ -447,7 +440,7 @@ def decode_bytes(row: dict) -> dict:
 
 
 def holds_times(kind: Any) -> bool:
-    """Whether an Arrow type is a date or time, or contains one: Python has none of some of them."""
+    """Whether an Arrow type is or contains a date or time. Python lacks some of these."""
     parts = [kind.field(i).type for i in range(kind.num_fields)]
     return arrow().types.is_temporal(kind) or any(map(holds_times, parts))
 
@@ -518,8 +511,8 @@ BYTE_ORDER_MARKS = {codecs.BOM_UTF32_LE: "utf-32", codecs.BOM_UTF32_BE: "utf-32"
 
 
 def encoding_of(path: Path, head: bytes) -> str:
-    """The encoding of a text file, from its first bytes: what a byte-order mark says, else UTF-8,
-    or GB18030 if that fits better, which is noted."""
+    """The encoding of a text file, from its first bytes: that of a byte-order mark, else UTF-8, or
+    GB18030 if that fits better."""
     def undecodable(encoding: str) -> int:
         text = codecs.getincrementaldecoder(encoding)("replace").decode(head)
         in_file = head.count("\ufffd".encode(encoding.removesuffix("-sig")))
@@ -545,8 +538,8 @@ METADATA_FILES = {  # of models and data sets
 
 
 def file_kind(path: Path) -> str:
-    """.jsonl for a.jsonl, A.JSONL and a.jsonl.gz; .txt also for wiki_00, as WikiExtractor names its
-    files; "" for an unknown type."""
+    """.jsonl for a.jsonl, A.JSONL and a.jsonl.gz; .txt also for wiki_00 of WikiExtractor; "" for an
+    unknown type."""
     name = path.name.lower()
     plain = name.removesuffix(".gz")
     if re.fullmatch(r"wiki_\d+", plain):
@@ -557,8 +550,7 @@ def file_kind(path: Path) -> str:
 
 def input_files(paths: Iterable[str | Path], outputs: Iterable[str | Path] = ()) -> list[Path]:
     """Expand files and folders into a list of files, in a fixed order. outputs: what the command
-    writes. Raises FileNotFoundError, or ValueError for an unknown type or an input that is
-    also an output."""
+    writes. Raises FileNotFoundError, or ValueError for a file that cannot be an input."""
     written, files = {os.path.realpath(output) for output in outputs}, []
     given = list(map(Path, paths))
     for name, times in Counter(map(os.path.realpath, given)).items():
@@ -651,10 +643,9 @@ def hash_files(paths: Iterable[str | Path]) -> str:
 
 @contextlib.contextmanager
 def atomic_write(path) -> Iterator[Path]:
-    """Yield a temporary path to write to, then sync it and rename it to `path`. Readers see the old
-    file or the complete new one. After an error the temporary file is deleted. A killed process
-    leaves its own, which the next write of `path` on this machine deletes. If path is a link, the
-    file that it points to is written."""
+    """Yield a temporary path to write to, then sync it and rename it to `path`, or to the file that
+    this links to. Readers see the old file or the complete new one. After an error the temporary
+    file is deleted; that of a killed process is deleted by the next write of `path`."""
     target = os.path.realpath(path)
     temporary, name = Path(f"{target}.{os.getpid()}.tmp"), Path(target).name
     for other in temporary.parent.glob(f"{glob.escape(name)}.*.tmp"):
@@ -674,7 +665,7 @@ def atomic_write(path) -> Iterator[Path]:
 
 
 def is_running(pid: int) -> bool:
-    """Whether there is a process with this number. True if the system cannot tell."""
+    """Whether there is such a process. True if the system cannot tell."""
     try:
         if os.name == "posix":
             os.kill(pid, 0)
@@ -687,8 +678,7 @@ def is_running(pid: int) -> bool:
 
 @contextlib.contextmanager
 def write_errors(path, *kinds: Any) -> Iterator[None]:
-    """Turn an OSError, and errors of these other kinds from a library that writes, into an OSError
-    that names path and cause."""
+    """Turn an OSError, and these errors of libraries, into an OSError that names path and cause."""
     try:
         yield
     except (OSError, *kinds) as e:
@@ -713,8 +703,8 @@ def delete_files(folder, names: Iterable[str]) -> None:
 
 @contextlib.contextmanager
 def locked(path, message: str, patience_s: float = 0.0) -> Iterator[None]:
-    """Hold a lock on an existing file or folder, so that only one process writes there. Raises
-    ValueError(message) if another process still holds it after patience_s."""
+    """Hold a lock on an existing file or folder. Raises ValueError(message) if another process
+    still holds it after patience_s."""
     if fcntl is None:
         yield
         return
@@ -744,8 +734,7 @@ def check_name(path) -> None:
 
 
 def check_folder(path) -> None:
-    """Raise OSError or ValueError if a folder cannot be created or written to. Call it before the
-    work starts."""
+    """Raise OSError or ValueError if a folder cannot be created or written to."""
     check_name(path)
     existing = next(p for p in (Path(path), *Path(path).absolute().parents) if p.exists())
     if not existing.is_dir():
@@ -786,8 +775,7 @@ class Writer:
         return texts
 
     def finish(self) -> None:
-        """Write the remaining rows and close the file, which gets its name when the `with` block
-        ends."""
+        """Write the remaining rows and close the file."""
         if self.batch:
             self.flush()
         if self.replaced:
@@ -826,14 +814,14 @@ def check_parquet_path(path: Path) -> None:
 
 
 def recipe(command: str, inputs: list[str]) -> str:
-    """A hash of a command and its inputs, for a file's metadata: it does not reveal the paths."""
+    """A hash of a command and its inputs for a file's metadata: it does not reveal the paths."""
     paths = [command, *map(os.path.realpath, inputs)]
     return xxhash.xxh3_64_hexdigest(os.fsencode("\0".join(paths)))
 
 
 def check_outputs(inputs: list[str], outputs: list[Path], made_of: str) -> None:
-    """Raise ValueError for an output that is no Parquet file, or that is a file of an input folder,
-    unless the same command made it of the same inputs before. made_of: see recipe."""
+    """Raise ValueError for an output that is no Parquet file, or a file of an input folder, unless
+    the same command made it of the same inputs (made_of: see recipe)."""
     pa = arrow()
     folders = [os.path.realpath(path) for path in inputs if Path(path).is_dir()]
     for output in outputs:
@@ -859,7 +847,7 @@ def write_pairs(path, rows: Iterable[dict], columns: tuple[str, ...] = PAIR) -> 
 
 
 def refuse_empty(rows: int, inputs: list[str], problems: Problems) -> None:
-    """Raise ValueError if there is nothing to write; an existing output stays."""
+    """Raise ValueError if there is nothing to write."""
     if not rows:
         problems.warn()
         names = ", ".join(map(str, inputs))
@@ -887,9 +875,8 @@ class Progress:
     """One line on stderr, updated in a terminal, otherwise printed anew every 10 seconds:
     "1,200 rows, 40 %, 0m30s left".
 
-    Three uses: iterate over Progress(text, rows), which yields the rows and shows their number,
-    text, and the share read (`passes`: how many times they will be iterated over); call add if the
-    total is known; otherwise call show.
+    Call show, or add if the total is known, or iterate over it: it yields the rows (a Rows or
+    Texts). passes: how many times they will be iterated over.
     """
 
     def __init__(self, text: str = "", rows: Any = (), passes: int = 1, total: int = 0):
@@ -1519,10 +1506,12 @@ class Cleaner:
 
     def convert(self, text):
         """A raw text without a final [EOS], and in simplified characters if that was asked for."""
-        text = without_eos(text)
-        if not self.to_simplified or not isinstance(text, str):
+        if not isinstance(text, str):
             return text
-        return opencc().convert(drop_controls(text))  # OpenCC refuses lone surrogates
+        if text.rstrip().endswith("[EOS]"):  # the tokenizer adds it
+            text = text.rstrip().removesuffix("[EOS]")
+        # OpenCC refuses lone surrogates
+        return opencc().convert(drop_controls(text)) if self.to_simplified else text
 
     def split_turns(self, row: dict) -> list[tuple[Any, bool]]:
         """A pair for every answer of a conversation, or the reason why there is none; and whether
@@ -1557,12 +1546,6 @@ def without_nan(row: dict) -> dict:
     """NaN, as pandas writes missing values, becomes None."""
     return {name: None if isinstance(value, float) and math.isnan(value) else value
             for name, value in row.items()}
-
-
-def without_eos(text):
-    """Drop a final [EOS], which ChatLM-mini-Chinese asks users to write: the tokenizer adds it."""
-    ends = isinstance(text, str) and text.rstrip().endswith("[EOS]")
-    return text.rstrip().removesuffix("[EOS]") if ends else text
 
 
 @functools.cache
@@ -1722,10 +1705,8 @@ def banding(threshold: float) -> tuple[int, int]:
     return BINS // rows, rows
 
 
-def sketch(job: tuple[list[str], int, int]) -> tuple[np.ndarray, np.ndarray]:
-    """(texts, bands, rows) -> a hash of each whole text (N,) uint64, and keys of its bands
-    (bands, N) uint32."""
-    texts, bands, rows = job
+def sketch(texts: list[str], bands: int, rows: int) -> tuple[np.ndarray, np.ndarray]:
+    """A hash of each whole text (N,) uint64, and keys of its bands (bands, N) uint32."""
     digests = (xxhash.xxh3_64_intdigest(text.encode("utf-8", "surrogatepass")) for text in texts)
     exact = np.fromiter(digests, np.uint64, len(texts))
     signatures, counts = minhash(texts)
@@ -1821,9 +1802,9 @@ def find_duplicates(items: Iterable, text_of: Callable, threshold: float = 0.85,
     # freeing a block of 16 MB makes glibc keep smaller freed blocks, for the next batch
     np.empty(1 << 24, np.uint8)
     bands, rows = banding(threshold)
-    texts = chain(against, map(text_of, items))
-    jobs = ((batch, bands, rows) for batch in batches(texts, BATCH_CHARS))
-    sketches = list(ordered_map(sketch, jobs, workers, threads=True))
+    jobs = batches(chain(against, map(text_of, items)), BATCH_CHARS)
+    sketcher = functools.partial(sketch, bands=bands, rows=rows)
+    sketches = list(ordered_map(sketcher, jobs, workers, threads=True))
     if not sketches:
         return
     exact = np.concatenate([exact for exact, _ in sketches])
@@ -1952,12 +1933,8 @@ def split(inputs: list[str], out: str, valid: float, test: float) -> None:
                    for side, share in (("train", 1.0), ("valid", valid), ("test", test)) if share}
         for row in Progress("rows", rows):
             digest = xxhash.xxh3_64_intdigest(row["prompt"].encode("utf-8", "surrogatepass"))
-            place = digest / 2 ** 64
-            side = "train"
-            if place < test:
-                side = "test"
-            elif place < test + valid:
-                side = "valid"
+            ends = {"test": test, "valid": test + valid, "train": math.inf}
+            side = next(side for side, end in ends.items() if digest / 2 ** 64 < end)
             writers[side].write(row)
         for writer in writers.values():
             writer.finish()  # all of them, before the first one is renamed
@@ -2243,6 +2220,8 @@ class PairStream:
             tokenizer = copy.copy(tokenizer)
             tokenizer.append_eos = True
         self.columns, self.round_to, self.seed, self.workers = columns, round_to, seed, workers
+        labels = ["labels"] if len(columns) == 2 else [f"{name}_labels" for name in columns[1:]]
+        self.names = ["input_ids", *labels]
         self.group = group or world_size
         self.own = range(rank, self.group, world_size)  # this rank's batches in a group
         self.state = dict(state or Place()._asdict())
@@ -2349,22 +2328,18 @@ class PairStream:
         import torch  # not above: the processes that clean and tokenize do not need it
         window = self.window(place.epoch, place.window)
         rows = window.batches[place.batch]
-        padded = []
-        for i, (ids, offsets) in enumerate(window.columns):
+        arrays: dict[str, np.ndarray] = {}
+        for name, (ids, offsets) in zip(self.names, window.columns):
             lengths = offsets[rows + 1] - offsets[rows]
             width = -(-lengths.max() // self.round_to) * self.round_to
-            grid = np.full((len(rows), width), IGNORED if i else PAD, dtype=np.int64)
             inside = np.arange(width) < lengths[:, None]
-            grid[inside] = ids[joined_ranges(offsets[rows], lengths)]
-            padded.append(torch.from_numpy(grid))
-            if i == 0:
-                mask = torch.from_numpy(inside.astype(np.int64))
-        tensors = {"input_ids": padded[0], "attention_mask": mask}
-        if len(padded) == 2:
-            return tensors | {"labels": padded[1]}
-        names = [f"{column}_labels" for column in self.columns[1:]]
-        numbers = torch.from_numpy(window.numbers[rows])
-        return tensors | dict(zip(names, padded[1:])) | {"rows": numbers}
+            arrays[name] = np.full(inside.shape, IGNORED if arrays else PAD)
+            arrays[name][inside] = ids[joined_ranges(offsets[rows], lengths)]
+            arrays.setdefault("attention_mask", inside)
+        if len(self.columns) > 2:
+            arrays["rows"] = window.numbers[rows]
+        return {name: torch.from_numpy(array.astype(np.int64, copy=False))
+                for name, array in arrays.items()}
 
     def next_group(self) -> Iterator[dict]:
         """This rank's batches of the next group, perhaps none."""
@@ -2440,11 +2415,10 @@ class ParallelMap:
         raise StopIteration
 
     def is_terminated(self) -> bool:
-        """Whether background processes were ended by SIGTERM only, not for lack of memory."""
+        """After ChildProcessError: whether processes were ended by SIGTERM only, not for lack of
+        memory."""
         processes = list((getattr(self.pool, "_processes", None) or {}).values())
-        deadline_s = time.monotonic() + 5
-        while any(p.exitcode is None for p in processes) and time.monotonic() < deadline_s:
-            time.sleep(0.01)  # the pool ends the others
+        self.pool.shutdown()  # waits: the pool ends the others
         return all(p.exitcode == -signal.SIGTERM for p in processes)
 
     def close(self) -> None:
@@ -2618,12 +2592,11 @@ def prepare_output(name: str) -> None:
         setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
     elif stream is getattr(sys, f"__{name}__") and isinstance(stream, io.TextIOWrapper):
         stream.reconfigure(errors="backslashreplace")
-        is_buffered = isinstance(stream.buffer, io.BufferedWriter)
-        if isinstance(stream.buffer.raw if is_buffered else stream.buffer, io.FileIO):
+        if isinstance(getattr(stream.buffer, "raw", stream.buffer), io.FileIO):
             raw: Any = Output(stream.fileno(), "w", closefd=False)
             setattr(sys, name, io.TextIOWrapper(
-                io.BufferedWriter(raw) if is_buffered else raw, stream.encoding, stream.errors,
-                line_buffering=stream.line_buffering, write_through=stream.write_through))
+                io.BufferedWriter(raw), stream.encoding, stream.errors,
+                line_buffering=stream.line_buffering or stream.write_through))
 
 
 def run(main: Callable) -> None:
