@@ -71,11 +71,11 @@ import time
 import unicodedata
 import zlib
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
-from itertools import chain, compress, islice, pairwise
+from itertools import chain, compress, islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -171,11 +171,10 @@ class Rows:
         self.problems = Problems()
 
     def share(self) -> float:
-        """How much of the files the current pass has read, 0 to 1."""
+        """How much of the files this pass has read, 0 to 1."""
         return self.problems.share()
 
     def place(self) -> str:
-        """Where the current row is."""
         return f"{self.path}, row {self.row:,}"
 
     def __iter__(self) -> Iterator[dict]:
@@ -201,8 +200,8 @@ class Rows:
 
 
 def file_version(path: Path) -> tuple[int, int]:
-    """Size and time of the last change."""
-    return path.stat().st_size, path.stat().st_mtime_ns
+    stat = path.stat()
+    return stat.st_size, stat.st_mtime_ns
 
 
 class Texts:
@@ -223,10 +222,9 @@ class Texts:
                 values = [text for _, text in turns]
             texts = [value for value in values if isinstance(value, str) and value]
             yield from texts
-            nested = sum(isinstance(value, (list, dict)) for value in values)
-            if nested:
+            if nested := [value for value in values if isinstance(value, (list, dict))]:
                 self.rows.problems.note("value that is a list or an object, not read",
-                                        self.rows.place(), nested)
+                                        self.rows.place(), len(nested))
             if not texts:
                 self.rows.problems.note("row without text", self.rows.place())
 
@@ -296,22 +294,22 @@ def read_json_list(f) -> list[dict]:
     return rows
 
 
-def read_json_lines(f, bad: Callable[[str, int, str], None], is_only: bool) -> Iterator[dict]:
+def read_json_lines(f, bad: Callable, is_only: bool) -> Iterator[dict]:
     """One object per line; blank lines are skipped."""
     good, first_error = 0, ""
     for number, line in enumerate(f, 1):
         line = line.strip(" \t\r\n")
+        if not line:
+            continue
         try:
-            row = json.loads(line or "{}")
+            row = json.loads(line)
             if type(row) is not dict:
                 raise ValueError("not an object")
         except (ValueError, RecursionError) as e:
             bad("line is not JSON", number, str(e))
             hint = ": put each object on a line of its own, or all in one list"
-            hint = hint if line.startswith("{") else ""
-            first_error = first_error or f"line {number:,}: {e}{hint}"
-            continue
-        if line:
+            first_error = first_error or f"line {number:,}: {e}{hint if line[0] == '{' else ''}"
+        else:
             good += 1
             yield row
     if first_error and not good and is_only:
@@ -321,9 +319,9 @@ def read_json_lines(f, bad: Callable[[str, int, str], None], is_only: bool) -> I
 WIKI_TAG = re.compile("<doc( [^>]*)?>|</doc>")  # what WikiExtractor writes around an entry
 
 
-def read_lines(f, bad: Callable[[str, int, str], None] | None) -> Iterator[dict]:
-    """Lines of text; those over 4 million characters are split. With bad, it reports WikiExtractor's
-    tags, which are skipped."""
+def read_lines(f, bad: Callable | None) -> Iterator[dict]:
+    """Lines of text; those over 4 million characters are split. With bad, WikiExtractor's tags are
+    skipped and reported."""
     for number, line in enumerate(iter(lambda: f.readline(1 << 22), ""), 1):
         if bad and "<" in line and WIKI_TAG.fullmatch(line.strip()):
             bad("tag line of WikiExtractor, skipped", number, "")
@@ -334,7 +332,7 @@ def read_lines(f, bad: Callable[[str, int, str], None] | None) -> Iterator[dict]
 csv.field_size_limit(1 << 30)
 
 
-def read_csv(f, bad: Callable[[str, int, str], None]) -> Iterator[dict]:
+def read_csv(f, bad: Callable) -> Iterator[dict]:
     """The records of a CSV file with a header. pyarrow.csv would stop at the first bad record.
 
     bad(reason, line, detail) reports a record with more fields than the header, which is skipped,
@@ -348,40 +346,42 @@ def read_csv(f, bad: Callable[[str, int, str], None]) -> Iterator[dict]:
             record.append(line)
             yield line
 
-    header, begin, reader = None, 1, csv.reader(lines(), strict=True)
+    begin, header, reader = 1, list[str](), csv.reader(lines(), strict=True)
+    try:
+        while not any(header):  # blank lines may come first
+            begin += len(record)
+            record.clear()
+            header = [name.strip() for name in next(reader)]
+    except StopIteration:
+        raise ValueError("it is empty, without a header") from None
+    except csv.Error as e:
+        raise ValueError(f"line {begin:,}: {e}") from None
+    if header[0].startswith("sep=") or len(header) == 1 and re.search(r"[;\t|]", header[0]):
+        raise ValueError(f"its first line is {header[0][:60]!r}: a CSV file begins with the names "
+                         "of its columns, separated by commas")
+    twice = [name for name, n in Counter(header).items() if name and n > 1]
+    if twice:
+        raise ValueError(f"the header has the column {twice[0]!r} twice")
     while True:
+        begin += len(record)
         record.clear()
         try:
             fields = next(reader)
         except StopIteration:
-            if header is None:
-                raise ValueError("it is empty, without a header") from None
             return
         except csv.Error as e:
-            if header is None:
-                raise ValueError(f"line {begin:,}: {e}") from None
             bad("bad quote in a CSV file, line skipped", begin, str(e))
             unread.extendleft(reversed(record[1:]))
-            begin, reader = begin + 1, csv.reader(lines(), strict=True)
+            del record[1:]
+            reader = csv.reader(lines(), strict=True)
             continue
-        if header is None:
-            fields = [name.strip() for name in fields]
-            header = fields if any(fields) else None  # blank lines may come first
-            if header and (header[0].startswith("sep=")
-                           or len(header) == 1 and re.search(r"[;\t|]", header[0])):
-                raise ValueError(f"its first line is {header[0][:60]!r}: a CSV file begins with "
-                                 "the names of its columns, separated by commas")
-            twice = [name for name, n in Counter(fields).items() if name and n > 1]
-            if twice:
-                raise ValueError(f"the header has the column {twice[0]!r} twice")
-        elif len(fields) > len(header):
+        if len(fields) > len(header):
             bad("record with more fields than the header, skipped", begin,
                 f"{len(fields)} fields, and the header has {len(header)}")
         elif fields:
             row: dict = dict(zip(header, fields)) | dict.fromkeys(header[len(fields):])
             row.pop("", None)  # a column without a name: an index, or commas at the end of lines
             yield row
-        begin += len(record)
 
 
 def read_json(path: Path) -> dict:
@@ -501,7 +501,7 @@ def refuse_other_kinds(path: Path, head: bytes) -> None:
             raise ValueError(f"it is {kind}")
     if file_kind(path) != ".txt" and re.match(rb"\s*<(!doctype|html)", head, re.IGNORECASE):
         raise ValueError("it is an HTML page, not data")
-    is_marked = any(head.startswith(mark) for mark in BYTE_ORDER_MARKS)
+    is_marked = head.startswith(tuple(BYTE_ORDER_MARKS))
     if not is_marked and head.count(0) > len(head) // 50:
         raise ValueError("it is not text in UTF-8: save it as UTF-8")
 
@@ -591,17 +591,16 @@ def folder_files(folder: Path, written: set[str]) -> list[Path]:
         # also __MACOSX, and Spark's _temporary and _delta_log
         hidden = {name for name in folders if name.startswith((".", "_"))}
         hidden |= {name for name in names if name.startswith(".")}
+        outputs = {name for name in folders if os.path.realpath(Path(place, name)) in written}
         for name in sorted(hidden):
             skipped.note("hidden", name)
-        folders[:] = sorted(set(folders) - hidden)
-        for name in list(folders):
-            if os.path.realpath(os.path.join(place, name)) in written:
-                folders.remove(name)
-                skipped.note("that this command writes", name)
-        for name in sorted(names):
+        for name in sorted(outputs - hidden):
+            skipped.note("that this command writes", name)
+        folders[:] = sorted(set(folders) - hidden - outputs)
+        for name in sorted(set(names) - hidden):
             file = Path(place, name)
             real = os.path.realpath(file)
-            if name in hidden or name.endswith(".tmp") and real.startswith(tuple(written)):
+            if name.endswith(".tmp") and real.startswith(tuple(written)):
                 continue
             if name in METADATA_FILES:
                 skipped.note("of a model or data set description", name)
@@ -628,13 +627,12 @@ def folder_files(folder: Path, written: set[str]) -> list[Path]:
 
 
 def hash_file(path) -> str:
-    """A hash of a file's bytes."""
     with open(path, "rb") as f:
         return hashlib.file_digest(f, xxhash.xxh3_64).hexdigest()
 
 
 def hash_files(paths: Iterable[str | Path]) -> str:
-    """A hash of the contents of files, in their order."""
+    """A hash of the bytes of files, in their order."""
     return xxhash.xxh3_64_hexdigest("".join(map(hash_file, paths)).encode())
 
 
@@ -690,13 +688,12 @@ def write_errors(path, *kinds: Any) -> Iterator[None]:
 
 
 def write_file(path, text: str) -> None:
-    """Write a text file atomically."""
     with atomic_write(path) as temporary, write_errors(path):
         temporary.write_text(text, "utf-8")
 
 
 def delete_files(folder, names: Iterable[str]) -> None:
-    """Delete files of a folder, if they are there."""
+    """Files that are not there are passed over."""
     for name in names:
         Path(folder, name).unlink(missing_ok=True)
 
@@ -823,11 +820,10 @@ def check_outputs(inputs: list[str], outputs: list[Path], made_of: str) -> None:
     """Raise ValueError for an output that is no Parquet file, or a file of an input folder, unless
     the same command made it of the same inputs (made_of: see recipe)."""
     pa = arrow()
-    folders = [os.path.realpath(path) for path in inputs if Path(path).is_dir()]
+    folders = {Path(os.path.realpath(path)) for path in inputs if Path(path).is_dir()}
     for output in outputs:
         check_parquet_path(output)
-        inside = any(Path(os.path.realpath(output)).is_relative_to(folder) for folder in folders)
-        if not output.exists() or not inside:
+        if not output.exists() or folders.isdisjoint(Path(os.path.realpath(output)).parents):
             continue
         try:
             metadata = pa.parquet.read_schema(output).metadata or {}
@@ -1049,11 +1045,8 @@ def is_sum(prompt: str) -> bool:
 
 
 def make_demo(seed: int = 0) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
-    """(prompt, response) pairs for training and held-out ones.
-
-    For every fact, one wording is held out. Training has that wording with other facts.
-    One in 20 sums is held out in every wording.
-    """
+    """(prompt, response) pairs for training, and held-out ones: one wording of every fact, which
+    training has with other facts, and one in 20 sums, in every wording."""
     rng = random.Random(seed)
     train, valid = [], []
     for i, (wordings, answer) in enumerate(demo_facts()):
@@ -1157,7 +1150,7 @@ def clean_pair(prompt, response, min_chars: int, max_chars: int,
     """The cleaned pair, or the reason why it is dropped. verbatim: do not change the response."""
     if not isinstance(prompt, str) or not isinstance(response, str):
         return "a field is missing or not text"
-    if len(prompt) > 100 * max_chars or len(response) > 100 * max_chars:
+    if max(len(prompt), len(response)) > 100 * max_chars:
         return f"over {max_chars} characters"
     prompt, response = clean_text(prompt), drop_controls(response)
     if not verbatim:
@@ -1170,7 +1163,7 @@ def clean_pair(prompt, response, min_chars: int, max_chars: int,
         return "response repeats the prompt"
     if len(response) < min_chars:
         return f"response under {min_chars} characters"
-    if len(prompt) > max_chars or len(response) > max_chars:
+    if max(len(prompt), len(response)) > max_chars:
         return f"over {max_chars} characters"
     if chinese_share(prompt + response) < 0.3:
         return "mostly not Chinese"
@@ -1223,11 +1216,10 @@ def read_turns(row: dict) -> list[tuple] | str:
     unknown = [role for role, _ in turns if role not in ROLES]
     if unknown:
         return f"conversation with the unknown role {unknown[0][:20]!r}"
-    asked, replied = turns[::2], turns[1::2]
-    if not replied or any(ROLES[role] != "user" for role, _ in asked) or any(
-            ROLES[role] != "assistant" for role, _ in replied):
+    roles, texts = [ROLES[role] for role, _ in turns], [text for _, text in turns]
+    if len(turns) < 2 or {*roles[::2]} != {"user"} or {*roles[1::2]} != {"assistant"}:
         return "conversation in which human and assistant do not take turns"
-    return [(question, answer) for (_, question), (_, answer) in zip(asked, replied)]
+    return list(zip(texts[::2], texts[1::2]))
 
 
 def from_belle(row: dict):
@@ -1253,8 +1245,8 @@ def is_foreign(prompt) -> bool:
 
 
 def unescaped(text):
-    """Replace the two characters \\n, which some published files have for line breaks, in a text
-    without real ones. Before a letter they stay: \\neq and \\nu are LaTeX."""
+    """Replace the two characters \\n, which some files have for line breaks, in a text without real
+    ones. Before a letter they stay: \\neq and \\nu are LaTeX."""
     if not isinstance(text, str) or "\n" in text:
         return text
     return re.sub(r"\\n(?![A-Za-z])", "\n", text)
@@ -1337,14 +1329,7 @@ SOURCES = {
 }
 
 
-def parser_of(source: str, kind: str) -> Callable | None:
-    """The function that reads a source's text files of this kind, if they need one of their own."""
-    if source == "wiki" and kind == ".txt":
-        return read_wiki
-    return read_medical if source == "chinese_medical" and kind == ".csv" else None
-
-
-def read_wiki(f, bad: Callable[[str, int, str], None]) -> Iterator[dict]:
+def read_wiki(f, bad: Callable) -> Iterator[dict]:
     """Title and text of every entry, in the form of either WikiExtractor: <doc ... title="..."> to
     </doc>, a line of JSON, or "title:", the text and a blank line."""
     head = f.peek(1 << 16)
@@ -1397,7 +1382,7 @@ def tagged_entries(lines: Iterable[str], bad: Callable) -> Iterator[dict]:
 MEDICAL = ["department", "title", "ask", "answer"]
 
 
-def read_medical(f, bad: Callable[[str, int, str], None]) -> Iterator[dict]:
+def read_medical(f, bad: Callable) -> Iterator[dict]:
     """The records of department,title,ask,answer. Many of them are broken over several lines, or
     have commas and quotes in a field without quotes, so csv would read other rows: a line that does
     not begin like a record belongs to the one before, and the last field takes extra commas."""
@@ -1433,10 +1418,11 @@ def read_medical(f, bad: Callable[[str, int, str], None]) -> Iterator[dict]:
             departments.add(head[0])
 
 
+# for sources whose text files have a form of their own
+PARSERS = {("wiki", ".txt"): read_wiki, ("chinese_medical", ".csv"): read_medical}
+
+
 # --- clean: the command ---------------------------------------------------------------------------
-
-
-SHORTENED = "prompt without its earliest turns, which do not fit in --max_chars"
 
 
 @dataclass
@@ -1486,7 +1472,8 @@ class Cleaner:
                     continue
                 kept.append(dict(zip(PAIR if len(cleaned) == 2 else PREFERENCE, cleaned)))
                 if is_shortened:
-                    left_out.append((SHORTENED, where))
+                    left_out.append(("prompt without its earliest turns, which do not fit in "
+                                     "--max_chars", where))
         return kept, dropped, left_out
 
     def clean_texts(self, prompt, *responses) -> tuple[str, ...] | str:
@@ -1550,8 +1537,7 @@ def without_nan(row: dict) -> dict:
 
 @functools.cache
 def opencc():
-    """OpenCC's converter from traditional to simplified characters. Raises ValueError if OpenCC is
-    not installed."""
+    """OpenCC's converter from traditional to simplified characters."""
     try:
         return importlib.import_module("opencc").OpenCC("t2s")
     except ImportError:
@@ -1561,8 +1547,7 @@ def opencc():
 def clean(inputs: list[str], source: str, out: str, fields: tuple[str, ...], min_chars: int,
           max_chars: int, workers: int, to_simplified: bool = False, turns: int = 1) -> None:
     """Clean the pairs of a source into the Parquet file `out`, and print how many rows each reason
-    dropped. Lengths are in characters. Raises ValueError if no row is kept, or a file does not fit
-    the source."""
+    dropped. Raises ValueError if no row is kept, or a file does not fit the source."""
     made_of = recipe(f"clean {source}", inputs)
     check_outputs(inputs, [Path(out)], made_of)
     cleaner = Cleaner(source, fields, min_chars, max_chars, to_simplified, turns)
@@ -1577,7 +1562,7 @@ def clean(inputs: list[str], source: str, out: str, fields: tuple[str, ...], min
         for path in files:
             first = 1
             raw = read_file(path, problems, is_only=len(files) == 1,
-                            parse=parser_of(source, file_kind(path)))
+                            parse=PARSERS.get((source, file_kind(path))))
             for rows in batches(raw, CLEAN_CHARS, row_chars):
                 if first == 1:
                     cleaner.check(path, rows)
@@ -1791,93 +1776,73 @@ def jaccard(left: list[np.ndarray], right: list[np.ndarray]) -> np.ndarray:
 
 
 def find_duplicates(items: Iterable, text_of: Callable, threshold: float = 0.85,
-                    against: Iterable[str] = (), workers: int = 1) -> Iterator[tuple[Any, str]]:
-    """Yield every item with "" if it stays, else the reason: the first of near-duplicates stays.
-
-    An item is dropped if its text equals an earlier one, or has at least the Jaccard similarity
-    `threshold` to an earlier one that stays. MinHash finds candidates, and their exact similarity
-    decides. The texts of `against` come before all items. items and against are iterated over
-    twice: for the sketches (8 bytes per text and 4 per band), then to compare.
-    """
+                    against: Sequence[str] = (), workers: int = 1) -> Iterator[tuple[Any, str]]:
+    """Yield every item with "" if it stays, else the reason: its text equals an earlier one, or has
+    at least the Jaccard similarity `threshold` to an earlier one that stays. MinHash finds
+    candidates, and their exact similarity decides. The texts of `against` come before all items.
+    Both are iterated over twice: for the sketches (8 bytes per text and 4 per band), then to
+    compare."""
     # freeing a block of 16 MB makes glibc keep smaller freed blocks, for the next batch
     np.empty(1 << 24, np.uint8)
     bands, rows = banding(threshold)
-    jobs = batches(chain(against, map(text_of, items)), BATCH_CHARS)
+    texts = batches(chain(against, map(text_of, items)), BATCH_CHARS)
     sketcher = functools.partial(sketch, bands=bands, rows=rows)
-    sketches = list(ordered_map(sketcher, jobs, workers, threads=True))
+    sketches = list(ordered_map(sketcher, texts, workers, threads=True))
     if not sketches:
         return
     exact = np.concatenate([exact for exact, _ in sketches])
     keys = (np.concatenate([keys[band] for _, keys in sketches]) for band in range(bands))
-    comparison = Comparison(*find_candidates(exact, keys), threshold)
+    candidates = find_candidates(exact, keys)
     del sketches, keys
-    for batch in batches(against, BATCH_CHARS):
-        comparison.reasons(batch)  # only adds the batch; its reasons are not needed
-    pairs = ((text_of(item), item) for item in items)
-    for batch in batches(pairs, BATCH_CHARS, lambda pair: len(pair[0])):
-        reasons = comparison.reasons([text for text, _ in batch])
-        yield from ((item, reason) for (_, item), reason in zip(batch, reasons))
+    pairs = chain(((text, None) for text in against), ((text_of(item), item) for item in items))
+    jobs = batches(pairs, BATCH_CHARS, lambda pair: len(pair[0]))
+    yield from islice(compare(jobs, *candidates, threshold), len(against), None)
 
 
-class Comparison:
-    """Compares texts, batch after batch, with the earlier ones that may be near. Only the shingles
-    of texts that a later one may still be compared with stay in memory."""
-
-    def __init__(self, first: np.ndarray, later: np.ndarray, earlier: np.ndarray,
-                 threshold: float):
-        """The result of find_candidates, of N texts."""
-        self.first, self.later, self.earlier, self.threshold = first, later, earlier, threshold
-        self.keep = first.copy()  # (N,), final for the texts of earlier batches
-        self.needed = np.zeros(len(first), dtype=bool)
-        self.needed[later] = self.needed[earlier] = True
-        self.last_use = np.zeros(len(first), dtype=np.uint32)
-        self.last_use[earlier] = later  # later is sorted, so the last one remains
-        self.sets: dict[int, np.ndarray] = {}  # number of a text -> its shingles
-        self.end = 0  # texts so far
-
-    def reasons(self, batch: list[str]) -> list[str]:
-        """Why each of the next texts is dropped; "" if it stays."""
-        begin, self.end = self.end, self.end + len(batch)
-        held = begin + np.flatnonzero(self.needed[begin:self.end])
+def compare(jobs: Iterable[list[tuple[str, Any]]], first: np.ndarray, later: np.ndarray,
+            earlier: np.ndarray, threshold: float) -> Iterator[tuple[Any, str]]:
+    """Batches of (text, item) -> every item with the reason why it is dropped, "" if it stays.
+    first, later, earlier: see find_candidates. Only the shingles of texts that a later one may
+    still be compared with stay in memory."""
+    keep = first.copy()  # (N,), final for the texts of earlier batches
+    last_use = np.zeros(len(first), dtype=np.uint32)  # 0: it is never compared
+    last_use[later] = later
+    last_use[earlier] = later  # later is sorted, so the last one remains
+    sets: dict[int, np.ndarray] = {}  # number of a text -> its shingles
+    begin = 0
+    for batch in jobs:
+        end = begin + len(batch)
+        held = begin + np.flatnonzero(last_use[begin:end])
         if len(held):
-            self.sets.update(zip(held.tolist(), shingle_sets([batch[i - begin] for i in held])))
-        self.drop_near(begin)
-        for i in [i for i in self.sets if self.last_use[i] < self.end or not self.keep[i]]:
-            del self.sets[i]
-        batch_rows = slice(begin, self.end)
-        stays, is_first = self.keep[batch_rows], self.first[batch_rows]
-        return np.select([stays, is_first], ["", NEAR], EQUAL).tolist()
-
-    def drop_near(self, begin: int) -> None:
-        """Set keep to False for each text of the batch that is near to an earlier text that stays.
-        begin: number of the batch's first text."""
-        batch_pairs = slice(*np.searchsorted(self.later, [begin, self.end]))
-        later, earlier = self.later[batch_pairs], self.earlier[batch_pairs]
+            sets.update(zip(held.tolist(), shingle_sets([batch[i - begin][0] for i in held])))
+        pairs = np.arange(*np.searchsorted(later, [begin, end]))
         # cheap pass: one candidate per text, from before this batch, settles most duplicates
-        settled = np.flatnonzero((earlier < begin) & (place_in_run(later) == 0))
-        for part in (settled, np.arange(len(later))):
-            left, right = earlier[part], later[part]
-            alive = self.keep[left] & self.keep[right]
-            left, right = left[alive].tolist(), right[alive].tolist()
-            similar = jaccard([self.sets[i] for i in left], [self.sets[j] for j in right])
-            near = (similar >= self.threshold).tolist()
+        settled = pairs[(earlier[pairs] < begin) & (place_in_run(later[pairs]) == 0)]
+        for part in (settled, pairs):
+            alive = part[keep[earlier[part]] & keep[later[part]]]
+            left, right = earlier[alive].tolist(), later[alive].tolist()
+            similar = jaccard([sets[i] for i in left], [sets[j] for j in right])
+            near = (similar >= threshold).tolist()
             for i, j in compress(zip(left, right), near):  # by j, so keep[i] is final
-                self.keep[j] &= ~self.keep[i]
+                keep[j] &= ~keep[i]
+        for i in [i for i in sets if last_use[i] < end or not keep[i]]:
+            del sets[i]
+        reasons = np.select([keep[begin:end], first[begin:end]], ["", NEAR], EQUAL).tolist()
+        yield from ((item, reason) for (_, item), reason in zip(batch, reasons))
+        begin = end
 
 
 def dedup_indices(texts: Iterable[str], threshold: float = 0.85, against: Iterable[str] = (),
                   workers: int | None = None) -> np.ndarray:
-    """Sorted indices (int64) of the texts to drop: each is a near-duplicate of an earlier one that
-    stays, or of a text of `against`. Near: the sets of character 5-grams have a Jaccard similarity
-    of threshold (above 0, up to 1) or more. workers: threads (default: one per core)."""
+    """Sorted indices (int64) of the texts to drop: near-duplicates of an earlier one that stays, or
+    of a text of `against`. threshold: see dedup. workers: threads (default: one per core)."""
     texts = texts if isinstance(texts, list) else list(texts)
     found = find_duplicates(texts, str, threshold, list(against), workers or os.cpu_count() or 1)
     return np.flatnonzero(np.fromiter((reason != "" for _, reason in found), bool, len(texts)))
 
 
-def pair_rows(paths: list[str], outputs: Iterable[Path], made_of: str) -> Rows:
+def pair_rows(paths: list[str], outputs: list[Path], made_of: str) -> Rows:
     """The rows of pairs or preferences, whichever the files have."""
-    outputs = list(outputs)
     check_outputs(paths, outputs, made_of)
     rows = Rows(paths, skip=True, outputs=outputs)
     columns = list(next(iter(rows), {}))
@@ -1893,8 +1858,8 @@ def row_text(row: dict, columns: tuple[str, ...]) -> str:
 
 
 def dedup(inputs: list[str], out: str, threshold: float, against: str | None, workers: int) -> None:
-    """Write the rows of inputs without near-duplicates to the Parquet file `out`. threshold: the
-    Jaccard similarity, above 0, up to 1. against: a file whose near-duplicates are dropped too."""
+    """Write the rows of inputs without near-duplicates to the file `out`. threshold: Jaccard
+    similarity of 5-grams, above 0, up to 1. against: its near-duplicates are dropped too."""
     made_of, others, counts = recipe("dedup", inputs), [], Problems()
     rows = pair_rows(inputs, [Path(out)], made_of)
     if against:
@@ -1921,19 +1886,19 @@ def dedup(inputs: list[str], out: str, threshold: float, against: str | None, wo
 
 def split(inputs: list[str], out: str, valid: float, test: float) -> None:
     """Split by a hash of the prompt: equal prompts are on the same side, and a row stays on its
-    side when data is added. valid, test: shares from 0 to 1. Raises ValueError if nothing is left
-    to train on."""
+    side when data is added. valid, test: shares, 0 to 1."""
     if valid + test >= 1:
         raise ValueError(f"--valid {valid} and --test {test} leave nothing to train on")
-    paths = {side: Path(out) / f"{side}.parquet" for side in ("train", "valid", "test")}
+    shares = {"train": 1.0, "valid": valid, "test": test}
+    ends = {"test": test, "valid": test + valid, "train": math.inf}
+    paths = {side: Path(out) / f"{side}.parquet" for side in shares}
     made_of, counts = recipe("split", inputs), Problems()
-    rows = pair_rows(inputs, paths.values(), made_of)
+    rows = pair_rows(inputs, list(paths.values()), made_of)
     with contextlib.ExitStack() as stack:
         writers = {side: stack.enter_context(open_writer(paths[side], rows.columns, made_of))
-                   for side, share in (("train", 1.0), ("valid", valid), ("test", test)) if share}
+                   for side, share in shares.items() if share}
         for row in Progress("rows", rows):
             digest = xxhash.xxh3_64_intdigest(row["prompt"].encode("utf-8", "surrogatepass"))
-            ends = {"test": test, "valid": test + valid, "train": math.inf}
             side = next(side for side, end in ends.items() if digest / 2 ** 64 < end)
             writers[side].write(row)
         for writer in writers.values():
@@ -1974,11 +1939,12 @@ def stats(inputs: list[str], tokenizer=None) -> None:
         if tokenizer:
             line += f"; {tokens[column]:,} tokens, {tokens[column] / count:.1f} per row"
         print(line)
-        edges = [0, 1, 8, 16, 32, 64, 128, 256, 512, 1024, max(counter) + 1]
-        bars = [sum(c for n, c in counter.items() if a <= n < b) for a, b in pairwise(edges)]
-        for a, bar in zip(edges, bars):
-            if bar:
-                print(f"{a:>7}+ {bar:>11,} {'█' * max(1, round(50 * bar / max(bars)))}")
+        edges = [1024, 512, 256, 128, 64, 32, 16, 8, 1, 0]
+        bars: Counter[int] = Counter()
+        for n, c in counter.items():
+            bars[next(edge for edge in edges if edge <= n)] += c
+        for edge, bar in sorted(bars.items()):
+            print(f"{edge:>7}+ {bar:>11,} {'█' * max(1, round(50 * bar / max(bars.values())))}")
     rows.problems.warn()
 
 
@@ -2188,9 +2154,8 @@ class PairStream:
     rejected_labels in place of labels, both within the limit, and rows (B,), their numbers in all
     files. S and T are multiples of round_to, for compiled kernels.
 
-    The sequence is a function of (files, seed, epoch): see the top of this file. A training step
-    takes a group of G batches; rank r of W takes numbers r, r + W, ... of it. Every rank tokenizes
-    every window, so ranks never wait for each other here.
+    A training step takes a group of G batches; rank r of W takes numbers r, r + W, ... of it. Every
+    rank tokenizes every window, so ranks never wait for each other here.
 
         batches  b b b b | b b b b | ...        G = 4, W = 2
         rank     0 1 0 1 | 0 1 0 1 | ...
@@ -2301,8 +2266,7 @@ class PairStream:
 
     def forget_before(self, epoch: int, window: int) -> None:
         """Drop the windows before this one from memory."""
-        for place in [place for place in self.loaded if place < (epoch, window)]:
-            del self.loaded[place]
+        self.loaded = {k: v for k, v in self.loaded.items() if k >= (epoch, window)}
 
     def locate(self, epoch: int, window: int, batch: int) -> Place:
         """The same place with `batch` inside its window."""
@@ -2379,12 +2343,9 @@ class PairStream:
 
 
 class ParallelMap:
-    """Iterates over function(job) in the order of jobs, computed by background processes or
-    threads.
-
-    Work starts at once, and is at most `workers` jobs ahead of what is used. An error of a job is
-    raised in its place. Raises ChildProcessError if a process was killed.
-    """
+    """Iterate once over function(job), in the order of jobs, computed by background processes or
+    threads. Work starts at once, and is at most `workers` jobs ahead of what is used. An error of a
+    job is raised in its place. Raises ChildProcessError if a process was killed."""
 
     def __init__(self, function: Callable, jobs: Iterable, workers: int, threads: bool = False):
         self.function, self.jobs = function, iter(jobs)
@@ -2397,22 +2358,18 @@ class ParallelMap:
 
     def submit(self, jobs: int) -> None:
         for job in islice(self.jobs, jobs):
-            with main_module_hidden(self.function), without_interrupts():
+            with starting_workers(self.function):
                 self.running.append(self.pool.submit(self.function, job))
 
-    def __iter__(self) -> "ParallelMap":
-        return self
-
-    def __next__(self):
+    def __iter__(self) -> Iterator:
         try:
-            self.submit(1)
-            if self.running:
-                return self.running.popleft().result()
+            while self.running:
+                self.submit(1)
+                yield self.running.popleft().result()
         except BrokenProcessPool:
             raise ChildProcessError("a background process was killed (is there enough memory? a "
                                     "smaller --workers needs less)") from None
         self.close()
-        raise StopIteration
 
     def is_terminated(self) -> bool:
         """After ChildProcessError: whether processes were ended by SIGTERM only, not for lack of
@@ -2426,7 +2383,7 @@ class ParallelMap:
 
 
 def ordered_map(function: Callable, jobs: Iterable, workers: int,
-                threads: bool = False) -> Iterator:
+                threads: bool = False) -> Iterable:
     """function(job) for every job, in order; with more than one worker, see ParallelMap."""
     return ParallelMap(function, jobs, workers, threads) if workers > 1 else map(function, jobs)
 
@@ -2446,38 +2403,28 @@ def start_worker() -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-@contextlib.contextmanager
-def without_interrupts() -> Iterator[None]:
-    """Processes that are started here never see Ctrl-C, not even while they import modules. This
-    one sees it at the end."""
-    if not hasattr(signal, "pthread_sigmask"):  # Windows: see start_worker
-        yield
-        return
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
 main_module_lock = threading.Lock()
 
 
 @contextlib.contextmanager
-def main_module_hidden(function: Callable) -> Iterator[None]:
-    """Processes that are started here do not import the main program, such as train.py, and with it
+def starting_workers(function: Callable) -> Iterator[None]:
+    """Processes that are started here never see Ctrl-C, not even while they import modules; this
+    one sees it at the end. They do not import the main program, such as train.py, and with it
     torch, which takes two seconds; unless it is where `function` is from."""
     main = vars(sys.modules["__main__"])
-    if getattr(function, "__module__", "__main__") == "__main__":
-        yield
-        return
+    is_main = getattr(function, "__module__", "__main__") == "__main__"
+    names = () if is_main else ("__file__", "__spec__")
+    can_block = hasattr(signal, "pthread_sigmask")  # not on Windows: see start_worker
     with main_module_lock:
-        hidden: dict[str, Any] = {k: main[k] for k in ("__file__", "__spec__") if k in main}
+        hidden: dict[str, Any] = {name: main[name] for name in names if name in main}
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT}) if can_block else ()
         try:
             main.update(dict.fromkeys(hidden))
             yield
         finally:
             main.update(hidden)
+            if can_block:
+                signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def row_chars(row: dict) -> int:
@@ -2570,8 +2517,8 @@ def memory_hint(flag: str) -> Iterator[None]:
 
 
 class Output(io.FileIO):
-    """Standard output or error. If its reader has gone, for example `head` or a terminal, what is
-    printed is dropped, and the command still finishes its work."""
+    """Standard output or error. If its reader has gone, for example `head` or a terminal, text is
+    dropped, and the command finishes its work."""
 
     def write(self, content) -> int | None:  # type: ignore[override]
         try:
@@ -2585,8 +2532,8 @@ class Output(io.FileIO):
 
 
 def prepare_output(name: str) -> None:
-    """Make sure that printing never ends a command. name: stdout or stderr. A character that the
-    encoding lacks is escaped. Without a reader, or if the stream is closed, the text is dropped."""
+    """Make sure that printing to stdout or stderr never ends a command: characters that the
+    encoding lacks are escaped, and text for a closed stream is dropped."""
     stream = getattr(sys, name)
     if stream is None:
         setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
