@@ -220,12 +220,15 @@ class Texts:
                 values = [row[column] for column in PAIR]
             elif turns := turns_of(row):
                 values = [text for _, text in turns]
-            texts = [value for value in values if isinstance(value, str) and value]
-            yield from texts
-            if nested := [value for value in values if isinstance(value, (list, dict))]:
-                self.rows.problems.note("value that is a list or an object, not read",
-                                        self.rows.place(), len(nested))
-            if not texts:
+            found = False
+            for value in values:
+                if isinstance(value, str) and value:
+                    found = True
+                    yield value
+                elif isinstance(value, (list, dict)):
+                    self.rows.problems.note("value that is a list or an object, not read",
+                                            self.rows.place())
+            if not found:
                 self.rows.problems.note("row without text", self.rows.place())
 
 
@@ -767,8 +770,10 @@ class Writer:
         self.batch = []
 
     def without_surrogates(self, row: dict) -> dict:
-        texts = {c: re.sub("[\ud800-\udfff]", "\ufffd", row[c]) for c in self.schema.names}
-        self.replaced += sum(texts[c].count("\ufffd") - row[c].count("\ufffd") for c in texts)
+        texts = {}
+        for column in self.schema.names:
+            texts[column], n = re.subn("[\ud800-\udfff]", "\ufffd", row[column])
+            self.replaced += n
         return texts
 
     def finish(self) -> None:
@@ -1425,6 +1430,9 @@ PARSERS = {("wiki", ".txt"): read_wiki, ("chinese_medical", ".csv"): read_medica
 # --- clean: the command ---------------------------------------------------------------------------
 
 
+SHORTENED = "prompt without its earliest turns, which do not fit in --max_chars"
+
+
 @dataclass
 class Cleaner:
     """The settings of a clean command. It is sent to background processes."""
@@ -1472,8 +1480,7 @@ class Cleaner:
                     continue
                 kept.append(dict(zip(PAIR if len(cleaned) == 2 else PREFERENCE, cleaned)))
                 if is_shortened:
-                    left_out.append(("prompt without its earliest turns, which do not fit in "
-                                     "--max_chars", where))
+                    left_out.append((SHORTENED, where))
         return kept, dropped, left_out
 
     def clean_texts(self, prompt, *responses) -> tuple[str, ...] | str:
