@@ -2060,7 +2060,8 @@ def read_window(job: tuple[list[Slice], list[int]], columns: tuple[str, ...], to
             unusable = f"{piece.path}, row group {piece.group}, row {row:,}"
         tables.append(table.filter(pa.array(usable)))
         numbers.append(piece.before + np.flatnonzero(usable))
-    ids = [tokenize_column(column, tokenizer, max_len) for column in pa.concat_tables(tables)]
+    texts = pa.concat_tables(tables).columns
+    ids = [tokenize_column(column, tokenizer, max_len) for column in texts]
     lengths = np.stack([np.diff(offsets) for _, offsets in ids], axis=1)
     rounded = -(-lengths // round_to) * round_to
     plan = plan_batches(rounded, micro_batch_tokens, np.random.default_rng(seed))
