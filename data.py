@@ -2377,7 +2377,7 @@ class ParallelMap:
         except BrokenProcessPool:
             raise ChildProcessError("a background process was killed (is there enough memory? a "
                                     "smaller --workers needs less)") from None
-        self.close()
+        self.pool.shutdown()  # waits: Python 3.11 may fail if it exits while a pool is ending
 
     def is_terminated(self) -> bool:
         """After ChildProcessError: whether processes were ended by SIGTERM only, not for lack of
