@@ -40,6 +40,7 @@ Try next: print the longest tokens of a vocabulary and guess what the corpus was
 import argparse
 import heapq
 import json
+import math
 import os
 import re
 import sys
@@ -488,6 +489,7 @@ class MergeLearner:
             if counts[best] < min_frequency:
                 break
             replace `best` by a new token in all pieces, from the left
+
     All pieces are in one array, with -1 around each. A token has its id in the cell of its first
     character and ~id in that of its last one. So both neighbors are found at once: the next token
     begins after its length, and the cell before it holds ~id of the previous one. A merge changes
@@ -495,12 +497,13 @@ class MergeLearner:
 
         -1 天 气 预 报 -1    merge (天, 气):   -1 [天气] ~[天气] 预 报 -1
 
-    Counting all pairs for every merge would be slow. So a heap of (-count, left, right) holds the
-    most frequent pairs, and `places` where each occurs. Merges remove occurrences, so a count in
-    the heap can be too high, but never too low:
+    Counting all pairs for every merge would be slow. So a heap holds the most frequent pairs, and
+    `places` where each occurs. An entry is (-count, pair), and a pair is one integer, left id
+    before right id. Merges remove occurrences, so a count in the heap can be too high, never too
+    low:
 
     1. count_pairs counts the whole corpus and fills the heap with all pairs up to a `bound`, which
-       is such a triple too. It is called again, with a farther bound, when the heap is empty.
+       is such an entry too. It is called again, with a farther bound, when the heap is empty.
     2. pop_best takes the first pair and counts it again. If its count is still right, it is the
        best pair. Otherwise it goes back with its true count.
     3. merge replaces the pair, and pushes the new pairs that are within the bound.
@@ -514,39 +517,40 @@ class MergeLearner:
                  min_frequency: int):
         """corpus, weight: see Pieces.lay_out. vocab grows in place. Raises ValueError for a corpus
         that is too long."""
-        self.corpus, self.weight, self.vocab = corpus, weight, vocab
-        self.vocab_size, self.min_frequency = vocab_size, min_frequency
-        # an occurrence of a pair is one uint64, left | right | place: sorting groups them by pair
-        self.id_bits = (vocab_size - 1).bit_length()
-        self.place_bits = np.uint64(64 - 2 * self.id_bits)
-        self.place_mask = np.uint64((1 << int(self.place_bits)) - 1)
         if len(corpus) > max_cells(vocab_size):
             raise ValueError(f"{len(corpus):,} characters of distinct pieces are too many for "
                              f"{vocab_size:,} tokens: give memory_bytes, to learn from a sample, "
                              "or a smaller vocab_size")
+        self.corpus, self.weight, self.vocab = corpus, weight, vocab
+        self.vocab_size, self.min_frequency = vocab_size, min_frequency
         self.length = np.ones(vocab_size, dtype=np.int32)  # of each token, in characters
         self.ids = {token: i for i, token in enumerate(vocab)}
-        self.heap: list[tuple[int, int, int]] = []
-        self.target_heap_size = 0
-        self.places: dict[tuple[int, int], np.ndarray] = {}
-        # the largest id: a bound that ends with it includes every pair of its count
-        self.last_id = (1 << self.id_bits) - 1
-        self.bound = (-sys.maxsize, 0, 0)
-        self.stale = False
+        # an occurrence is one uint64, a pair and its place: sorting groups them by pair
+        self.id_bits = (vocab_size - 1).bit_length()
+        self.place_bits = np.uint64(64 - 2 * self.id_bits)
+        self.place_mask = (np.uint64(1) << self.place_bits) - np.uint64(1)
         self.slot_bits = min(22, len(corpus).bit_length())
+        self.heap: list[tuple[int, int]] = []
+        self.target_heap_size = 0
+        self.places: dict[int, np.ndarray] = {}
+        # the last pair: a bound that ends with it includes every pair of its count
+        self.last_pair = (1 << 2 * self.id_bits) - 1
+        self.bound = (-sys.maxsize, 0)
+        self.stale = False
 
     def learn(self, progress: bool = False) -> list[tuple[int, int]]:
         """The merges, in order."""
-        merges, shown = [], Progress()
+        merges: list[tuple[int, int]] = []
+        shown = Progress()
         while len(self.vocab) < self.vocab_size:
             if self.stale or not self.heap:
                 if not self.count_pairs():
                     break
                 continue
-            pair, places = self.pop_best()
+            left, right, places = self.pop_best()
             if len(places):
-                merges.append(pair)
-                self.merge(pair, places)
+                merges.append((left, right))
+                self.merge(left, right, places)
             if progress:
                 missing = self.vocab_size - len(self.vocab)
                 shown.show(f"vocabulary {len(self.vocab):,} of {self.vocab_size:,}",
@@ -567,29 +571,28 @@ class MergeLearner:
         min_count = self.next_min_count(slots)
         if min_count is None:
             return False
-        self.bound = (-min_count, self.last_id, self.last_id)
+        self.bound = (-min_count, self.last_pair)
         self.heap, self.places, self.stale = [], {}, False
         # some of the slots at a time, to sort less at once
         occurrences = int(slots[slots >= min_count].sum())
         rounds = min(8, 1 + occurrences // max(1 << 23, len(self.corpus) // 8))
         for i in range(rounds):
-            chosen = slots >= min_count
-            chosen[np.arange(len(slots)) % rounds != i] = False
-            parts = [found[chosen[slot]] for found, slot in self.occurrences()]
-            self.push(np.concatenate(parts))
+            chosen = np.zeros(len(slots), bool)
+            chosen[i::rounds] = slots[i::rounds] >= min_count
+            self.push(np.concatenate([found[chosen[slot]] for found, slot in self.occurrences()]))
         return True
 
     def next_min_count(self, slots: np.ndarray) -> int | None:
         """The smallest count that enters the heap this time; None if no pair is left. It at most
         halves the last one, unless that heap was stale. slots: see count_pairs."""
         ranked = np.sort(slots[slots >= self.min_frequency])
-        everything = (-self.min_frequency, self.last_id, self.last_id)
-        if not len(ranked) or not self.stale and self.bound == everything:
+        is_done = self.bound == (-self.min_frequency, self.last_pair) and not self.stale
+        if not len(ranked) or is_done:
             return None
         min_count = int(ranked[-min(len(ranked), self.target_heap_size)])
         if not self.stale:  # all pairs before the old bound are done
-            whole_count = self.bound[1] == self.last_id
-            min_count = min(min_count, -self.bound[0] // 2 if whole_count else -self.bound[0])
+            count, pair = self.bound
+            min_count = min(min_count, -count // 2 if pair == self.last_pair else -count)
         return max(min_count, self.min_frequency)
 
     def occurrences(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
@@ -611,6 +614,13 @@ class MergeLearner:
         """How often the cells `at` occur."""
         return self.weight[np.minimum(at, len(self.weight) - 1)]
 
+    def mergeable(self, left: int, right: int, at: np.ndarray) -> tuple[np.ndarray, int]:
+        """The places of a pair that can be merged, and how often they occur. Of the two pairs in
+        x x x, only one can."""
+        if left == right:
+            at = every_other(at, int(self.length[left]))
+        return at, int(self.times(at).sum(dtype=np.int64))
+
     def push(self, found: np.ndarray) -> None:
         """Sort occurrences into pairs, and push those up to the bound. If the heap is too large
         then, keep the best pairs and tighten the bound."""
@@ -622,77 +632,77 @@ class MergeLearner:
             if len(self.heap) > 2 * self.target_heap_size:
                 self.heap = heapq.nsmallest(self.target_heap_size, self.heap)
                 self.bound = self.heap[-1]
-                kept = {(left, right) for _, left, right in self.heap}
-                for pair in self.places.keys() - kept:
-                    del self.places[pair]
+                self.places = {pair: self.places[pair] for _, pair in self.heap}
 
     def push_sorted(self, pairs: np.ndarray, at: np.ndarray) -> None:
-        """pairs: (N,) sorted, left << id_bits | right; at: the place of each occurrence."""
-        begins = np.concatenate([[0], np.flatnonzero(pairs[1:] != pairs[:-1]) + 1])
+        """pairs: (N,) sorted; at: the place of each occurrence."""
+        begins = run_begins(pairs)
         counts, pairs = np.add.reduceat(self.times(at), begins, dtype=np.int64), pairs[begins]
-        most, last = -self.bound[0], np.uint64(self.bound[1] << self.id_bits | self.bound[2])
+        most, last = -self.bound[0], np.uint64(self.bound[1])
         near = np.flatnonzero((counts > most) | (counts == most) & (pairs <= last))
         ends = np.append(begins, len(at))[near + 1]
         columns = (counts[near], pairs[near], begins[near], ends)
         for count, pair, begin, end in zip(*(column.tolist() for column in columns)):
-            left, right = divmod(pair, 1 << self.id_bits)
             found = at[begin:end].copy()
-            if left == right:  # x x x has two pairs, of which one can be merged
-                mergeable = found[every_other(found, int(self.length[left]))]
-                count = int(self.times(mergeable).sum(dtype=np.int64))
-                if (-count, left, right) > self.bound:
+            left, right = divmod(pair, 1 << self.id_bits)
+            if left == right:
+                count = self.mergeable(left, right, found)[1]
+                if (-count, pair) > self.bound:
                     continue
-            self.places[left, right] = found
-            heapq.heappush(self.heap, (-count, left, right))
+            self.places[pair] = found
+            heapq.heappush(self.heap, (-count, pair))
 
-    def pop_best(self) -> tuple[tuple[int, int], np.ndarray]:
+    def pop_best(self) -> tuple[int, int, np.ndarray]:
         """The first pair in the heap, and the places to merge; none if its count was too high."""
-        count, a, b = heapq.heappop(self.heap)
-        at = self.places.pop((a, b))
-        at = at[self.corpus[at] == a]
-        at = at[self.corpus[at + self.length[a]] == b]
-        mergeable = at
-        if a == b and len(at) > 1:
-            mergeable = at[every_other(at, int(self.length[a]))]
-        true_count = int(self.times(mergeable).sum(dtype=np.int64))
+        count, pair = heapq.heappop(self.heap)
+        left, right = divmod(pair, 1 << self.id_bits)
+        at = self.places.pop(pair)
+        at = at[self.corpus[at] == left]
+        at = at[self.corpus[at + self.length[left]] == right]
+        mergeable, true_count = self.mergeable(left, right, at)
         if true_count == -count:
-            return (a, b), mergeable
-        if (-true_count, a, b) <= self.bound:
-            self.places[a, b] = at
-            heapq.heappush(self.heap, (-true_count, a, b))
-        return (a, b), at[:0]
+            return left, right, mergeable
+        if (-true_count, pair) <= self.bound:
+            self.places[pair] = at
+            heapq.heappush(self.heap, (-true_count, pair))
+        return left, right, at[:0]
 
-    def merge(self, pair: tuple[int, int], at: np.ndarray) -> None:
+    def merge(self, left: int, right: int, at: np.ndarray) -> None:
         """Replace a pair at these places by one token, and push the pairs that this creates."""
-        (a, b), corpus, separator = pair, self.corpus, -1
-        token = self.vocab[a] + self.vocab[b]
+        corpus, separator = self.corpus, -1
+        token = self.vocab[left] + self.vocab[right]
+        self.stale = token in self.ids
         new = self.ids.setdefault(token, len(self.vocab))
-        self.stale = new < len(self.vocab)
         if not self.stale:
             self.vocab.append(token)
-            self.length[new] = self.length[a] + self.length[b]
+            self.length[new] = self.length[left] + self.length[right]
         end = at + (self.length[new] - 1)
         corpus[at] = new
-        corpus[at + self.length[a]] = np.iinfo(corpus.dtype).min  # inside a token
+        corpus[at + self.length[left]] = np.iinfo(corpus.dtype).min  # inside a token
         corpus[end] = ~new
         if self.stale:
             return
         before, after = corpus[at - 1], corpus[end + 1]
         before = np.where(before < separator, ~before, before)
-        left = (before != separator) & (before != new)  # (new, new) is counted from its left one
-        right = after != separator
-        before, after = before[left], after[right]
+        # (new, new) is counted from its left one
+        has_before, has_after = (before != separator) & (before != new), after != separator
+        before, after = before[has_before], after[has_after]
         self.push(np.concatenate([
-            self.pack(before, np.full(len(before), new), at[left] - self.length[before]),
-            self.pack(np.full(len(after), new), after, at[right])]))
+            self.pack(before, np.full(len(before), new), at[has_before] - self.length[before]),
+            self.pack(np.full(len(after), new), after, at[has_after])]))
+
+
+def run_begins(values: np.ndarray) -> np.ndarray:
+    """Where runs of equal values begin: [5, 5, 7, 9, 9] -> [0, 2, 3]"""
+    return np.flatnonzero(np.append(True, values[1:] != values[:-1])[:len(values)])
 
 
 def every_other(positions: np.ndarray, step: int) -> np.ndarray:
-    """Which of the sorted positions of a pair (x, x) can be merged, from the left: every other one
-    in a run of neighbors `step` apart. [3, 4, 5, 9], step 1 -> [True, False, True, True]"""
+    """The positions of a pair (x, x) that can be merged, from the left: every other one in a run of
+    neighbors `step` apart. [3, 4, 5, 9], step 1 -> [3, 5, 9]"""
     index = np.arange(len(positions))
-    new_run = np.concatenate([[True], np.diff(positions) != step])
-    return (index - np.maximum.accumulate(np.where(new_run, index, 0))) % 2 == 0
+    new_run = np.append(True, np.diff(positions) != step)
+    return positions[(index - np.maximum.accumulate(np.where(new_run, index, 0))) % 2 == 0]
 
 
 # --- learning: pieces and their frequencies -------------------------------------------------------
@@ -717,49 +727,43 @@ def combine(blocks: list[Block]) -> Block:
     hashes, sizes, frequencies, units = map(np.concatenate, zip(*blocks))
     order = np.argsort(hashes)
     hashes = hashes[order]
-    is_first = np.ones(len(hashes), bool)
-    is_first[1:] = hashes[1:] != hashes[:-1]
-    first = np.flatnonzero(is_first)
-    if len(first):
-        frequencies = np.add.reduceat(frequencies[order], first)
+    first = run_begins(hashes)
+    frequencies = np.add.reduceat(frequencies[order], first)
     begins, order = np.cumsum(sizes) - sizes, order[first]
     units = units[joined_ranges(begins[order], sizes[order])]
     return Block(hashes[first], sizes[order], frequencies, units)
 
 
 class ChunkCounts(NamedTuple):
-    """What cut_pieces found in a chunk of texts."""
+    """What count_chunk found in a chunk of texts."""
     chars: int
     codes: np.ndarray  # distinct codepoints, after normalization
     code_counts: np.ndarray
     pieces: Block  # of two units and more: shorter ones have no merges
 
 
-def cut_pieces(job: tuple[list[str], bool]) -> ChunkCounts:
+def count_chunk(job: tuple[list[str], bool]) -> ChunkCounts:
     """Cut texts into pieces and count them. job: (texts, whether to normalize them)."""
     texts, nfkc = job
     chars = sum(map(len, texts))
     if nfkc:
         texts = [normalize(text) for text in texts]
     codes = to_codepoints("".join(texts))
-    starts = piece_starts(codes, np.cumsum([0] + [len(text) for text in texts]))
     counts = np.bincount(codes)
+    starts = piece_starts(codes, np.cumsum([0] + [len(text) for text in texts]))
     units, wide = codes.astype(np.uint16), np.flatnonzero(codes > 0xFFFF)
     if len(wide):  # two units each; the second one begins no piece
         encoded = codes.tobytes().decode("utf-32-le").encode("utf-16-le")
         units = np.frombuffer(encoded, dtype=np.uint16)
         starts = np.insert(starts, wide + 1, False)
     begins = np.flatnonzero(starts)
-    sizes = np.diff(begins, append=len(units))
-    # hash of a piece: the sum of (random number of the unit) * factor^(offset in the piece). Powers
-    # of the position in the chunk are divided by the power of the piece's begin
-    powers = np.cumprod(np.full(len(units), HASH_FACTOR, dtype=np.uint64))
-    inverse_factor = pow(HASH_FACTOR, -1, 1 << 64)
-    inverse = np.cumprod(np.full(len(units), inverse_factor, dtype=np.uint64))
-    hashes = np.add.reduceat(HASH_UNITS[units] * powers, begins) * inverse[begins]
+    sizes = np.diff(begins, append=len(units)).astype(np.int32)
+    # hash of a piece: the sum of (random number of the unit) * factor^(offset in the piece)
+    offsets = joined_ranges(np.zeros_like(begins), sizes)
+    powers = np.uint64(HASH_FACTOR) ** np.arange(sizes.max(), dtype=np.uint64)
+    hashes = np.add.reduceat(HASH_UNITS[units] * powers[offsets], begins)
     long = sizes > 1
-    frequencies = np.ones(np.count_nonzero(long), np.int64)
-    block = Block(hashes[long], sizes[long].astype(np.int32), frequencies,
+    block = Block(hashes[long], sizes[long], np.ones(np.count_nonzero(long), np.int64),
                   units[np.repeat(long, sizes)])
     codes = np.flatnonzero(counts)
     return ChunkCounts(chars, codes, counts[codes], combine([block]))
@@ -782,20 +786,13 @@ class Pieces:
     def add(self, found: ChunkCounts) -> None:
         self.characters[found.codes] += found.code_counts
         hashes, sizes, frequencies, units = found.pieces
-        ends = np.append(np.searchsorted(hashes, self.edges), len(hashes))
-        unit_ends = np.concatenate([[0], np.cumsum(sizes)])[ends]
-        a = b = 0
-        for part, c, d in zip(self.parts, ends.tolist(), unit_ends.tolist()):
-            part.append(Block(hashes[a:c].copy(), sizes[a:c].copy(), frequencies[a:c].copy(),
-                              units[b:d].copy()))
-            a, b = c, d
+        edges = np.searchsorted(hashes, self.edges)
+        unit_edges = np.append(0, np.cumsum(sizes))[edges]
+        columns = [np.split(x, edges) for x in (hashes, sizes, frequencies)]
+        for part, *block in zip(self.parts, *columns, np.split(units, unit_edges)):
+            part.append(Block(*map(np.copy, block)))
             new = sum(len(block.units) for block in part[1:])
             if new > len(part[0].units) // 2 + (1 << 16):
-                part[:] = [combine(part)]
-
-    def combine_all(self) -> None:
-        for part in self.parts:
-            if len(part) > 1:
                 part[:] = [combine(part)]
 
     def cells(self) -> int:
@@ -803,11 +800,13 @@ class Pieces:
         return sum(len(block.sizes) + len(block.units) for part in self.parts for block in part)
 
     def peak_bytes(self, vocab_size: int) -> int:
-        """Peak bytes: max(counting, learning). The factors are measured, and a test checks the
-        bound."""
-        blocks = [block for part in self.parts for block in part]
-        held = sum(array.nbytes for block in blocks for array in block)
-        repeated = sum(int((b.sizes[b.frequencies > 1] + 1).sum()) for b in blocks)
+        """Combine all blocks; return the peak bytes of counting or learning, whichever is more.
+        The factors are measured, and a test checks the bound."""
+        self.parts = [[combine(part)] for part in self.parts]
+        held = repeated = 0
+        for [block] in self.parts:
+            held += sum(array.nbytes for array in block)
+            repeated += int((block.sizes[block.frequencies > 1] + 1).sum())
         learning = self.cells() * (8 + id_type(vocab_size).itemsize) + 4 * repeated
         return max(held * 3 // 2, learning)
 
@@ -818,28 +817,23 @@ class Pieces:
         without an id. Pieces that occur more than once come first. weight holds how often each of
         their cells occurs, and at its end a 1 for all cells behind.
         """
-        cells = self.cells() + 1
-        corpus = np.full(cells, -1, char_ids.dtype)
-        front, back, weights = 1, cells, []
+        one = np.ones(1, np.int64)
+        repeated, single, weights = [np.full(1, -1, char_ids.dtype)], [], [one]
         for part in self.parts:
             _, sizes, frequencies, units = combine(part)
             part.clear()
-            is_second = (units & 0xFC00) == 0xDC00  # units that end a character of two
-            seconds = np.concatenate([[0], np.cumsum(is_second)])
-            ends = np.cumsum(sizes)
-            sizes = sizes - (seconds[ends] - seconds[ends - sizes])  # in characters
+            # the second unit of a character is between 0xDC00 and 0xDFFF: sizes in characters
+            is_second = (units & 0xFC00) == 0xDC00
+            sizes -= np.add.reduceat(is_second, np.cumsum(sizes) - sizes, dtype=np.int32)
             codes = units.tobytes().decode("utf-16-le").encode("utf-32-le")
             ids = char_ids[np.frombuffer(codes, dtype=np.uint32)]
             ids = np.insert(ids, np.cumsum(sizes), -1)
-            repeated = np.repeat(frequencies > 1, sizes + 1)
-            weights.append(np.repeat(frequencies, sizes + 1)[repeated])
-            n = len(weights[-1])
-            corpus[front:front + n] = ids[repeated]
-            corpus[back - len(ids) + n:back] = ids[~repeated]
-            front, back = front + n, back - len(ids) + n
-        one = np.ones(1, np.int64)  # for the separator in front, and for all cells behind
-        weight = np.concatenate([one, *weights, one])
-        return corpus, weight.astype(np.min_scalar_type(weight.max()))
+            frequencies = np.repeat(frequencies, sizes + 1)
+            repeated.append(ids[frequencies > 1])
+            single.append(ids[frequencies == 1])
+            weights.append(frequencies[frequencies > 1])
+        weight = np.concatenate([*weights, one])
+        return np.concatenate(repeated + single), weight.astype(np.min_scalar_type(weight.max()))
 
 
 LEARNING_CHUNK_CHARS = 1 << 19  # texts are cut into pieces in batches of about this size
@@ -859,89 +853,80 @@ def max_cells(vocab_size: int) -> int:
     return min(1 << 64 - 2 * (vocab_size - 1).bit_length(), 1 << 31)
 
 
-class Budget(NamedTuple):
-    """How the memory is divided."""
-    workers: int
-    pieces_bytes: float  # for counting and learning; infinite without a limit
+def divide_memory(memory_bytes: int, vocab_size: int, workers: int) -> tuple[int, int]:
+    """How many workers fit, and the bytes for counting and learning. Raises ValueError if the
+    memory is too little to learn in."""
+    heap_bytes = 2000 * vocab_size  # MergeLearner: up to four pairs per token, and their places
+    least = PROCESS_BYTES + heap_bytes + MIN_PIECES_BYTES
+    if memory_bytes < least:
+        raise ValueError(f"{memory_bytes / 1e6:,.0f} MB are not enough to learn "
+                         f"{vocab_size:,} tokens: at least {least / 1e6:,.0f} MB are needed")
+    processes_bytes = max(PROCESS_BYTES, memory_bytes // 4)
+    fitting = max(1, (processes_bytes - PROCESS_BYTES) // WORKER_BYTES)
+    return min(workers, fitting), memory_bytes - processes_bytes - heap_bytes
 
-    @classmethod
-    def of(cls, memory_bytes: int | None, vocab_size: int, workers: int) -> "Budget":
-        """Raises ValueError if the memory is too little to learn in."""
-        if memory_bytes is None:
-            return cls(workers, float("inf"))
-        heap_bytes = 2000 * vocab_size  # MergeLearner: up to four pairs per token, and their places
-        least = PROCESS_BYTES + heap_bytes + MIN_PIECES_BYTES
-        if memory_bytes < least:
-            raise ValueError(f"{memory_bytes / 1e6:,.0f} MB are not enough to learn "
-                             f"{vocab_size:,} tokens: at least {least / 1e6:,.0f} MB are needed")
-        processes_bytes = max(PROCESS_BYTES, memory_bytes // 4)
-        fitting = max(1, (processes_bytes - PROCESS_BYTES) // WORKER_BYTES)
-        return cls(min(workers, fitting), memory_bytes - processes_bytes - heap_bytes)
+
+class Sample:
+    """The texts whose hash is below a share of all hashes. The seed is not that of data.py split.
+    """
+
+    def __init__(self, texts: Iterable[str], share: float):
+        self.texts, self.share, self.chars_read, self.chars_counted = texts, share, 0, 0
+        self.parts = self.read()
+
+    def read(self) -> Iterator[str]:
+        for text in self.texts:
+            for i in range(0, len(text), MAX_TEXT_CHARS):
+                part = text[i:i + MAX_TEXT_CHARS]
+                if self.share < 1:
+                    digest = xxhash.xxh3_64_intdigest(part.encode("utf-8", "surrogatepass"), seed=1)
+                    if digest >= self.share * 2 ** 64:
+                        continue
+                self.chars_read += len(part)
+                yield part
 
 
 def count_pieces(texts: Iterable[str], vocab_size: int, nfkc: bool, workers: int,
                  memory_bytes: int | None, progress: bool) -> Pieces:
     """Count the pieces of texts, or of a uniform sample if memory_bytes is too little for all. The
     share of the sample is found by trying; it does not depend on workers."""
-    budget = Budget.of(memory_bytes, vocab_size, workers)
-    if memory_bytes is not None and iter(texts) is texts:
-        raise ValueError("with memory_bytes, texts must be iterable more than once, like a list")
+    max_bytes = math.inf
+    if memory_bytes is not None:
+        workers, max_bytes = divide_memory(memory_bytes, vocab_size, workers)
+        if iter(texts) is texts:
+            raise ValueError("with memory_bytes, texts must be iterable more than once, like a "
+                             "list")
     share = 1.0
     while True:
         sample = Sample(texts, share)
-        pieces = count_sample(sample, budget, vocab_size, nfkc, progress)
+        pieces = count_sample(sample, max_bytes, vocab_size, nfkc, workers, progress)
         if pieces:
             return pieces
         if share == 1:
-            counted = sample.chars_counted
-            deque(sample, maxlen=0)  # read the rest, to know its size
-            share = 0.95 * counted / sample.chars_read
+            deque(sample.parts, maxlen=0)  # read the rest, to know its size
+            share = 0.95 * sample.chars_counted / sample.chars_read
         else:
             share *= 0.8
         note_once("note: the corpus does not fit into the memory allowed: learning from a sample "
                   f"of {100 * share:.1f} % of its texts")
 
 
-class Sample:
-    """An iterator over the texts whose hash is below a share of all hashes. The hash's seed is not
-    that of data.py split."""
-
-    def __init__(self, texts: Iterable[str], share: float):
-        self.texts, self.share, self.chars_read, self.chars_counted = texts, share, 0, 0
-        self.parts = (text[i:i + MAX_TEXT_CHARS] for text in texts
-                      for i in range(0, len(text), MAX_TEXT_CHARS))
-
-    def __iter__(self) -> "Sample":
-        return self
-
-    def __next__(self) -> str:
-        for text in self.parts:
-            if self.share < 1:
-                digest = xxhash.xxh3_64_intdigest(text.encode("utf-8", "surrogatepass"), seed=1)
-                if digest >= self.share * 2 ** 64:
-                    continue
-            self.chars_read += len(text)
-            return text
-        raise StopIteration
-
-
-def count_sample(sample: Sample, budget: Budget, vocab_size: int, nfkc: bool,
+def count_sample(sample: Sample, max_bytes: float, vocab_size: int, nfkc: bool, workers: int,
                  progress: bool) -> Pieces | None:
-    """The pieces of a sample, or None as soon as they do not fit in the budget."""
+    """The pieces of a sample, or None as soon as they do not fit in max_bytes."""
     pieces, need_bytes, cells_then = Pieces(), 0, 0
     cell_bytes = 12 + id_type(vocab_size).itemsize  # what a new cell takes at most
-    limit = max_cells(vocab_size) if budget.pieces_bytes < float("inf") else float("inf")
+    limit = max_cells(vocab_size) if max_bytes < math.inf else math.inf
     shown = Progress()
-    jobs = ((chunk, nfkc) for chunk in batches(sample, LEARNING_CHUNK_CHARS))
-    for found in ordered_map(cut_pieces, jobs, budget.workers):
+    jobs = ((chunk, nfkc) for chunk in batches(sample.parts, LEARNING_CHUNK_CHARS))
+    for found in ordered_map(count_chunk, jobs, workers):
         pieces.add(found)
         sample.chars_counted += found.chars
         cells = pieces.cells()
         estimate = need_bytes + (cells - cells_then) * cell_bytes
-        if estimate > budget.pieces_bytes or cells > limit:  # it may be too much: look closely
-            pieces.combine_all()
+        if estimate > max_bytes or cells > limit:  # it may be too much: look closely
             need_bytes, cells_then = pieces.peak_bytes(vocab_size), pieces.cells()
-            if need_bytes > 0.9 * budget.pieces_bytes or cells_then > 0.9 * limit:
+            if need_bytes > 0.9 * max_bytes or cells_then > 0.9 * limit:
                 shown.clear()
                 return None
         if progress:
