@@ -9,7 +9,7 @@ and merges what occurs together most often (Sennrich et al. 2016, "Neural Machin
 Rare Words with Subword Units", arXiv:1508.07909).
 
 A text is first cut into pieces, and no token crosses their borders: every punctuation mark and
-every digit is a piece, and a space begins one. Then the learned merges are applied in the order in
+every digit is a piece, and a space begins one. Then the learned merges are applied, in the order in
 which they were learned:
 
     今天天气，好    pieces   今天天气 | ， | 好
@@ -23,16 +23,14 @@ Learning, with the three pieces 天气好, 天气 and 好天 as an example:
     repeat                  (天气, 好): 1   (好, 天): 1, until the vocabulary is full
 
 Ties go to the smaller (left id, right id). The alphabet is the most frequent characters. All others
-are written as their UTF-8 bytes, € as <0xE2> <0x82> <0xAC>. So every text has ids, and decode
-returns the text, with two exceptions: the name of a special token ("[EOS]") becomes that token,
-which decode leaves out; and with --nfkc, decode returns the normalized text.
+are written as their UTF-8 bytes, € as <0xE2> <0x82> <0xAC>, so every text has ids. decode returns
+the text, without special tokens ("[EOS]"), and with --nfkc, normalized.
 
     ids   0-6 special tokens | 7-262 bytes | characters, by frequency | merged tokens, as learned
 
-The plain algorithm is quadratic: it recounts the corpus after every merge. Here learning and
-encoding work on whole arrays of text with numpy. MergeLearner counts only what a merge
-changes, and Merger encodes thousands of pieces at once; tests compare both with the plain version.
-tokenizer.json is in Hugging Face's format, and AutoTokenizer gives the same ids.
+The plain algorithm recounts the corpus after every merge. MergeLearner counts only what a merge
+changes, and Merger encodes thousands of pieces at once, both with numpy; tests compare them with
+the plain version. tokenizer.json is in Hugging Face's format: AutoTokenizer gives the same ids.
 
 Try next: print the longest tokens of a vocabulary and guess what the corpus was; train with
 --vocab_size 1000 and 30000 and compare the characters per token that `stats` shows.
@@ -50,7 +48,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import xxhash
@@ -74,6 +72,7 @@ from data import (
 )
 
 SPECIAL_TOKENS = ["[PAD]", "[EOS]", "[SEP]", "[BOS]", "[CLS]", "[MASK]", "[UNK]"]  # ids 0 to 6
+SPECIAL_NAMES = {f"{token[1:-1].lower()}_token": token for token in SPECIAL_TOKENS}
 UNK = 6
 BYTE_TOKENS = [f"<0x{b:02X}>" for b in range(256)]  # ids 7 to 262
 FIRST_BYTE, FIRST_CHAR = len(SPECIAL_TOKENS), len(SPECIAL_TOKENS) + 256
@@ -83,12 +82,12 @@ CHUNK_CHARS = 1 << 18  # texts are encoded in batches of about this many charact
 
 # --- pieces ---------------------------------------------------------------------------------------
 
-BEGINS, ENDS = 1, 2  # classes of characters: a piece begins at it; a piece ends with it
+BEGINS, ENDS = 1, 2  # a piece begins at such a character; a piece ends with it
 
 
 def piece_starts(codes: np.ndarray, text_begins: np.ndarray,
                  classes: np.ndarray | None = None) -> np.ndarray:
-    """True (N,) where a piece begins: at the beginning of a text, at a space, and at and after a
+    """True (N,) where a piece begins: where a text begins, at a space, and at and after a
     punctuation mark or digit. codes: (N,) codepoints; text_begins: (M,) indices into codes."""
     kinds = (CLASSES if classes is None else classes)[codes]
     starts = (kinds & BEGINS).astype(bool)
@@ -107,29 +106,28 @@ class Merger:
     pair of lowest rank first, of equal ones the leftmost.
 
     If no merge joins a token that ends in c with a token that begins with d, then neighboring
-    symbols c d never share a token. There a piece is cut, and its parts are merged alone: short
-    runs, each a row of a matrix. `joins` holds all c d that may share one, by a hash of 21 bits; a
-    collision costs a cut, never correctness.
+    symbols c d never share a token. There a piece is cut into runs, each a row of a matrix. `joins`
+    holds all c d that may share one, by a hash of 21 bits; a collision costs a cut, never
+    correctness.
     """
     HASH_BITS = 21
     MAX_WIDTH = 128  # longer runs are merged one by one, with a heap
 
     def __init__(self, vocab: list[str], merges: list[tuple[int, int]], merged: list[int]):
-        """vocab: tokens by id; merges: pairs of ids by rank; merged: the id of each pair's token.
-        """
+        """vocab: tokens by id; merges: pairs of ids by rank; merged: each pair's token."""
         self.ranks = {pair: rank for rank, pair in enumerate(merges)}
-        self.merged, self.merged_ids = np.array(merged, dtype=np.int32), merged
+        self.merged = np.array(merged, dtype=np.int32)
         pairs = sorted((left << 32 | right, rank) for (left, right), rank in self.ranks.items())
         pairs.append((2 ** 63 - 1, int(NO_MERGE)))
         self.pairs = np.array([pair for pair, _ in pairs], np.int64)
         self.pair_ranks = np.array([rank for _, rank in pairs], np.int32)
-        first: dict[int, int] = {}  # the first symbol of a token
-        last: dict[int, int] = {}
+        first = list(range(len(vocab)))  # the first symbol of each token
+        last = first.copy()
         joins = set()
         by_length = sorted(zip(merged, merges), key=lambda item: len(vocab[item[0]]))
         for new, (a, b) in by_length:  # parts come before the tokens they form
-            joins.add((last.get(a, a), first.get(b, b)))
-            first[new], last[new] = first.get(a, a), last.get(b, b)
+            joins.add((last[a], first[b]))
+            first[new], last[new] = first[a], last[b]
         self.joins = np.zeros(1 << self.HASH_BITS, dtype=bool)
         left, right = np.array(list(joins), dtype=np.uint32).reshape(-1, 2).T
         self.joins[self.hashes(left, right)] = True
@@ -179,8 +177,7 @@ class Merger:
             rank = ranks[np.arange(len(rows)), at]
             going = np.flatnonzero(rank != NO_MERGE)
             if len(going) < len(rows):
-                if ids is not done:
-                    done[rows] = ids
+                done[rows] = ids
                 if not len(going):
                     break
                 rows, ids, ranks = rows[going], ids[going], ranks[going]
@@ -202,7 +199,7 @@ class Merger:
     def merge_long(self, symbols: np.ndarray) -> None:
         """Merge one long run in place, O(n log n): a heap of (rank, position), and links between
         neighbors."""
-        ids, ranks, merged = symbols.tolist(), self.ranks, self.merged_ids
+        ids, ranks = symbols.tolist(), self.ranks
         after, before = list(range(1, len(ids) + 1)), list(range(-1, len(ids) - 1))
         heap = [(ranks[pair], i) for i, pair in enumerate(pairwise(ids)) if pair in ranks]
         heapq.heapify(heap)
@@ -212,7 +209,7 @@ class Merger:
             j = after[i] if ids[i] >= 0 else -1
             if ranks.get((ids[i], ids[j])) != rank:
                 continue  # one of the two has been merged since
-            ids[i], ids[j] = merged[rank], -1
+            ids[i], ids[j] = int(self.merged[rank]), -1
             after[i] = after[j]
             if after[i] < len(ids) - 1:
                 before[after[i]] = i
@@ -228,20 +225,9 @@ class Merger:
 # --- the tokenizer --------------------------------------------------------------------------------
 
 
-class Layout(NamedTuple):
-    """Several texts as one array."""
-    codes: np.ndarray  # (N,) codepoints
-    text_begins: np.ndarray  # where each text begins
-    part_begins: np.ndarray  # where a part begins: texts are cut at added tokens
-    token_places: np.ndarray  # where an added token stands, as one character
-    token_ids: np.ndarray  # and its id
-
-
 class Tokenizer:
-    """Text to ids and back.
-
-    There are two forms of tokenizer.json: ours writes unknown characters as bytes and keeps every
-    space; that of ChatLM-mini-Chinese (`spaced`) puts ▁ before every piece and writes [UNK].
+    """Text to ids and back. There are two forms: ours writes unknown characters as bytes and keeps
+    every space; that of ChatLM-mini-Chinese (`spaced`) puts ▁ before every piece and writes [UNK].
     """
 
     def __init__(self, vocab: list[str], merges: list[tuple[int, int]], nfkc: bool = False,
@@ -290,66 +276,68 @@ class Tokenizer:
         return [flat[a:b] for a, b in zip([0] + ends, ends)]
 
     def encode_arrays(self, texts: Iterable[str]) -> tuple[np.ndarray, np.ndarray]:
-        """The ids of all texts, one text after the other (int32), and the length of each (int64).
-        """
+        """The ids of all texts in one array (int32), and the number of each text's ids (int64)."""
         if isinstance(texts, str):
             raise TypeError("texts is a list of strings; use encode for one string")
         parts = [self._encode_chunk(chunk) for chunk in batches(texts, CHUNK_CHARS)]
         parts.append((np.empty(0, np.int32), np.empty(0, np.int64)))
-        ids, lengths = (np.concatenate(arrays) for arrays in zip(*parts))
+        ids, lengths = map(np.concatenate, zip(*parts))
         return ids, lengths
 
     def _cut(self, text: str) -> Iterator[tuple[str, int]]:
-        """The parts of a text: added tokens with their ids, and normalized text with -1."""
+        """The parts of a text: normalized text with -1, and "\\0" with the id of an added token."""
         for i, part in enumerate(self.special_pattern.split(text)):
             if i % 2:
-                yield part, self.ids[part]
+                yield "\0", self.ids[part]
                 continue
             part = normalize(part) if self.nfkc else part
             for j, piece in enumerate(self.other_pattern.split(part)):
-                if piece:
-                    yield piece, self.ids[piece] if j % 2 else -1
+                if j % 2:
+                    yield "\0", self.ids[piece]
+                elif piece:
+                    yield piece, -1
 
-    def _lay_out(self, texts: list[str]) -> Layout:
-        whole, none = "".join(texts), np.empty(0, dtype=np.int64)
-        has_added = self.special_pattern.search(whole) or self.other_pattern.search(whole)
-        if not self.nfkc and not has_added:
-            begins = np.cumsum([0] + [len(text) for text in texts])[:-1]
-            return Layout(to_codepoints(whole), begins, begins, none, none)
-        cut = [list(self._cut(text)) for text in texts]
-        parts = [("\0" if i >= 0 else part, i) for text in cut for part, i in text]
-        begins = np.cumsum([0] + [len(part) for part, _ in parts])
-        first_parts = np.cumsum([0] + [len(text) for text in cut])[:-1]
-        ids = np.array([i for _, i in parts], dtype=np.int64)
+    def _lay_out(self, texts: list[str]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Texts as one array of symbols, (N,) int32; where pieces begin, (N,) bool; and the place
+        where each text begins."""
+        whole = "".join(texts)
+        if self.nfkc or self.special_pattern.search(whole) or self.other_pattern.search(whole):
+            cut = [list(self._cut(text)) for text in texts]
+        else:
+            cut = [[(text, -1)] for text in texts]
+        parts = [part for text in cut for part in text]
+        part_begins = np.cumsum([0] + [len(part) for part, _ in parts])
+        text_begins = part_begins[np.cumsum([0] + [len(text) for text in cut])[:-1]]
         codes = to_codepoints("".join(part for part, _ in parts))
-        return Layout(codes, begins[first_parts], begins[:-1], begins[:-1][ids >= 0], ids[ids >= 0])
-
-    def _encode_chunk(self, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
-        codes, text_begins, part_begins, token_places, token_ids = self._lay_out(texts)
-        symbols = self.char_ids[codes]
-        starts = piece_starts(codes, part_begins, self.classes)
-        symbols[token_places] = token_ids
-        prefixed = np.zeros(len(codes), dtype=bool)  # characters with a ▁ before them
+        symbols, starts = self.char_ids[codes], piece_starts(codes, part_begins, self.classes)
+        ids = np.array([i for _, i in parts], dtype=np.int32)
+        added = part_begins[:-1][ids >= 0]
+        symbols[added] = ids[ids >= 0]
+        unknown = symbols < 0
+        if not self.spaced and not unknown.any():
+            return symbols, starts, text_begins
+        # some characters are several symbols: ▁ and the character, or its bytes
+        prefixed = np.zeros(len(codes), dtype=bool)
         if self.spaced:
             prefixed = starts & (codes != ord(" ")) & (codes != ord("▁"))
-            prefixed[token_places] = False
-        unknown = symbols < 0
-        if prefixed.any() or unknown.any():
-            # some characters are several symbols: ▁ and the character, or its bytes
-            sizes = 1 + prefixed
-            sizes[unknown] += np.searchsorted([0x80, 0x800, 0x10000], codes[unknown], side="right")
-            places = np.cumsum(sizes) - sizes
-            first = places[starts]
-            text_begins = np.append(places, sizes.sum())[text_begins]
-            symbols = np.repeat(symbols, sizes)
-            symbols[places[prefixed]] = self.char_ids[ord("▁")]
-            spelled = codes[unknown].tobytes().decode("utf-32-le").encode()
-            symbols[symbols < 0] = np.frombuffer(spelled, np.uint8) + np.int32(FIRST_BYTE)
-            starts = np.zeros(len(symbols), dtype=bool)
-            starts[first] = True
+            prefixed[added] = False
+        sizes = 1 + prefixed
+        sizes[unknown] += np.searchsorted([0x80, 0x800, 0x10000], codes[unknown], side="right")
+        ends = np.cumsum(sizes)
+        places = ends - sizes
+        symbols = np.repeat(symbols, sizes)
+        symbols[places[prefixed]] = self.char_ids[ord("▁")]
+        spelled = codes[unknown].tobytes().decode("utf-32-le").encode()
+        symbols[symbols < 0] = np.frombuffer(spelled, np.uint8) + np.int32(FIRST_BYTE)
+        first = np.zeros(len(symbols), dtype=bool)
+        first[places[starts]] = True
+        return symbols, first, np.append(0, ends)[text_begins]
+
+    def _encode_chunk(self, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
+        symbols, starts, text_begins = self._lay_out(texts)
         self.merger.merge(symbols, starts)
         kept = symbols >= 0
-        tokens_before = np.concatenate([[0], np.cumsum(kept)])
+        tokens_before = np.append(0, np.cumsum(kept))
         ends = tokens_before[np.append(text_begins, len(symbols))]
         ids, lengths = symbols[kept], np.diff(ends)
         if self.append_eos:
@@ -364,9 +352,7 @@ class Tokenizer:
 
     def stream(self, ids: Iterable[int], skip_special_tokens: bool = True) -> Iterator[str]:
         """decode for ids that come one by one: yields the text in parts, never half a character.
-
-        A run of bytes becomes text when it ends. If it is not UTF-8, each byte becomes U+FFFD.
-        """
+        A run of bytes becomes text when it ends. If it is not UTF-8, each byte becomes U+FFFD."""
         pending, is_first = bytearray(), True
         for i in map(int, ids):
             skipped = skip_special_tokens and i in self.special_ids
@@ -388,15 +374,13 @@ class Tokenizer:
     def train(cls, texts: Iterable[str], vocab_size: int = 29298, min_frequency: int = 2,
               character_coverage: float = 0.9999, nfkc: bool = False, workers: int = 1,
               memory_bytes: int | None = None, progress: bool = False) -> "Tokenizer":
-        """Learn a tokenizer: always merge the most frequent adjacent pair, ties by the smaller
-        (left id, right id). The result does not depend on workers.
+        """Learn a tokenizer. The result does not depend on workers.
 
         min_frequency: less frequent pairs are not merged, so the vocabulary can stay smaller than
-        vocab_size. character_coverage: the alphabet is the most frequent characters that make up
-        this share of the text. memory_bytes: the limit of all processes together; if the texts do
-        not fit, a uniform sample of them is used, and texts must be iterable more than once.
-        Raises ValueError for a corpus without text, or a vocabulary that is too small for special
-        tokens, bytes and alphabet.
+        vocab_size. character_coverage: the share of the text that the alphabet covers.
+        memory_bytes: the limit of all processes together; if the texts do not fit, a uniform sample
+        of them is used, and texts must be iterable more than once. Raises ValueError for a corpus
+        without text, or a vocabulary too small for special tokens, bytes and alphabet.
         """
         if isinstance(texts, str):
             raise TypeError("texts is an iterable of strings, not one string")
@@ -438,7 +422,7 @@ class Tokenizer:
             raise FileNotFoundError(f"{folder} has no tokenizer.json")
         refuse_pointer(path)
         try:
-            tokenizer = cls(**parse_tokenizer(json.loads(path.read_text("utf-8"))))
+            tokenizer = parse_tokenizer(json.loads(path.read_text("utf-8")))
         except Unsupported as e:
             raise ValueError(f"{path}: {e}") from None
         except (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError) as e:
@@ -450,20 +434,19 @@ class Tokenizer:
 
     def save_pretrained(self, folder) -> None:
         """Write tokenizer.json, tokenizer_config.json and special_tokens_map.json."""
-        names = {f"{token[1:-1].lower()}_token": token for token in SPECIAL_TOKENS}
         config = {"tokenizer_class": "PreTrainedTokenizerFast",
                   "clean_up_tokenization_spaces": False,
                   "model_input_names": ["input_ids", "attention_mask"],
-                  "model_max_length": 10 ** 9, **names}
+                  "model_max_length": 10 ** 9, **SPECIAL_NAMES}
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         write_file(folder / "tokenizer.json", self.to_json())
         write_file(folder / "tokenizer_config.json", json.dumps(config, indent=2) + "\n")
-        write_file(folder / "special_tokens_map.json", json.dumps(names, indent=2) + "\n")
+        write_file(folder / "special_tokens_map.json", json.dumps(SPECIAL_NAMES, indent=2) + "\n")
 
 
 def pattern_of(tokens: Iterable[str]) -> re.Pattern:
-    """A pattern whose split cuts a text at these tokens; of several the longest matches."""
+    """A pattern whose split cuts a text at these tokens, the longest first."""
     longest_first = sorted(tokens, key=len, reverse=True)
     return re.compile(f"({'|'.join(map(re.escape, longest_first))})" if longest_first else "(?!)")
 
@@ -978,12 +961,9 @@ class Unsupported(ValueError):
     """A tokenizer.json that is correct and of a form that this program does not have."""
 
 
-def parse_tokenizer(form: dict) -> dict:
-    """The arguments of Tokenizer from the content of tokenizer.json.
-
-    Raises Unsupported for another form. A damaged file raises ValueError, KeyError, TypeError,
-    IndexError or AttributeError.
-    """
+def parse_tokenizer(form: dict) -> Tokenizer:
+    """The tokenizer of a tokenizer.json. Raises Unsupported for another form. A damaged file raises
+    ValueError, KeyError, TypeError, IndexError or AttributeError."""
     kind, added = form["model"].get("type"), form["added_tokens"]
     if kind != "BPE":
         raise Unsupported(f"this kind of model is not supported: {kind}")
@@ -1001,22 +981,21 @@ def parse_tokenizer(form: dict) -> dict:
     changed = [t["content"] for t in added if normalize(t["content"]) != t["content"]]
     if found["normalizer"] and changed:
         raise Unsupported(f"the added token {changed[0]!r}, which NFKC changes, is not supported")
-    arguments: dict[str, Any] = {"vocab": vocab, "merges": [(ids[a], ids[b]) for a, b in pairs],
-                 "nfkc": found["normalizer"] is not None,
-                 "append_eos": found["post_processor"] is not None,
-                 "spaced": found["model"]["unk_token"] is not None,
-                 "added": {token["content"]: token["special"] for token in added}}
-    known = canonical(json.loads(Tokenizer(**arguments).to_json()))
-    for part in known:
-        if found[part] != known[part]:
-            value = found[part]
-            if isinstance(value, list) and isinstance(known[part], list):
-                value = next((x for x in value if x not in known[part]), value)
+    tokenizer = Tokenizer(
+        vocab, [(ids[a], ids[b]) for a, b in pairs], nfkc=found["normalizer"] is not None,
+        append_eos=found["post_processor"] is not None,
+        spaced=found["model"]["unk_token"] is not None,
+        added={token["content"]: token["special"] for token in added})
+    for part, known in canonical(tokenizer_json(tokenizer)).items():
+        value = found[part]
+        if value != known:
+            if isinstance(value, list) and isinstance(known, list):
+                value = next((x for x in value if x not in known), value)
             shown = json.dumps(value, ensure_ascii=False)[:200]
             raise Unsupported(f"this kind of {part} is not supported: {shown}")
-    if not arguments["spaced"] and vocab[FIRST_BYTE:FIRST_CHAR] != BYTE_TOKENS:
+    if not tokenizer.spaced and vocab[FIRST_BYTE:FIRST_CHAR] != BYTE_TOKENS:
         raise Unsupported("the 256 bytes do not follow the special tokens")
-    return arguments
+    return tokenizer
 
 
 def canonical(form: dict) -> dict:
@@ -1041,9 +1020,6 @@ def canonical(form: dict) -> dict:
     # padding and truncation are left out: AutoTokenizer resets them, so they change no ids
     names = ("added_tokens", "normalizer", "pre_tokenizer", "post_processor", "decoder")
     return {name: part(form.get(name)) for name in names} | {"model": model}
-
-
-SPECIAL_NAMES = [f"{kind}_token" for kind in ("bos", "eos", "unk", "sep", "pad", "cls", "mask")]
 
 
 def check_added_tokens(folder: Path, tokenizer: Tokenizer) -> None:
