@@ -301,18 +301,19 @@ class Tokenizer:
         """Texts as one array of symbols, (N,) int32; where pieces begin, (N,) bool; and the place
         where each text begins."""
         whole = "".join(texts)
+        part_begins = text_begins = np.cumsum([0] + [len(text) for text in texts])[:-1]
+        places, ids = np.empty((2, 0), dtype=np.int64)  # of added tokens
         if self.nfkc or self.special_pattern.search(whole) or self.other_pattern.search(whole):
             cut = [list(self._cut(text)) for text in texts]
-        else:
-            cut = [[(text, -1)] for text in texts]
-        parts = [part for text in cut for part in text]
-        part_begins = np.cumsum([0] + [len(part) for part, _ in parts])
-        text_begins = part_begins[np.cumsum([0] + [len(text) for text in cut])[:-1]]
-        codes = to_codepoints("".join(part for part, _ in parts))
+            parts = [part for text in cut for part in text]
+            whole = "".join(part for part, _ in parts)
+            part_begins = np.cumsum([0] + [len(part) for part, _ in parts])
+            text_begins = part_begins[np.cumsum([0] + [len(text) for text in cut])[:-1]]
+            ids = np.array([i for _, i in parts], dtype=np.int64)
+            places, ids = part_begins[:-1][ids >= 0], ids[ids >= 0]
+        codes = to_codepoints(whole)
         symbols, starts = self.char_ids[codes], piece_starts(codes, part_begins, self.classes)
-        ids = np.array([i for _, i in parts], dtype=np.int32)
-        added = part_begins[:-1][ids >= 0]
-        symbols[added] = ids[ids >= 0]
+        symbols[places] = ids
         unknown = symbols < 0
         if not self.spaced and not unknown.any():
             return symbols, starts, text_begins
@@ -320,7 +321,7 @@ class Tokenizer:
         prefixed = np.zeros(len(codes), dtype=bool)
         if self.spaced:
             prefixed = starts & (codes != ord(" ")) & (codes != ord("▁"))
-            prefixed[added] = False
+            prefixed[places] = False
         sizes = 1 + prefixed
         sizes[unknown] += np.searchsorted([0x80, 0x800, 0x10000], codes[unknown], side="right")
         ends = np.cumsum(sizes)
@@ -391,8 +392,7 @@ class Tokenizer:
         counts = pieces.characters
         if not counts.any():
             raise ValueError("the corpus has no text to learn a tokenizer from")
-        alphabet = np.flatnonzero(counts)
-        alphabet = alphabet[np.argsort(-counts[alphabet], kind="stable")]  # by frequency, codepoint
+        alphabet = np.argsort(-counts, kind="stable")[:np.count_nonzero(counts)]
         covered = np.cumsum(counts[alphabet])
         alphabet = alphabet[:1 + np.searchsorted(covered, character_coverage * covered[-1])]
         if vocab_size < FIRST_CHAR + len(alphabet):
@@ -474,16 +474,14 @@ class MergeLearner:
             replace `best` by a new token in all pieces, from the left
 
     All pieces are in one array, with -1 around each. A token has its id in the cell of its first
-    character and ~id in that of its last one. So both neighbors are found at once: the next token
-    begins after its length, and the cell before it holds ~id of the previous one. A merge changes
-    only its own cells:
+    character and ~id in that of its last one, so both neighbors of a token are found at once. A
+    merge changes only its own cells:
 
         -1 天 气 预 报 -1    merge (天, 气):   -1 [天气] ~[天气] 预 报 -1
 
-    Counting all pairs for every merge would be slow. So a heap holds the most frequent pairs, and
-    `places` where each occurs. An entry is (-count, pair), and a pair is one integer, left id
-    before right id. Merges remove occurrences, so a count in the heap can be too high, never too
-    low:
+    Counting all pairs for every merge would be slow. So a heap holds the most frequent pairs as
+    (-count, pair), where pair is one integer, and `places` where each occurs. Merges remove
+    occurrences, so a count in the heap can be too high, never too low:
 
     1. count_pairs counts the whole corpus and fills the heap with all pairs up to a `bound`, which
        is such an entry too. It is called again, with a farther bound, when the heap is empty.
@@ -498,8 +496,8 @@ class MergeLearner:
 
     def __init__(self, corpus: np.ndarray, weight: np.ndarray, vocab: list[str], vocab_size: int,
                  min_frequency: int):
-        """corpus, weight: see Pieces.lay_out. vocab grows in place. Raises ValueError for a corpus
-        that is too long."""
+        """corpus, weight: see Pieces.lay_out. vocab grows in place. Raises ValueError if the corpus
+        is too long."""
         if len(corpus) > max_cells(vocab_size):
             raise ValueError(f"{len(corpus):,} characters of distinct pieces are too many for "
                              f"{vocab_size:,} tokens: give memory_bytes, to learn from a sample, "
@@ -516,8 +514,7 @@ class MergeLearner:
         self.heap: list[tuple[int, int]] = []
         self.target_heap_size = 0
         self.places: dict[int, np.ndarray] = {}
-        # the last pair: a bound that ends with it includes every pair of its count
-        self.last_pair = (1 << 2 * self.id_bits) - 1
+        self.last_pair = (1 << 2 * self.id_bits) - 1  # of those with equal counts
         self.bound = (-sys.maxsize, 0)
         self.stale = False
 
@@ -545,8 +542,8 @@ class MergeLearner:
 
     def count_pairs(self) -> bool:
         """Fill the heap with about twice as many pairs as there are tokens to come; False if no
-        pair is left. Pairs are first counted in 2^22 slots by a hash, so a slot's count is at least
-        that of each of its pairs. Only pairs in frequent slots are sorted."""
+        pair is left. Pairs are first counted in 2^22 slots by a hash, and only those in frequent
+        slots are sorted."""
         slots = np.zeros(1 << self.slot_bits)
         for found, slot in self.occurrences():
             slots += np.bincount(slot, self.times(found & self.place_mask), len(slots))
@@ -605,8 +602,8 @@ class MergeLearner:
         return at, int(self.times(at).sum(dtype=np.int64))
 
     def push(self, found: np.ndarray) -> None:
-        """Sort occurrences into pairs, and push those up to the bound. If the heap is too large
-        then, keep the best pairs and tighten the bound."""
+        """Sort occurrences into pairs, and push those up to the bound. When the heap is too large,
+        keep the best pairs and tighten the bound."""
         found.sort()
         while len(found):
             last = found[min(SCAN_CELLS, len(found)) - 1] | self.place_mask  # end after a pair
@@ -706,7 +703,7 @@ HASH_UNITS = np.random.default_rng(0).integers(0, 1 << 64, size=1 << 16, dtype=n
 
 
 def combine(blocks: list[Block]) -> Block:
-    """One block of all pieces. The given blocks may be unsorted and have repetitions."""
+    """One block of all pieces. The blocks may be unsorted and have repetitions."""
     hashes, sizes, frequencies, units = map(np.concatenate, zip(*blocks))
     order = np.argsort(hashes)
     hashes = hashes[order]
@@ -718,9 +715,9 @@ def combine(blocks: list[Block]) -> Block:
 
 
 class ChunkCounts(NamedTuple):
-    """What count_chunk found in a chunk of texts."""
+    """What count_chunk found. codes: distinct codepoints, after normalization."""
     chars: int
-    codes: np.ndarray  # distinct codepoints, after normalization
+    codes: np.ndarray
     code_counts: np.ndarray
     pieces: Block  # of two units and more: shorter ones have no merges
 
@@ -753,11 +750,9 @@ def count_chunk(job: tuple[list[str], bool]) -> ChunkCounts:
 
 
 class Pieces:
-    """How often each character and each piece occurs in a corpus.
-
-    Blocks are divided into 16 parts by the first bits of the hashes. New blocks of a part are
-    combined with the old one when they are half its size, so little is held or copied twice.
-    """
+    """How often each character and each piece occurs in a corpus. Blocks are divided into 16 parts
+    by their hashes. New blocks of a part are combined with the old one when they are half its size,
+    so little is held or copied twice."""
     PARTS = 16
 
     def __init__(self):
@@ -798,15 +793,14 @@ class Pieces:
 
         The corpus (N,) is all pieces as character ids, with -1 around each piece and for characters
         without an id. Pieces that occur more than once come first. weight holds how often each of
-        their cells occurs, and at its end a 1 for all cells behind.
+        their cells occurs, and ends with a 1 for all other cells.
         """
         one = np.ones(1, np.int64)
         repeated, single, weights = [np.full(1, -1, char_ids.dtype)], [], [one]
         for part in self.parts:
             _, sizes, frequencies, units = combine(part)
             part.clear()
-            # the second unit of a character is between 0xDC00 and 0xDFFF: sizes in characters
-            is_second = (units & 0xFC00) == 0xDC00
+            is_second = (units & 0xFC00) == 0xDC00  # the second unit of one character
             sizes -= np.add.reduceat(is_second, np.cumsum(sizes) - sizes, dtype=np.int32)
             codes = units.tobytes().decode("utf-16-le").encode("utf-32-le")
             ids = char_ids[np.frombuffer(codes, dtype=np.uint32)]
@@ -1023,15 +1017,14 @@ def canonical(form: dict) -> dict:
 
 
 def check_added_tokens(folder: Path, tokenizer: Tokenizer) -> None:
-    """Raise ValueError for special tokens that only tokenizer_config.json, or another file next to
-    it, has: AutoTokenizer would add them to those of tokenizer.json."""
+    """Raise ValueError for special tokens that only a file next to tokenizer.json has:
+    AutoTokenizer would add them."""
     names = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
     for path in [folder / name for name in names if (folder / name).is_file()]:
         try:
             config = json.loads(path.read_text("utf-8"))
-            if path.name == "added_tokens.json":
-                tokens: list = list(config)
-            else:
+            tokens: list = list(config)
+            if path.name != "added_tokens.json":
                 tokens = list((config.get("added_tokens_decoder") or {}).values())
                 tokens += [config[name] for name in SPECIAL_NAMES if config.get(name)]
             for name in ("additional_special_tokens", "extra_special_tokens"):
@@ -1050,27 +1043,21 @@ def check_added_tokens(folder: Path, tokenizer: Tokenizer) -> None:
 
 # --- Unicode --------------------------------------------------------------------------------------
 
-# tokenizers knows the punctuation of Unicode 8 (two marks have moved to other categories since),
-# the numerals of Unicode 17 and the NFKC of Unicode 9. These are the characters that Python treats
-# differently; tests compare every character.
+# tokenizers knows the punctuation of Unicode 8, the numerals of Unicode 17 and the NFKC of Unicode
+# 9. These are the characters that Python treats differently, and between them some that both treat
+# alike; tests compare every character.
 LATER_PUNCTUATION = """\
-61d 9fd a76 c77 c84 1b4e-1b4f 1b7d-1b7f 2e43-2e4f 2e52-2e63 10d6e 10ead 10ed0 10f55-10f59
-10f86-10f89 113d4-113d8 1144b-1144f 1145a-1145d 11660-1166c 116b9 1183b 11944-11946 119e2
-11a3f-11a46 11a9a-11aa2 11b00-11b09 11be1 11c41-11c45 11c70-11c71 11ef7-11ef8 11f43-11f4f
-11fff 12ff1-12ff2 16d6d-16d6f 16e97-16e9a 16fe2 1e5ff 1e95e-1e95f"""
-EARLIER_PUNCTUATION = "166d 111c9"
+61d 9fd a76 c77 c84 1b4e-1b4f 1b7d-1b7f 2e43-2e63 10d6e 10ead-10ed0 10f55-10f89 113d4-1144f
+1145a-1145d 11660-116b9 1183b 11944-11946 119e2-11be1 11c41-11c45 11c70-11c71 11ef7-11f4f 11fff
+12ff1-12ff2 16d6d-16d6f 16e97-16fe2 1e5ff 1e95e-1e95f"""
+EARLIER_PUNCTUATION = "166d 111c9"  # has moved to other categories since
 LATER_NUMERALS = """\
 10d40-10d49 116d0-116e3 11bf0-11bf9 11de0-11de9 11f50-11f59 16130-16139 16d70-16d79
 16ff4-16ff6 1ccf0-1ccf9 1d2c0-1d2d3 1e4f0-1e4f9 1e5f1-1e5fa"""
 LATER_NFKC = """\
-558 58b-58c 5c8-5c9 7fd 897-89f 8ca-8d3 9fe c3c d3b-d3c eba 1715 1abf-1af0 1df6-1dfa 209d-209f
-32ff a7f1-a7f4 a82c ab69 105c9 105d2 105da 105e4 10781-107bf 10d24-10d27 10d69-10d6d
-10eab-10eac 10ecb-10ecf 10ef0-10eff 10f46-10f50 10f82-10f85 11070 1133b 11382-11385 1138b
-1138e 11390-11391 113b8 113bb 113c2 113c5 113c7-113d0 1145e 11839-1183a 11930 11935 11938
-1193d-1193e 11943 119e0 11a34 11a47 11a99 11d42-11d45 11d97 11f41-11f42 1611e-1612f 16d63
-16d67-16d6a 16ff0-16ff1 1b123-1b126 1ccd6-1ccf9 1d127-1d128 1d250-1d25f 1d280-1d281 1d6a6
-1df95 1dfcd-1dfff 1e030-1e06d 1e08f 1e130-1e136 1e2ae 1e2ec-1e2ef 1e4ec-1e4ef 1e5ee-1e5ef
-1e6e3-1e6f5 1f16c 1fbf0-1fbf9"""
+558 58b-58c 5c8-5c9 7fd 897-8d3 9fe c3c d3b-d3c eba 1715 1abf-1af0 1df6-1dfa 209d-209f 32ff
+a7f1-a7f4 a82c ab69 105c9-107bf 10d24-10f85 11070 1133b 11382-113d0 1145e 11839-11a99
+11d42-1612f 16d63-1b126 1ccd6-1d128 1d250-1d281 1d6a6 1df95-1dfff 1e030-1e6f5 1f16c 1fbf0-1fbf9"""
 
 
 def code_ranges(text: str) -> list[tuple[int, int]]:
@@ -1080,8 +1067,7 @@ def code_ranges(text: str) -> list[tuple[int, int]]:
 
 
 def character_classes() -> np.ndarray:
-    """(0x110000,) uint8: BEGINS | ENDS for punctuation and digits, which are pieces of their own,
-    BEGINS for a space, 0 for the rest."""
+    """(0x110000,) uint8: BEGINS | ENDS for punctuation and digits, BEGINS for a space, else 0."""
     alone = BEGINS | ENDS
     table = np.zeros(0x110000, dtype=np.uint8)
     for code in range(0x20000):  # above are ideographs and private use
