@@ -33,8 +33,7 @@ The loss is the mean of -log p(token) over the answer's tokens. With three token
 and the first token correct: p = [0.67, 0.24, 0.09], the loss is -log 0.67 = 0.41, and its gradient
 with respect to the logits is p - [1, 0, 0] = [-0.33, 0.24, 0.09]. See LinearCrossEntropy.
 
-A new model starts from counts (init_bigrams): which tokens are frequent, and which token follows
-which, is counted and written into the weights before training starts.
+A new model starts from counts of tokens and of which token follows which (init_bigrams).
 
 Modules and config fields have the names of Hugging Face's T5, so our state_dict is the
 model.safetensors that transformers loads. Try next: print model.decoder.position_bias(...) of a
@@ -129,7 +128,7 @@ class ChatLMConfig:
             raise ValueError(f"feed_forward_proj {self.feed_forward_proj!r} is not supported: "
                              "relu or gated-gelu")
         for field in dataclasses.fields(self):
-            kind = field.type if isinstance(field.type, type) else get_args(field.type)[0]
+            kind: Any = (*get_args(field.type), field.type)[0]  # int of "int | None"
             self.check_field(field.name, kind)
 
     def check_field(self, name: str, kind: type) -> None:
@@ -164,11 +163,11 @@ class ChatLMConfig:
         Raises FileNotFoundError without a config.json, ValueError for an unsupported model.
         """
         path = Path(folder) / "config.json"
-        if not path.is_file() and (Path(folder) / "adapter_config.json").is_file():
-            raise ValueError(f"{folder} is a LoRA adapter, not a model: merge it first with  "
-                             "python dpo.py merge --model BASE_MODEL --adapter "
-                             f"{shlex.quote(str(folder))} --out MERGED")
         if not path.is_file():
+            if (Path(folder) / "adapter_config.json").is_file():
+                raise ValueError(f"{folder} is a LoRA adapter, not a model: merge it first with  "
+                                 "python dpo.py merge --model BASE_MODEL --adapter "
+                                 f"{shlex.quote(str(folder))} --out MERGED")
             raise FileNotFoundError(f"{folder} is not a model folder: it has no config.json")
         fields, generation = read_json(path), read_generation(folder)
         if fields.get("model_type") != "t5":
@@ -180,8 +179,7 @@ class ChatLMConfig:
         if "scale_decoder_outputs" in values:
             values["scale_decoder_outputs"] = bool(values["scale_decoder_outputs"])
         for name in ("pad_token_id", "eos_token_id", "decoder_start_token_id"):
-            preferred = generation.get(name)
-            if preferred is not None:
+            if (preferred := generation.get(name)) is not None:
                 if name != "eos_token_id" and fields.get(name) not in (None, preferred):
                     raise ValueError(f"{folder}: config.json and generation_config.json have "
                                      f"different values of {name}")
@@ -194,8 +192,9 @@ class ChatLMConfig:
             is_in_other = generation.get(str(e).split()[0]) is not None
             shown = path.with_name("generation_config.json") if is_in_other else path
             raise ValueError(f"{shown}: {e}") from None
-        for name, derived in config.derived().items():
-            if name in ("dense_act_fn", "is_gated_act") and fields.get(name, derived) != derived:
+        derived = config.derived()
+        for name in ("dense_act_fn", "is_gated_act"):
+            if fields.get(name, derived[name]) != derived[name]:
                 raise ValueError(f"{path}: {name} {fields[name]!r} is not supported with "
                                  f"feed_forward_proj {config.feed_forward_proj!r}")
         return config
@@ -215,8 +214,8 @@ class ChatLMConfig:
 
 
 def empty_embedding(rows: int, width: int) -> nn.Embedding:
-    """An nn.Embedding without initial values: to fill them on the meta device, torch would import
-    its compiler, which takes a second."""
+    """An nn.Embedding without initial values: on the meta device, torch would import its compiler
+    to fill them."""
     return nn.Embedding.from_pretrained(torch.empty(rows, width), freeze=False)
 
 
@@ -239,7 +238,7 @@ def compute_dtype(weight: Tensor) -> torch.dtype:
 
 
 def row_block(weight: Tensor) -> int:
-    """Rows of a product with this weight are padded to a multiple of this; see Linear."""
+    """Rows of a product are padded to a multiple of this; see Linear."""
     has_16_bits = compute_dtype(weight) in (torch.bfloat16, torch.float16)
     return ROW_BLOCK if weight.is_cpu and has_16_bits else 1
 
@@ -250,11 +249,9 @@ def pad_rows(x: Tensor, block: int) -> Tensor:
 
 
 class Linear(nn.Linear):
-    """x -> x @ weight.T, without a bias.
-
-    In 16 bits on a CPU, oneDNN compiles a kernel for every new number of rows, which takes longer
-    than the product. So under autocast the rows are padded with zeros to a multiple of ROW_BLOCK.
-    """
+    """x -> x @ weight.T, without a bias. In 16 bits on a CPU, oneDNN compiles a kernel for every new
+    number of rows, which takes longer than the product. So under autocast the rows are padded with
+    zeros to a multiple of ROW_BLOCK."""
 
     def __init__(self, inputs: int, outputs: int, device=None, dtype=None):
         super().__init__(inputs, outputs, False, device, dtype)
@@ -529,30 +526,31 @@ class ChatLM(nn.Module):
         loss = F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), ignore_index=IGNORED)
         return logits, loss
 
+    def target_states(self, encoded: Tensor, mask: Tensor, labels: Tensor,
+                      targets: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """The hidden states (N, D) that predict the labels that are not -100, those labels (N,),
+        and their flat positions (N,), which are `targets` if given."""
+        if targets is None:
+            targets = find_targets(labels)
+        hidden = self.decode(self.shift_right(labels), encoded, mask).flatten(0, 1)
+        return hidden.index_select(0, targets), labels.flatten().index_select(0, targets), targets
+
     def loss_sum(self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor,
                  targets: Tensor | None = None) -> Tensor:
         """The loss for training, (): summed over the labels, without holding all logits. targets:
-        (N,) int64, flat positions of labels that are not -100; if given, there is no device sync.
-        """
+        find_targets(labels); if given, there is no device sync."""
         encoded, mask = self.encode(input_ids, attention_mask)
-        hidden = self.decode(self.shift_right(labels), encoded, mask)
-        if targets is None:
-            targets = find_targets(labels)
-        hidden = hidden.flatten(0, 1).index_select(0, targets)
-        weight, labels = self.head_weight(), labels.flatten().index_select(0, targets)
+        hidden, labels, _ = self.target_states(encoded, mask, labels, targets)
         if torch.is_grad_enabled():
-            return LinearCrossEntropy.apply(hidden, weight, labels)
-        return -LinearLogProbs.apply(hidden, weight, labels).sum()
+            return LinearCrossEntropy.apply(hidden, self.head_weight(), labels)
+        return -LinearLogProbs.apply(hidden, self.head_weight(), labels).sum()
 
     def sequence_logps(self, encoded: Tensor, mask: Tensor, labels: Tensor,
                        targets: Tensor | None = None) -> Tensor:
         """Log-probabilities (B,) of labels (B, T), given encode's output. targets: see loss_sum.
         Logits exist for one chunk at a time, also in backward, which recomputes them."""
-        if targets is None:
-            targets = find_targets(labels)
-        hidden = self.decode(self.shift_right(labels), encoded, mask).flatten(0, 1)
-        logps = LinearLogProbs.apply(hidden.index_select(0, targets), self.head_weight(),
-                                     labels.flatten().index_select(0, targets))
+        hidden, chosen, targets = self.target_states(encoded, mask, labels, targets)
+        logps = LinearLogProbs.apply(hidden, self.head_weight(), chosen)
         rows = targets // labels.size(1)
         return torch.zeros(len(labels), device=labels.device).index_add(0, rows, logps)
 
@@ -573,7 +571,7 @@ class ChatLM(nn.Module):
 
     @classmethod
     def from_pretrained(cls, folder, dtype: torch.dtype | None = None, device=None) -> "ChatLM":
-        """Load a Hugging Face T5 folder, see load_model. dtype None keeps the file's."""
+        """See load_model. dtype None keeps the file's."""
         return load_model(cls, folder, dtype, device)
 
     def save_pretrained(self, folder) -> None:
@@ -587,17 +585,13 @@ def find_targets(labels: Tensor) -> Tensor:
 
 
 class LinearCrossEntropy(torch.autograd.Function):
-    """sum_i -log softmax(hidden_i @ weight.T)[labels_i].
-
-    hidden (N, D), weight (V, D), labels (N,) -> () float32. forward computes the gradients too, and
-    backward only scales them: three matrix products, as many as without chunks, and
-    LOSS_CHUNK_BYTES of memory instead of N * V logits.
-    """
+    """sum_i -log softmax(hidden_i @ weight.T)[labels_i]: hidden (N, D), weight (V, D), labels (N,)
+    -> () float32. forward computes the gradients too, and backward only scales them: three matrix
+    products, as many as without chunks, and LOSS_CHUNK_BYTES of memory instead of N * V logits."""
 
     @staticmethod
     def forward(ctx, hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
-        loss, *gradients = head_gradients(hidden, weight, labels, compute_dtype(weight),
-                                          hidden.requires_grad, weight.requires_grad)
+        loss, *gradients = head_gradients(ctx, hidden, weight, labels, compute_dtype(weight))
         ctx.save_for_backward(*gradients)
         return loss
 
@@ -627,19 +621,16 @@ class LinearLogProbs(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad: Tensor):
-        hidden, weight, labels = ctx.saved_tensors
-        needs_hidden, needs_weight, _ = ctx.needs_input_grad
-        _, *gradients = head_gradients(hidden, weight, labels, ctx.dtype, needs_hidden,
-                                       needs_weight, -grad)
+        _, *gradients = head_gradients(ctx, *ctx.saved_tensors, ctx.dtype, -grad)
         return *gradients, None
 
 
-def head_gradients(hidden: Tensor, weight: Tensor, labels: Tensor, dtype: torch.dtype,
-                   needs_hidden: bool, needs_weight: bool, scale: Tensor | None = None
-                   ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """The loss of LinearCrossEntropy, (), and its gradients, one chunk of rows at a time. dtype: of
-    the matrix products; the loss and the weight's gradient are float32. scale: (N,), a factor for
-    each row's gradient. The gradient of the logits is softmax minus one-hot."""
+def head_gradients(ctx, hidden: Tensor, weight: Tensor, labels: Tensor, dtype: torch.dtype,
+                   scale: Tensor | None = None) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """The loss of LinearCrossEntropy, (), and the gradients that ctx needs, one chunk of rows at a
+    time. dtype: of the matrix products; the loss and the weight's gradient are float32. scale:
+    (N,), a factor for each row's gradient. The gradient of the logits is softmax minus one-hot."""
+    needs_hidden, needs_weight, _ = ctx.needs_input_grad
     grad_hidden = torch.empty_like(hidden) if needs_hidden else None
     grad_weight = torch.zeros_like(weight, dtype=torch.float32) if needs_weight else None
     loss = hidden.new_zeros((), dtype=torch.float32)
@@ -661,14 +652,12 @@ def head_gradients(hidden: Tensor, weight: Tensor, labels: Tensor, dtype: torch.
 
 def logit_chunks(hidden: Tensor, weight: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
     """hidden (N, D), weight (V, D) of one dtype -> for each chunk of n rows: their slice, hidden
-    states (M, D) and logits (M, V), which the next chunk overwrites.
-
-    M >= n, because a CPU needs rows in multiples (see Linear): the last chunk ends with rows of
-    zeros, which must stay zeros. A row of the buffer is a multiple of 64 numbers, so it begins on a
-    cache line: a third faster.
+    states (M, D) and logits (M, V), which the next chunk overwrites. M >= n, because a CPU needs
+    rows in multiples (see Linear): the last chunk ends with rows of zeros, which must stay zeros.
     """
     n, block = len(hidden), row_block(weight)
     rows = LOSS_CHUNK_BYTES // (weight.element_size() * len(weight)) // block * block or block
+    # rows of the buffer begin on a cache line: a third faster
     hidden, width = pad_rows(hidden, block), -(-len(weight) // 64) * 64
     buffer = weight.new_empty(min(rows, len(hidden)), width)
     buffer[:, len(weight):] = 0  # bfloat16 kernels on CPUs also read the padding: no NaN there
@@ -695,11 +684,10 @@ def logits_to_gradient(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def cache_parts(logits: Tensor) -> Iterator[slice]:
-    """Slices of the rows of logits (N, V), to work on one after the other. On a CPU, a slice fits
-    the cache as float32; on a GPU, one slice has all rows."""
-    rows = max(1, len(logits))
-    if logits.device.type == "cpu":
-        rows = max(1, CACHE_BYTES // (4 * logits.size(1)))
+    """Slices of the rows of logits (N, V). On a CPU, a slice fits the cache as float32; on a GPU,
+    one slice has all rows."""
+    rows = CACHE_BYTES // (4 * logits.size(1)) if logits.is_cpu else len(logits)
+    rows = max(1, rows)
     for i in range(0, len(logits), rows):
         yield slice(i, i + rows)
 
@@ -763,11 +751,8 @@ def init_weights(model: ChatLM) -> None:
 
 
 class Bigrams:
-    """Counts of which token follows which, and their best approximation of low rank.
-
-    Bigrams are the first thing that training learns, but they can be counted. The positive
-    pointwise mutual information says how much likelier v is after u than elsewhere (word2vec
-    factors it too: Levy and Goldberg 2014):
+    """How much likelier v is after u than elsewhere, the positive pointwise mutual information, and
+    its best approximation of low rank (Levy and Goldberg 2014; see tests/COUNTS.md):
 
         M[u, v] = max(0, log p(u, v) / (p(u) p(v)))  ~  a_u . b_v
 
@@ -803,11 +788,11 @@ def init_bigrams(model: ChatLM, before: Tensor, after: Tensor) -> None:
 
         logits[v after u] = log p(v) + a_u . b_v            (see Bigrams for a and b)
 
-    before, after: (N,) int64 on a CPU, from answers: each token and the one that follows it.
+    before, after: (N,) int64 on a CPU, from answers: each token and the one that follows it. Raises
+    ValueError for an untied head, and for gated or narrow feed-forward layers.
 
     Row v of the embedding, which is the head too, is [constant | log p(v) | a_v | b_v]. The last
-    feed-forward layer of the decoder gets the row of token u, and copies two of its parts: the
-    constant to the place of log p, and a_u to the place of b.
+    feed-forward layer of the decoder gets the row of u, and moves two of its parts:
 
         row of u       constant    log p(u)    a_u    b_u
         its copy           0       constant     0     a_u
@@ -815,9 +800,8 @@ def init_bigrams(model: ChatLM, before: Tensor, after: Tensor) -> None:
 
     (up to constant factors). The layer also subtracts the row of u itself; otherwise each token
     would predict tokens like itself. As relu(x) - relu(-x) = x, the ReLU layer is linear here. The
-    other layers start smaller, by 1/sqrt(their number) as in GPT-2: larger ones hide the counts,
-    smaller ones learn late. Tokens that were not counted keep random values. Raises ValueError for
-    an untied head, and for gated or narrow feed-forward layers.
+    other layers start smaller, by 1/sqrt(their number) as in GPT-2. Tokens that were not counted
+    keep random values.
     """
     c, last = model.config, model.decoder.block[-1].layer[-1].DenseReluDense
     tied = c.tie_word_embeddings and c.scale_decoder_outputs
@@ -887,10 +871,8 @@ def is_target(name: str, targets: str | list[str]) -> bool:
 def add_lora(model: ChatLM, rank: int, alpha: float, targets: str | Iterable[str],
              dropout: float = 0.0) -> None:
     """Replace the linear layers that targets name by LoRALinear, and freeze everything else.
-
     targets: see is_target; a list with "all" means "all-linear". Raises ValueError for a target
-    that names no layer, and for the head, whose weight is used without its layer.
-    """
+    that names no layer, and for the head, whose weight is used without its layer."""
     if not isinstance(targets, str):
         targets = list(targets)
         targets = "all-linear" if "all" in targets else targets
@@ -929,8 +911,8 @@ ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 
 
 def save_adapter(model: ChatLM, folder: Path, base: str, base_hash: str = "") -> None:
-    """Write adapter_model.safetensors and adapter_config.json, as PEFT does. base: the model's
-    folder; base_hash: of its weights, for `dpo.py merge`."""
+    """Write an adapter as PEFT does. base: the model's folder; base_hash: of its weights, for
+    `dpo.py merge`."""
     folder.mkdir(parents=True, exist_ok=True)
     weights = {f"base_model.model.{name}": p.detach().contiguous()
                for name, p in model.named_parameters() if ".lora_" in name}
@@ -953,11 +935,8 @@ def adapter_base(folder: Path) -> str:
 
 
 def load_adapter(model: ChatLM, folder: Path) -> None:
-    """Add the LoRA adapter of a folder, ours or PEFT's, to a model.
-
-    Raises FileNotFoundError or ValueError if it is damaged, is for another model, or has an option
-    that is not applied here.
-    """
+    """Add the LoRA adapter of a folder, ours or PEFT's, to a model. Raises FileNotFoundError, or
+    ValueError if it is damaged, for another model, or has an option that is not applied here."""
     files = [folder / name for name in ADAPTER_FILES]
     if not all(path.is_file() for path in files):
         raise FileNotFoundError(f"{folder} is not an adapter: it needs adapter_config.json and "
@@ -974,12 +953,10 @@ def load_adapter(model: ChatLM, folder: Path) -> None:
         raise ValueError(f"{files[0]}: target_modules {config['target_modules']!r} does not fit "
                          f"the model: {e}") from None
     weights = {name.removeprefix("base_model.model."): w for name, w in weights.items()}
-    own = {name: p.shape for name, p in model.named_parameters() if ".lora_" in name}
-    wrong = sorted(own.keys() ^ weights.keys())
-    wrong = wrong or [name for name in own if own[name] != weights[name].shape]
-    if wrong:
+    own = {name: p for name, p in model.named_parameters() if ".lora_" in name}
+    if wrong := first_misfit(own, weights):
         raise ValueError(f"{folder}: the adapter is for another model, or its weights are not "
-                         f"those that adapter_config.json describes, first at {wrong[0]}")
+                         f"those that adapter_config.json describes, first at {wrong}")
     common_dtype(weights, folder)
     check_finite(weights, folder)
     model.load_state_dict(weights, strict=False)
@@ -1034,12 +1011,12 @@ def load_model(cls: type[ChatLM], folder, dtype: torch.dtype | None, device) -> 
     config = ChatLMConfig.from_pretrained(folder)
     weights = read_weights(Path(folder))
     # a file of tied weights may keep them under any one of these names
-    names = ["shared.weight", "encoder.embed_tokens.weight", "decoder.embed_tokens.weight"]
-    names += ["lm_head.weight"] if config.tie_word_embeddings else []
+    copies = ["encoder.embed_tokens.weight", "decoder.embed_tokens.weight"]
+    names = ["shared.weight", *copies] + ["lm_head.weight"] * config.tie_word_embeddings
     shared = next((weights[name] for name in names if name in weights), None)
     if shared is None:
         raise ValueError(f"{folder}: the weights have no shared.weight, so they are not a T5's")
-    for name in names[1:3]:
+    for name in copies:
         if name in weights and not torch.equal(weights[name], shared):
             raise ValueError(f"{folder}: {name} differs from the shared embedding: such models are "
                              "not supported")
@@ -1048,26 +1025,30 @@ def load_model(cls: type[ChatLM], folder, dtype: torch.dtype | None, device) -> 
     head = weights.get("lm_head.weight")
     config.tie_word_embeddings = head is None or torch.equal(head, shared)
     weights["shared.weight"] = shared
-    copies = [*names[1:3], "decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight"]
-    copies += ["lm_head.weight"] if config.tie_word_embeddings else []
+    copies += ["decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight"]
+    copies += ["lm_head.weight"] * config.tie_word_embeddings
     weights = {name: w.to(dtype).to(device)  # cast first, or a GPU holds both
                for name, w in weights.items() if name not in copies}
     with torch.device("meta"):
         model = cls(config)
-    shapes = {name: p.shape for name, p in model.named_parameters()}
-    wrong = sorted(shapes.keys() ^ weights.keys())
-    wrong = wrong or [name for name in shapes if weights[name].shape != shapes[name]]
-    if wrong:
-        raise ValueError(f"{folder}: config.json and the weights do not fit, first at {wrong[0]}")
+    if wrong := first_misfit(dict(model.named_parameters()), weights):
+        raise ValueError(f"{folder}: config.json and the weights do not fit, first at {wrong}")
     check_finite(weights, folder)
     model.load_state_dict(weights, assign=True)
     model.generation = read_generation(folder) or model.generation
     return model.eval()
 
 
+def first_misfit(parameters: dict[str, Any], weights: dict[str, Tensor]) -> str | None:
+    """The first name that only one of the two has, or whose shapes differ."""
+    wrong = sorted(parameters.keys() ^ weights.keys())
+    wrong += [name for name, p in parameters.items() if p.shape != weights.get(name, p).shape]
+    return wrong[0] if wrong else None
+
+
 def common_dtype(weights: dict[str, Tensor], folder) -> torch.dtype:
-    """The dtype of most numbers: in a float16 model, transformers keeps the weights of wo in
-    float32. Raises ValueError for quantized weights."""
+    """The dtype of most numbers: transformers keeps a float16 model's wo in float32. Raises
+    ValueError for quantized weights."""
     numbers: Counter[torch.dtype] = Counter()
     for name, w in weights.items():
         if not w.is_floating_point() or w.element_size() < 2:
@@ -1087,8 +1068,7 @@ def check_finite(weights: dict[str, Tensor], folder) -> None:
 
 
 def read_weights(folder: Path) -> dict[str, Tensor]:
-    """All tensors of model.safetensors, or of the shards that model.safetensors.index.json names,
-    mapped from disk."""
+    """All tensors of model.safetensors, or of its shards, mapped from disk."""
     index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
     if single.is_file():
         files = [single]
@@ -1120,7 +1100,6 @@ MODEL_FILES = ("config.json", "model.safetensors")
 
 
 def save_model(model: ChatLM, folder: Path) -> None:
-    """Write config.json, generation_config.json and model.safetensors."""
     folder.mkdir(parents=True, exist_ok=True)
     ids = ("decoder_start_token_id", "eos_token_id", "pad_token_id")
     generation = model.generation | {name: getattr(model.config, name) for name in ids}
