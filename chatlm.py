@@ -132,7 +132,6 @@ class ChatLMConfig:
             self.check_field(field.name, kind)
 
     def check_field(self, name: str, kind: type) -> None:
-        """Raise ValueError if a field is not of its kind, or out of range."""
         value, least = getattr(self, name), 0 if name.endswith("_token_id") else 1
         most = 1000 if name.endswith("_layers") else (1 << 31) - 1
         if kind is int and (type(value) is not int or not least <= value <= most):
@@ -231,7 +230,7 @@ class Dropout(nn.Module):
 
 
 def compute_dtype(weight: Tensor) -> torch.dtype:
-    """The dtype of matrix products with a weight: autocast's if enabled, else the weight's."""
+    """The dtype of matrix products with a weight."""
     device = weight.device.type
     enabled = torch.is_autocast_enabled(device)
     return torch.get_autocast_dtype(device) if enabled else weight.dtype
@@ -286,10 +285,8 @@ class RMSNorm(nn.Module):
 def relative_position_bucket(distance: Tensor, bidirectional: bool, num_buckets: int,
                              max_distance: int) -> Tensor:
     """Sort distances (key position - query position, int64, any shape) into num_buckets buckets.
-
-    Half of the buckets hold one near distance each. The others get wider with the logarithm of
-    the distance, and the last one holds everything beyond max_distance. If bidirectional, half of
-    all buckets look back and half ahead; otherwise all look back.
+    Half of them hold one near distance each. The others get wider with the logarithm of the
+    distance, up to max_distance. If bidirectional, half of all buckets look ahead.
 
         num_buckets 32, not bidirectional:  0 -> 0, -1 -> 1, -15 -> 15, -17 -> 16, -200 -> 31
     """
@@ -430,8 +427,8 @@ class Stack(nn.Module):
         return bias.permute(2, 0, 1)[None].contiguous()  # as GPU kernels need it
 
     def forward(self, x: Tensor, *context: Tensor) -> Tensor:
-        """x (B, L, D) through all blocks. With checkpoint_activations, backward runs each block
-        again instead of keeping its activations."""
+        """x (B, L, D) -> (B, L, D). With checkpoint_activations, backward runs each block again
+        instead of keeping its activations."""
         for block in self.block:
             if self.checkpoint_activations and torch.is_grad_enabled():
                 x = checkpoint(block, x, *context, use_reentrant=False)
@@ -508,12 +505,11 @@ class ChatLM(nn.Module):
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None,
                 decoder_input_ids: Tensor | None = None,
                 labels: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-        """Logits of every target position, and the loss if there are labels.
+        """Logits (B, T, V), and the mean nats per label, () float32, or None without labels.
 
         input_ids, attention_mask: (B, S) int64; the mask is 0 for padding (None: no padding).
         decoder_input_ids: (B, T) int64; None: the labels, shifted right.
         labels: (B, T) int64, -100 for padding.
-        Returns logits (B, T, V), and the mean nats per label, () float32, or None.
         """
         if decoder_input_ids is None:
             if labels is None:
@@ -601,8 +597,8 @@ class LinearCrossEntropy(torch.autograd.Function):
 
 
 class LinearLogProbs(torch.autograd.Function):
-    """log softmax(hidden_i @ weight.T)[labels_i] -> (N,) float32. Like LinearCrossEntropy, but the
-    gradient of each row is known only in backward, so that computes the logits again."""
+    """log softmax(hidden_i @ weight.T)[labels_i] -> (N,) float32. The gradient of each row is known
+    only in backward, which computes the logits again."""
 
     @staticmethod
     def forward(ctx, hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
@@ -862,8 +858,8 @@ class LoRALinear(Linear):
 
 
 def is_target(name: str, targets: str | list[str]) -> bool:
-    """PEFT's rule for target_modules: a regular expression that matches a module's whole name,
-    "all-linear", or a list of names or endings of names."""
+    """PEFT's rule for target_modules: "all-linear", a regular expression for a module's whole name,
+    or a list of names or endings of names."""
     if isinstance(targets, str):
         return targets == "all-linear" or re.fullmatch(targets, name) is not None
     return any(name == target or name.endswith("." + target) for target in targets)

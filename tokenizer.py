@@ -415,8 +415,8 @@ class Tokenizer:
 
     @classmethod
     def from_pretrained(cls, folder, append_eos: bool | None = None) -> "Tokenizer":
-        """Read folder/tokenizer.json. append_eos: end texts with [EOS] or not; None: as the file
-        says. Raises FileNotFoundError, or ValueError for a damaged file or an unsupported form."""
+        """Read folder/tokenizer.json. append_eos None: as the file says. Raises FileNotFoundError,
+        or ValueError for a damaged file or an unsupported form."""
         path = Path(folder) / "tokenizer.json"
         if not path.is_file():
             raise FileNotFoundError(f"{folder} has no tokenizer.json")
@@ -815,7 +815,7 @@ def divide_memory(memory_bytes: int, vocab_size: int, workers: int) -> tuple[int
 
 
 class Sample:
-    """The texts whose hash is below a share of all hashes. The seed is not that of data.py split.
+    """The texts whose hash is below a share of all hashes. Its seed is not that of data.py split.
     """
 
     def __init__(self, texts: Iterable[str], share: float):
@@ -923,7 +923,7 @@ def tokenizer_json(tokenizer: Tokenizer) -> dict:
 
 
 class Unsupported(ValueError):
-    """A tokenizer.json that is correct and of a form that this program does not have."""
+    """A correct tokenizer.json of a form that this program does not have."""
 
 
 def parse_tokenizer(form: dict) -> Tokenizer:
