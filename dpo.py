@@ -36,14 +36,13 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar
 
 import pyarrow.compute as pc
 import torch
 import torch.nn.functional as F
-import xxhash
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -111,10 +110,11 @@ def pair_logps(model: ChatLM, batch: dict) -> tuple[Tensor, Tensor]:
     return chosen, rejected
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True)
 class Settings(train.Settings):
     """train.py's settings, with those of DPO."""
-    optimizer: str = "adamw"
+    optimizer: str = field(
+        default="adamw", metadata=train.Settings.__dataclass_fields__["optimizer"].metadata)
     data: Sequence[str] = train.flag(
         (), "triples (prompt, chosen, rejected): files or folders", group="data", nargs="+",
         metavar="A.parquet")
@@ -154,10 +154,9 @@ class Preference(train.Objective):
     """The DPO loss, against stored log-probabilities of the reference."""
     extra, shown = METRICS, ("loss", "margin", "accuracy")
 
-    def __init__(self, settings: Settings, ranks: train.Ranks, model: ChatLM,
-                 tokenizer: Tokenizer, init_hash: str | None):
-        super().__init__(settings, ranks, model, tokenizer, init_hash)
-        files = {"data": settings.data_files, "valid": settings.valid_files}
+    def __init__(self, *args):
+        super().__init__(*args)
+        files = {"data": self.settings.data_files, "valid": self.settings.valid_files}
         self.references = {name: self.reference(name, paths)
                            for name, paths in files.items() if paths}
 
@@ -167,9 +166,9 @@ class Preference(train.Objective):
         settings. Otherwise the ranks share the work, and the first one writes them."""
         s, ranks = self.settings, self.ranks
         path = Path(s.out_dir) / "checkpoint" / f"reference_{name}.safetensors"
-        tokenizer_hash = xxhash.xxh3_64_hexdigest(self.tokenizer.to_json().encode())
         identity = {"data": hash_files(files), "weights": str(self.init_hash),
-                    "max_len": str(s.max_len), "dtype": s.dtype, "tokenizer": tokenizer_hash}
+                    "max_len": str(s.max_len), "dtype": s.dtype,
+                    "tokenizer": train.hash_tokenizer(self.tokenizer)}
         stream = train.make_stream(s, ranks, self.tokenizer, files)
         logps = torch.zeros(stream.rows, 2, device=ranks.device)
         stored = read_reference(path, identity) if ranks.is_main else None
@@ -257,9 +256,8 @@ def find_triples(paths: Sequence[str], ranks: train.Ranks, out_dir: Path) -> lis
                 written = data.write_pairs(target, rows, COLUMNS)
                 data.refuse_empty(written, [path], data.Problems())
             ranks.barrier()
-            ranks.check(None if Path(target).is_file() else
-                        f"{target} is not on this machine: --out_dir must be on a file system that "
-                        "all machines share")
+            ranks.check(Path(target).is_file(), f"{target} is not on this machine: --out_dir "
+                        f"{train.MUST_BE_SHARED}")
         check_triples(target, path)
         found.append(target)
     return found

@@ -39,7 +39,6 @@ import argparse
 import contextlib
 import copy
 import ctypes
-import dataclasses
 import datetime
 import gc
 import html
@@ -55,8 +54,8 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import Field, dataclass, field, fields, replace
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -112,6 +111,7 @@ TIMEOUT = datetime.timedelta(days=2)
 LAUNCHER = os.environ.get("TORCHELASTIC_RUN_ID", "")
 LAUNCHER += f" {os.getppid()}" if LAUNCHER else ""
 MAX_BAD_STEPS = 10  # in a row, then training stops
+MUST_BE_SHARED = "must be on a file system that all machines share"
 EXPORTED = (*MODEL_FILES, *ADAPTER_FILES, "generation_config.json", "tokenizer.json",
             "tokenizer_config.json", "special_tokens_map.json")
 # dense, by NVIDIA's data sheets
@@ -129,7 +129,7 @@ os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "256")
 class Objective:
     """What is trained: ResponseLoss here, Preference in dpo.py."""
     extra: tuple[str, ...] = ()  # names of the extra sums; their means are logged
-    shown: tuple[str, ...] = ("loss",)  # the values in the progress line
+    shown: tuple[str, ...] = ("loss",)  # in the progress line
 
     def __init__(self, settings: Any, ranks: "Ranks", model: ChatLM, tokenizer: Tokenizer,
                  init_hash: str | None):
@@ -154,7 +154,7 @@ class Objective:
         raise NotImplementedError
 
     def evaluate(self) -> dict:
-        """Means over --valid to log: val_loss, and val_NAME of each extra sum."""
+        """Means over --valid: val_loss, and val_NAME of each extra sum."""
         sums = torch.zeros(2 + len(self.extra), dtype=torch.float64, device=self.ranks.device)
         for batch in self.batches:
             values = self.loss(to_device(batch, self.ranks.device), "valid")
@@ -172,14 +172,13 @@ class Objective:
         raise NotImplementedError
 
     def initialize(self, stream: PairStream) -> None:
-        """Initialize the weights of a new run; by default they stay as they are."""
+        """Initialize the weights of a new run."""
 
     def export(self, folder: Path) -> None:
-        """Write a model folder, or with LoRA an adapter folder."""
-        s = self.settings
-        if s.lora_rank:
-            save_adapter(self.model, folder, s.init_from, self.init_hash or "")
-            data.delete_files(folder, MODEL_FILES)  # of an earlier run
+        """Write a model folder, or with LoRA an adapter folder. The other kind of files goes."""
+        if self.settings.lora_rank:
+            save_adapter(self.model, folder, self.settings.init_from, self.init_hash or "")
+            data.delete_files(folder, MODEL_FILES)
         else:
             self.model.save_pretrained(folder)
             data.delete_files(folder, ADAPTER_FILES)
@@ -187,9 +186,7 @@ class Objective:
 
 
 class Trainer:
-    """One training run. `fit` trains until a limit is reached or a signal asks for an end.
-
-    A step, which every rank takes together:
+    """One training run. A step, which every rank takes together:
 
         for micro-batch in this rank's share of the next group:
             loss, normalizer = objective.loss(micro-batch)     # sums over the micro-batch
@@ -209,31 +206,30 @@ class Trainer:
                                           self.settings.weight_decay)
         self.state = State()
         self.bad_in_a_row = 0
-        device = device_name(self.device)
-        flops = (1e12 * tera for name, tera in BF16_TERAFLOPS.items()
-                 if name in device and "Laptop" not in device)  # slower chips of the same name
-        self.peak_flops = self.ranks.world_size * next(flops, 0)
+        self.peak_flops = self.ranks.world_size * peak_flops(self.device)
         self.kernels = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
         if self.device.type == "cpu":  # where the backward pass of flash attention is slower
             self.kernels = [SDPBackend.MATH]
 
     def start(self, saved: dict | None) -> None:
         """Resume from the content of a checkpoint, or initialize a new run."""
+        self.stop = Stop()
         self.is_new = not saved
         if saved:
             load_checkpoint(saved, self)
         else:
             self.objective.initialize(self.stream)
         self.ranks.barrier()
-        # steps after this one are taken again, so their checkpoints must not stay the newest
-        checkpoints = list_checkpoints(self.out_dir / "checkpoint") if self.ranks.is_main else []
+        # later steps are taken again, so their checkpoints must not stay the newest
+        folder = self.out_dir / "checkpoint"
+        checkpoints = list_checkpoints(folder) if self.ranks.is_main else []
         later = [path for path in checkpoints if step_of(path) > self.state.step]
         for path in later:
             path.unlink()
-        self.report = Report(self.out_dir, self.ranks.is_main, self.state.step)
         if self.ranks.is_main and LAUNCHER:  # see find_checkpoint
-            (self.out_dir / "checkpoint").mkdir(exist_ok=True)
-            write_file(self.out_dir / "checkpoint" / "launcher", LAUNCHER)
+            folder.mkdir(exist_ok=True)
+            write_file(folder / "launcher", LAUNCHER)
+        self.report = Report(self.out_dir, self.ranks.is_main, self.state.step)
         if later:
             self.report.say(f"deleted {len(later):,} checkpoints of later steps")
         if saved:
@@ -250,9 +246,9 @@ class Trainer:
         self.reducer = GradientReducer(parameters, self.gradient, self.ranks)
 
     def fit(self, saved: dict | None) -> "State":
-        """Train; weights change in place. saved: the checkpoint to resume from. Returns the final
+        """Train until a limit is reached. saved: the checkpoint to resume from. Returns the final
         state; exits with status 128 + N after signal N."""
-        settings, stop = self.settings, Stop()
+        settings = self.settings
         self.start(saved)
         at_start = done = self.progress()
         if done >= 1 and self.ranks.is_main:  # it may have been killed before the export
@@ -261,7 +257,7 @@ class Trainer:
         self.tick_s = time.perf_counter()
         stopping = False
         while done < 1 and not stopping:
-            values, stopping = self.train_step(done, stop.signal > 0)
+            values, stopping = self.train_step(done)
             done = self.progress()
             if done >= 1 and (self.bad_in_a_row or not self.has_finite_weights()):
                 self.fail()
@@ -276,7 +272,7 @@ class Trainer:
                 self.save(stopping)
         self.stream.close()
         self.report.close()
-        stop.restore()
+        self.stop.restore()
         if stopping:
             same = "the same command" + " without --resume" * (settings.resume != "auto")
             end = f" and saved; {same} resumes the run"
@@ -284,7 +280,7 @@ class Trainer:
                 end = f"; {same} goes on from the newest checkpoint, if there is one"
             self.report.say(f"stopped at step {self.state.step:,}{end}")
             self.ranks.leave()
-            sys.exit(128 + (stop.signal or signal.SIGTERM))
+            sys.exit(128 + (self.stop.signal or signal.SIGTERM))
         return self.state
 
     def due(self, every: int) -> bool:
@@ -298,9 +294,9 @@ class Trainer:
             return self.state.elapsed_s / self.settings.time_limit
         return self.stream.epoch / self.settings.epochs
 
-    def train_step(self, done: float, stop: bool) -> tuple[dict, bool]:
-        """Take one step. done: the share of the training before it; stop: this rank was asked to
-        stop. Returns the values to log, and whether any rank was asked to stop."""
+    def train_step(self, done: float) -> tuple[dict, bool]:
+        """Take one step. done: the share of the training before it. Returns the values to log, and
+        whether any rank was asked to stop."""
         s, state, start_s = self.settings, self.state, time.perf_counter()
         min_lr = s.lr / 100 if s.min_lr is None else s.min_lr
         lr = learning_rate(s.schedule, done, state.step, s.lr, min_lr, s.warmup_steps)
@@ -311,7 +307,7 @@ class Trainer:
         # known only after the all-reduce
         is_half = s.dtype == "float16"
         scale = (state.loss_scale if is_half else 1.0) / s.batch_tokens
-        total = self.reduce(*self.accumulate(scale), stop, scale)
+        total = self.compute_gradient(scale)
         normalizer = max(1.0, total["normalizer"])
         finite, overflow = math.isfinite(total["loss"]), not math.isfinite(total["norm"])
         if finite and not overflow:
@@ -337,10 +333,10 @@ class Trainer:
         self.count_bad_steps(not finite or overflow and not can_lower_scale)
         return values, total["stops"] > 0
 
-    def accumulate(self, scale: float) -> tuple[Tensor, int, int]:
-        """Run this rank's micro-batches of the next group. self.gradient becomes the gradient of
-        the loss times scale, summed over all ranks. Returns this rank's sums: loss, normalizer and
-        extra sums, on the device; source tokens; target tokens."""
+    def compute_gradient(self, scale: float) -> dict[str, float]:
+        """Run this rank's micro-batches of the next group, and all-reduce. self.gradient becomes
+        the clipped mean gradient. scale: of the loss in backward. Returns sums over the ranks by
+        name, and the norm of the mean gradient before clipping."""
         self.model.train()
         self.gradient.zero_()
         sums = torch.zeros(2 + len(self.objective.extra), dtype=torch.float64, device=self.device)
@@ -361,19 +357,11 @@ class Trainer:
                 (loss * scale).backward()
             sums += torch.stack([x.detach().double() for x in (loss, *others)])
         self.reducer.finish()
-        return sums, source, target
-
-    def reduce(self, sums: Tensor, source: int, target: int, stop: bool,
-               scale: float) -> dict[str, float]:
-        """Turn self.gradient into the clipped mean gradient. sums, source, target: from accumulate.
-        stop: this rank was asked to stop. scale: see accumulate. Returns sums over the ranks by
-        name, and the norm of the mean gradient before clipping."""
         now_s = time.perf_counter()
         seconds, self.tick_s = now_s - self.tick_s, now_s
-        counts = torch.tensor([source, target, seconds if self.ranks.is_main else 0, stop],
-                              dtype=torch.float64)
-        counts = counts.to(self.device, non_blocking=True)
-        sums = self.ranks.all_reduce(torch.cat([sums, counts]))
+        counts = torch.tensor([source, target, seconds if ranks.is_main else 0,
+                               self.stop.signal > 0], dtype=torch.float64)
+        sums = ranks.all_reduce(torch.cat([sums, counts.to(self.device, non_blocking=True)]))
         divisor = sums[1].clamp(min=1) * scale
         norm = clip_gradient(self.gradient, divisor, self.settings.grad_clip)
         values = torch.cat([sums, norm.double()[None]]).tolist()  # the only device sync
@@ -388,7 +376,7 @@ class Trainer:
             state.loss_scale *= 0.5 if overflow else 2.0
 
     def count_bad_steps(self, bad: bool) -> None:
-        """Report a step that was skipped. Raises ValueError after MAX_BAD_STEPS in a row."""
+        """Report a skipped step. Raises ValueError after MAX_BAD_STEPS in a row."""
         self.bad_in_a_row = self.bad_in_a_row + 1 if bad else 0
         self.state.bad_steps += bad
         if bad:
@@ -402,10 +390,10 @@ class Trainer:
         return bool(torch.stack(sums).isfinite().all())
 
     def fail(self) -> None:
-        """Raise ValueError: the weights, or the data, give no finite loss any more."""
-        checkpoints = list_checkpoints(self.out_dir / "checkpoint")
+        """Raise ValueError: no finite loss, or no finite weights, any more."""
         last_step = self.state.step - self.bad_in_a_row  # with these weights, the next steps failed
-        before = [path for path in checkpoints if step_of(path) < last_step]
+        before = [path for path in list_checkpoints(self.out_dir / "checkpoint")
+                  if step_of(path) < last_step]
         kept = f"; resume from an earlier checkpoint with --resume {before[0]}" if before else ""
         what = "the weights are not finite any more"
         if self.bad_in_a_row:
@@ -428,7 +416,6 @@ class Trainer:
                 self.objective.export(self.out_dir / "best")
 
     def score(self) -> None:
-        """Score answers to held-out prompts, on the first rank."""
         self.model.eval()
         if self.ranks.is_main:
             values = self.objective.score()
@@ -472,7 +459,7 @@ def to_device(batch: dict, device: torch.device) -> dict:
 
 class Stop:
     """The first Ctrl-C or SIGTERM asks for an end after the running step; the same one again ends
-    at once. (Some launchers send SIGTERM after a Ctrl-C.)"""
+    at once. (Some launchers send both.)"""
 
     def __init__(self):
         self.signal = 0
@@ -488,7 +475,6 @@ class Stop:
         self.signal = self.signal or number
 
     def restore(self) -> None:
-        """Let signals end the process again."""
         signal.signal(signal.SIGINT, signal.default_int_handler)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
@@ -551,10 +537,11 @@ class Ranks:
         dist.all_gather_object(values, value)
         return values
 
-    def check(self, error: str | None) -> None:
-        """Raise AgreedError on every rank if any rank passes an error."""
-        if errors := [e for e in self.all_gather(error) if e]:
-            raise AgreedError(error or errors[0])
+    def check(self, ok: bool, error: str) -> None:
+        """Raise AgreedError on every rank if any rank is not ok."""
+        errors = [e for e in self.all_gather("" if ok else error) if e]
+        if errors:
+            raise AgreedError(errors[0] if ok else error)
 
     def broadcast(self, tensors: Iterable[Tensor]) -> None:
         """Copy the first rank's tensors to every rank."""
@@ -562,12 +549,10 @@ class Ranks:
             dist.broadcast(x.detach(), 0)
 
     def barrier(self) -> None:
-        """Wait until every rank is here."""
         if self.world_size > 1:
             self.all_reduce(torch.zeros(1, device=self.device)).item()
 
     def leave(self) -> None:
-        """Leave the process group."""
         if self.world_size > 1:
             dist.destroy_process_group()
             gc.collect()  # end gloo's threads: one that outlives the interpreter would abort it
@@ -607,7 +592,7 @@ class GradientReducer:
         self.is_last_pass = True
 
     def on_gradient(self, p: nn.Parameter) -> None:
-        """Hook: the gradient of p is complete. Send the complete slices, in order."""
+        """Hook: the gradient of p is complete."""
         if self.is_last_pass:
             self.remaining[self.slice_of[p]] -= 1
             while len(self.handles) < len(self.slices) and not self.remaining[len(self.handles)]:
@@ -627,7 +612,7 @@ class GradientReducer:
 
 
 def gpu_of_process(device: str, local: int, local_size: int) -> str:
-    """cuda:N for the process `local` of local_size on this machine. device: as in --device."""
+    """cuda:N for process `local` of local_size on this machine. device: as in --device."""
     if device != "cuda":
         raise ValueError(f"--device {device} is one GPU for {local_size} processes: leave it out, "
                          "and each process takes a GPU")
@@ -661,8 +646,12 @@ def keep_freed_memory() -> None:
         mallopt(-1, -1)
 
 
-def device_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+def peak_flops(device: torch.device) -> float:
+    """Per second, of dense bfloat16 products; 0 if unknown."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+    if "Laptop" in name:  # slower chips of the same name
+        return 0.0
+    return next((1e12 * tera for gpu, tera in BF16_TERAFLOPS.items() if gpu in name), 0.0)
 
 
 def best_dtype(device: torch.device) -> str:
@@ -687,27 +676,26 @@ def make_optimizers(model: nn.Module, name: str, lr: float,
             (matrices if p.dim() == 2 and not is_table else rest).append(p)
     groups = [{"params": matrices, "weight_decay": weight_decay},
               {"params": rest, "weight_decay": 0.0}]
+    groups = [group for group in groups if group["params"]]
+    if name == "adafactor":
+        return [Adafactor(groups, lr=lr)]
+    optimizers: list[torch.optim.Optimizer] = []
     if name == "muon":
         if not matrices:
             raise ValueError("--optimizer muon needs hidden matrices to train, and --freeze leaves "
                              "none")
-        muon = torch.optim.Muon(matrices, lr=lr, weight_decay=weight_decay,
-                                adjust_lr_fn="match_rms_adamw")
-        return [muon, make_adamw(groups[1:], lr)] if rest else [muon]
-    groups = [group for group in groups if group["params"]]
-    if name == "adafactor":
-        return [Adafactor(groups, lr=lr)]
-    return [make_adamw(groups, lr)]
-
-
-def make_adamw(groups: list[dict], lr: float) -> torch.optim.AdamW:
-    return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.98), fused=True)
+        optimizers.append(torch.optim.Muon(matrices, lr=lr, weight_decay=weight_decay,
+                                           adjust_lr_fn="match_rms_adamw"))
+        groups = groups[1:]
+    if groups:
+        optimizers.append(torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.98), fused=True))
+    return optimizers
 
 
 class Adafactor(torch.optim.Adafactor):
-    """A faster torch.optim.Adafactor (Shazeer and Stern 2018, arXiv:1804.04235). On a GPU,
-    parameters of one shape are updated together, by the same kernels, and no number is read back to
-    the CPU. On a CPU, a step takes 0.6 of the time, because it reads and writes less memory.
+    """A faster torch.optim.Adafactor (Shazeer and Stern 2018, arXiv:1804.04235). Parameters of one
+    shape are updated together, by the same kernels; no number is read back from a GPU; a CPU reads
+    and writes less memory.
 
     It divides the gradient G by the root of a running mean of its squares V. Of V (O, I), only the
     means of rows and columns are kept:
@@ -726,14 +714,13 @@ class Adafactor(torch.optim.Adafactor):
                 if p.grad is not None:
                     shapes.setdefault(p.shape, []).append(p)
             for shape, params in shapes.items():
-                limit = self.STACK_BYTES.get(params[0].device.type, 1 << 20)
-                n = max(1, limit // (4 * shape.numel()))
+                n = max(1, self.STACK_BYTES[params[0].device.type] // (4 * shape.numel()))
                 for i in range(0, len(params), n):
                     self.update(params[i:i + n], group)
 
     def update(self, params: list[Tensor], group: dict) -> None:
         """One step of N parameters of one shape."""
-        grads = [p.grad for p in params if p.grad is not None]
+        grads: list[Any] = [p.grad for p in params]
         grad = torch.stack(grads) if len(grads) > 1 else grads[0][None]  # (N, O, I) or (N, I)
         states = [self.counted_state(p) for p in params]
         step, numbers = float(states[0]["step"]), params[0].numel()
@@ -765,8 +752,7 @@ class Adafactor(torch.optim.Adafactor):
         return state
 
     def mean_squares(self, states: list[dict], grad: Tensor, fresh: float, eps: float) -> Tensor:
-        """V of every parameter, in the shape of grad. fresh: the share of the new squares in the
-        running means."""
+        """V, in the shape of grad. fresh: the share of the new squares in the running means."""
         squares = grad.square()
         if grad.dim() == 2:
             return self.average(states, "variance", squares, fresh)
@@ -825,33 +811,30 @@ class State:
     bad_steps: int = 0  # skipped, because the loss or the gradient was not finite
     loss_scale: float = 2.0 ** 16  # float16 only
     scaled_steps: int = 0  # since the loss scale last changed
-    stream: dict = field(default_factory=lambda: {"epoch": 0, "window": 0, "batch": 0})
+    stream: dict = field(default_factory=dict)  # PairStream's
 
 
 def save_checkpoint(trainer: Trainer, keep: int) -> None:
-    """Write step-N-HASH.pt (HASH: of its bytes), and delete all but the newest `keep`.
-
-    identity: what may not change when the run is resumed. settings: what a resumed run takes from
-    here if no flag says otherwise.
-    """
-    state, folder = trainer.state, trainer.out_dir / "checkpoint"
+    """Write step-N-HASH.pt (HASH: of its bytes), and delete all but the newest `keep`. "identity"
+    may not change when the run is resumed; "settings" may, by a flag."""
+    folder = trainer.out_dir / "checkpoint"
     folder.mkdir(parents=True, exist_ok=True)
     trained = {n: p.detach() for n, p in trainer.model.named_parameters() if p.requires_grad}
     saved = {"model": trained, "optimizers": [o.state_dict() for o in trainer.optimizers],
-             "state": dataclasses.asdict(state), "identity": trainer.identity,
+             "state": asdict(trainer.state), "identity": trainer.identity,
              "script": trainer.settings.script, "settings": trainer.settings.stored()}
     newest = folder / "newest"
     for stale in folder.glob("newest.*.tmp"):  # of killed processes: no other run writes here
         stale.unlink()
     with atomic_write(newest) as temporary, write_errors(newest, RuntimeError):  # a full disk
         torch.save(saved, temporary)
-    newest.rename(folder / f"step-{state.step:08d}-{hash_file(newest)}.pt")
+    newest.rename(folder / f"step-{trainer.state.step:08d}-{hash_file(newest)}.pt")
     for old in list_checkpoints(folder)[keep:]:
         old.unlink()
 
 
 def load_checkpoint(saved: dict, trainer: Trainer) -> None:
-    """The twin of save_checkpoint: put what it saved into the trainer."""
+    """The twin of save_checkpoint."""
     trainer.model.load_state_dict(saved["model"], strict=False)
     for optimizer, stored in zip(trainer.optimizers, saved["optimizers"]):
         own = optimizer.state_dict()  # its weight decay may have changed
@@ -867,9 +850,9 @@ def load_checkpoint(saved: dict, trainer: Trainer) -> None:
 def check_identity(identity: dict, saved: dict | None, out_dir: str, ranks: Ranks) -> None:
     """Raise ValueError, naming the flag, if ranks disagree or a resumed run has changed."""
     main = ranks.all_gather(identity)[0]
-    differs = [flag for flag in identity if identity[flag] != main[flag]]
-    ranks.check(f"{differs[0]}: this process has other files or values than the first (machines "
-                f"must share {out_dir} and the data, or have equal copies)" if differs else None)
+    differs = next((flag for flag in identity if identity[flag] != main[flag]), "")
+    ranks.check(not differs, f"{differs}: this process has other files or values than the first "
+                f"(machines must share {out_dir} and the data, or have equal copies)")
     if not saved:
         return
     for flag, value in identity.items():
@@ -884,17 +867,14 @@ def check_identity(identity: dict, saved: dict | None, out_dir: str, ranks: Rank
                           "value, another --out_dir, or --resume never to start anew")
 
 
-@contextlib.contextmanager
-def claimed(folder: Path, ranks: Ranks) -> Iterator[None]:
-    """Keep other runs out of the folder. Raises ValueError if another one uses it."""
+def claim(folder: Path, ranks: Ranks) -> contextlib.AbstractContextManager:
+    """A context that keeps other runs out of the folder. Raises ValueError if one uses it."""
     if not ranks.is_main:
-        yield
-        return
+        return contextlib.nullcontext()
     check_folder(folder)
     folder.mkdir(parents=True, exist_ok=True)
     message = f"another run uses {folder}: wait until it ends, or choose another --out_dir"
-    with locked(folder, message, patience_s=5.0):  # a run that was killed takes a moment to end
-        yield
+    return locked(folder, message, patience_s=5.0)  # a run that was killed takes a moment to end
 
 
 CHECKPOINT_NAME = re.compile(r"step-[0-9]+-[0-9a-f]{16}\.pt")
@@ -913,14 +893,14 @@ def step_of(checkpoint: Path) -> int:
 def candidate_checkpoints(out_dir: Path, resume: str) -> list[Path]:
     """The files that --resume may mean, newest first. Raises FileNotFoundError or ValueError for a
     path that is no checkpoint, or one of another run than out_dir holds."""
+    if resume == "never":
+        return []
     own = list_checkpoints(out_dir / "checkpoint")
-    if resume in ("auto", "never"):
-        return own if resume == "auto" else []
+    if resume == "auto":
+        return own
     given = Path(resume)
-    if given.is_file():
-        found = [given]
-    else:
-        found = list_checkpoints(given) or list_checkpoints(given / "checkpoint")
+    found = [given] if given.is_file() else list_checkpoints(given)
+    found = found or list_checkpoints(given / "checkpoint")
     if not found:
         raise FileNotFoundError(f"--resume {resume}: no checkpoint there")
     if not CHECKPOINT_NAME.fullmatch(found[0].name):
@@ -955,17 +935,16 @@ def find_checkpoint(out_dir: str, resume: str, ranks: Ranks) -> dict | None:
     record = Path(out_dir) / "checkpoint" / "launcher"
     if ranks.is_main and LAUNCHER and record.is_file() and record.read_text("utf-8") == LAUNCHER:
         resume = "auto"  # torchrun started the processes again: the checkpoints are of this run
-    path = newest_checkpoint(Path(out_dir), resume) if ranks.is_main else None
-    name, resume = ranks.all_gather((path.name if path else None, resume))[0]
+    newest = newest_checkpoint(Path(out_dir), resume) if ranks.is_main else None
+    name, resume = ranks.all_gather((newest.name if newest else None, resume))[0]
     if name is None:
         return None
-    if path is None:  # where this machine sees the first rank's file
-        given = Path(out_dir) if resume == "auto" else Path(resume)
-        folder = given.parent if given.is_file() else given
-        path = folder / name if (folder / name).is_file() else folder / "checkpoint" / name
+    given = Path(out_dir if resume == "auto" else resume)
+    folder = given.parent if given.is_file() else given
+    path = folder / name if (folder / name).is_file() else folder / "checkpoint" / name
     is_same = path.is_file() and (ranks.is_main or is_whole(path))
-    ranks.check(None if is_same else f"{path.parent} has no {name}, from which the first process "
-                "resumes: --out_dir must be on a file system that all machines share")
+    ranks.check(is_same, f"{path.parent} has no {name}, from which the first process resumes: "
+                f"--out_dir {MUST_BE_SHARED}")
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except (RuntimeError, EOFError, pickle.UnpicklingError, ValueError, KeyError):
@@ -981,11 +960,11 @@ def find_checkpoint(out_dir: str, resume: str, ranks: Ranks) -> dict | None:
 
 
 class Report:
-    """log.jsonl, its curve as loss.svg, TensorBoard's events if it is installed, and a line on the
-    terminal. Only the first rank reports."""
+    """The first rank's log.jsonl, its curve as loss.svg, TensorBoard's events if it is installed,
+    and a line on the terminal."""
 
     def __init__(self, out_dir: Path, is_main: bool, step: int):
-        """step: drop log entries newer than this checkpoint; those steps are rerun."""
+        """Drop log entries after `step`; those steps are rerun."""
         self.is_main, self.path = is_main, out_dir / "log.jsonl"
         self.means: dict[str, float] = {}
         self.progress = Progress()
@@ -1025,8 +1004,8 @@ class Report:
             print(text, flush=True)
 
     def show(self, values: dict, names: Iterable[str], epoch: float, share: float) -> None:
-        """Show running means, over about 20 steps, in the progress line. share: how much of this
-        process's steps is done, 0 to 1."""
+        """Show running means, over about 20 steps, in the progress line. share: of this process's
+        steps that is done."""
         if not self.is_main:
             return
         for name in (*names, "tok_per_s"):
@@ -1055,43 +1034,42 @@ def read_log(path: Path, last_step: int) -> list[str]:
 def draw_curves(logs: dict[str, list[dict]]) -> str:
     """An SVG of the loss of runs over their tokens, nats per token: lines are means over a fiftieth
     of the training steps, dots are validations. logs: the lines of log.jsonl by name."""
-    width, height, left = 720, 320, 50
     colors = ("#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#8c564b", "#e377c2", "#17becf")
-    steps = {name: [row for row in log if row.get("loss")] for name, log in logs.items()}
-    trained = [row for rows in steps.values() for row in rows]
+    trained = [row for log in logs.values() for row in log if row.get("loss")]
     top = max([1.0] + [row["loss"] for row in trained])
     last = max([1] + [row["tokens"] for row in trained])
 
-    def place(tokens: float, loss: float) -> tuple[str, str]:
-        x = left + (width - left - 10) * tokens / last
-        return f"{x:.1f}", f"{10 + (height - 40) * (1 - min(loss, top) / top):.1f}"
+    def place(tokens: float, loss: float) -> tuple[str, str]:  # x 50 to 710, y 290 to 10
+        return (f"{50 + 660 * tokens / last:.1f}",
+                f"{10 + 280 * (1 - min(loss, top) / top):.1f}")
 
     style = ("<style>svg { background: #fff; color: #222 } text { fill: currentColor } @media "
              "(prefers-color-scheme: dark) { svg { background: #111; color: #ddd } }</style>")
     shapes = [style]
     for tick in range(0, int(top) + 1, max(1, int(top) // 6)):
         _, y = place(0, tick)
-        shapes.append(f'<path d="M{left},{y}H{width - 10}" stroke="#8884"/>'
-                      f'<text x="{left - 6}" y="{y}" text-anchor="end" dy="4">{tick}</text>')
+        shapes.append(f'<path d="M50,{y}H710" stroke="#8884"/>'
+                      f'<text x="44" y="{y}" text-anchor="end" dy="4">{tick}</text>')
     for i, (name, log) in enumerate(logs.items()):
-        rows, color = steps[name], colors[i % len(colors)]
-        tokens_at = {row["step"]: row["tokens"] for row in rows}
+        color = colors[i % len(colors)]
+        rows = [row for row in log if row.get("loss")]
         size = max(1, len(rows) // 50)
-        parts = [rows[j:j + size] for j in range(0, len(rows), size)]
-        means = [(part[len(part) // 2]["tokens"], sum(r["loss"] for r in part) / len(part))
-                 for part in parts]
-        points = " ".join(",".join(place(*mean)) for mean in means)
-        shapes.append(f'<polyline fill="none" stroke="{color}" points="{points}"/>')
+        points = []
+        for j in range(0, len(rows), size):
+            part = rows[j:j + size]
+            mean = sum(row["loss"] for row in part) / len(part)
+            points.append(",".join(place(part[len(part) // 2]["tokens"], mean)))
+        shapes.append(f'<polyline fill="none" stroke="{color}" points="{" ".join(points)}"/>')
+        tokens_at = {row["step"]: row["tokens"] for row in rows}
         for row in log:
             if row.get("val_loss") and row["step"] in tokens_at:
                 x, y = place(tokens_at[row["step"]], row["val_loss"])
                 shapes.append(f'<circle cx="{x}" cy="{y}" r="4" fill="{color}"/>')
-        baseline = height - 44 - 18 * i  # below the beginning of the curves
-        shapes.append(f'<text x="{left + 10}" y="{baseline}" style="fill: {color}">'
+        shapes.append(f'<text x="60" y="{276 - 18 * i}" style="fill: {color}">'
                       f'{html.escape(name)}</text>')
-    shapes.append(f'<text x="{width // 2}" y="{height - 8}" text-anchor="middle">tokens, 0 to '
-                  f'{last:,}; nats per token; dots: validation</text>')
-    return (f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" '
+    shapes.append(f'<text x="360" y="312" text-anchor="middle">tokens, 0 to {last:,}; nats per '
+                  'token; dots: validation</text>')
+    return ('<svg xmlns="http://www.w3.org/2000/svg" width="720" height="320" '
             'font-family="sans-serif" font-size="12">\n' + "\n".join(shapes) + "\n</svg>\n")
 
 
@@ -1102,13 +1080,13 @@ class ResponseLoss(Objective):
     """The mean nats per token of the responses; on --valid also their perplexity, and nats per
     character, which can be compared across tokenizers."""
 
-    def __init__(self, settings: "Settings", ranks: Ranks, model: ChatLM, tokenizer: Tokenizer,
-                 init_hash: str | None):
-        super().__init__(settings, ranks, model, tokenizer, init_hash)
+    def __init__(self, *args):
+        super().__init__(*args)
         rows = [row[row >= 0] for batch in self.batches for row in batch["labels"].numpy()]
-        own = [sum(map(len, rows)), sum(len(tokenizer.decode(row)) for row in rows)]
-        sums = ranks.all_reduce(torch.tensor(own, dtype=torch.float64, device=ranks.device))
-        self.tokens, self.chars = sums.clamp(min=1).tolist()  # of the responses of --valid
+        own = [sum(map(len, rows)), sum(len(self.tokenizer.decode(row)) for row in rows)]
+        sums = torch.tensor(own, dtype=torch.float64, device=self.ranks.device)
+        # of the responses of --valid
+        self.tokens, self.chars = self.ranks.all_reduce(sums).clamp(min=1).tolist()
 
     def loss(self, batch: dict, part: str = "data") -> tuple[Tensor, Tensor]:
         loss = self.model.loss_sum(**batch)
@@ -1216,18 +1194,17 @@ MIN_UPDATES = 1000  # of a run on a GPU, by default; see default_batch
 BYTES_PER_TOKEN = 4.5  # of Chinese: 3 per character, 1.5 characters per token
 LIMITS = ("max_steps", "epochs", "time_limit")
 PATHS = ("data", "valid", "tokenizer", "init_from")  # may differ between machines
+EARLY = ("out_dir", "resume")  # needed before settings are resolved
 DEMO = {"preset": "demo", "micro_batch_tokens": 512, "max_len": 64, "vocab_size": 2048}
 DEMO_STEPS, DEMO_BATCH_TOKENS = 1000, 1024
 MEMORY_HINT = ("--micro_batch_tokens in a new run, or resume this one with "
                "--checkpoint_activations")
 
 
-def flag(default: Any, help: str, group: str = "", fixed: bool = False, early: bool = False,
-         **how) -> Any:
+def flag(default: Any, help: str, group: str = "", fixed: bool = False, **how) -> Any:
     """A field of Settings that has a flag. group: a title in --help, for this field and those after
-    it. fixed: a resumed run cannot change it. early: needed before settings are resolved, so the
-    parser knows its default. how: arguments of add_argument."""
-    about = {"help": help, "group": group, "fixed": fixed, "early": early, "how": how}
+    it. fixed: a resumed run cannot change it. how: arguments of add_argument."""
+    about = {"help": help, "group": group, "fixed": fixed, "how": how}
     return field(default=default, metadata=about)
 
 
@@ -1235,11 +1212,10 @@ COUNT, SHARE = number(int, 1), number(float, 0, 1)
 POSITIVE, NOT_NEGATIVE = number(float, 0, above=True), number(float, 0)
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True)
 class Settings:
     """The settings of a run, and the flags of train.py and dpo.py. They are resolved once, when it
-    starts, and kept in its checkpoints. 0, "", () or None: chosen later (see choose_defaults), or
-    off."""
+    starts, and kept in its checkpoints. 0, "", () or None: see choose_defaults, or off."""
     given: frozenset[str] = frozenset()  # names of the flags in this call
     demo: bool = False
     data_files: tuple[str, ...] = ()
@@ -1310,9 +1286,9 @@ class Settings:
     compile: bool = flag(False, "torch.compile the model", action=argparse.BooleanOptionalAction)
 
     out_dir: str = flag("out", "folder for the model, best/, checkpoint/ and log.jsonl",
-                        group="running", early=True)
+                        group="running")
     resume: str = flag("auto", "auto: resume from the newest checkpoint of --out_dir, if there is "
-                       "one, with its settings; never: delete them and start anew", early=True,
+                       "one, with its settings; never: delete them and start anew",
                        metavar="auto|never|CHECKPOINT")
     eval_every: int = flag(500, "validate every N steps", type=COUNT)
     bleu_every: int = flag(0, "score answers on --valid every N steps (default: at the end)",
@@ -1328,11 +1304,6 @@ class Settings:
     cpu_batch_tokens: ClassVar[int] = CPU_BATCH_TOKENS
     script: ClassVar[str] = "train.py"
 
-    @classmethod
-    def about(cls, f: Field) -> Mapping:
-        """The metadata from flag(), inherited if a subclass changes only the default."""
-        inherited: dict[str, Mapping] = {f.name: f.metadata for f in fields(Settings)}
-        return f.metadata or inherited.get(f.name, {})
 
     def stored(self) -> dict:
         """What a checkpoint keeps."""
@@ -1365,9 +1336,7 @@ class Settings:
                              "frozen")
 
     def merge_command(self) -> str:
-        """The command that merges the adapter that was trained; "" without --lora_rank."""
-        if not self.lora_rank:
-            return ""
+        """The command that merges the adapter that was trained."""
         base, adapter, out = map(shlex.quote, (self.init_from, self.out_dir,
                                                self.out_dir + "/merged"))
         return f"  python dpo.py merge --model {base} --adapter {adapter} --out {out}"
@@ -1380,14 +1349,14 @@ class Settings:
         return 5e-3 if self.preset == "0.2b" else 2e-2
 
     def find_files(self, paths: Sequence[str], ranks: Ranks) -> list[str]:
-        """The Parquet files that --data or --valid stand for."""
-        return training_files(paths, self.columns, [self.out_dir])
+        """The Parquet files of --data or --valid."""
+        return training_files(paths, self.out_dir)
 
 
 def resolve(kind: type[Settings], args: argparse.Namespace, ranks: Ranks,
             saved: dict | None) -> Settings:
-    """Decide every setting: by its flag, else by the checkpoint that the run resumes from, else by
-    default. The same on every rank. Raises ValueError for what cannot work, before anything but
+    """Decide every setting, the same on every rank: by its flag, else by the checkpoint that the
+    run resumes from, else by default. Raises ValueError for what cannot work, before anything but
     data (the demo's, or converted triples) is written."""
     s = combine_layers(kind, args, saved["settings"] if saved else {})
     s.check()
@@ -1395,21 +1364,19 @@ def resolve(kind: type[Settings], args: argparse.Namespace, ranks: Ranks,
         ChatLMConfig.from_pretrained(s.init_from)  # fails early
     check_out_dir(s, resumes=saved is not None)
     if s.demo:
-        s = make_demo_data(s, ranks)
-    valid_files = s.find_files([s.valid] if s.valid else [], ranks)
-    s = replace(s, data_files=tuple(s.find_files(s.data, ranks)), valid_files=tuple(valid_files),
-                valid_hash=hash_files(valid_files))
-    is_same = ranks.all_gather(s.valid_hash)[0] == s.valid_hash
-    ranks.check(None if is_same else "--valid: this process has other files than the first "
-                f"(machines must share {s.valid}, or have equal copies)")
-    s = choose_defaults(s, ranks)
+        make_demo_data(s, ranks)
+    s.valid_files = tuple(s.find_files([s.valid] if s.valid else [], ranks))
+    s.data_files = tuple(s.find_files(s.data, ranks))
+    s.valid_hash = hash_files(s.valid_files)
+    ranks.check(ranks.all_gather(s.valid_hash)[0] == s.valid_hash, "--valid: this process has "
+                f"other files than the first (machines must share {s.valid}, or have equal copies)")
+    choose_defaults(s, ranks)
     # machines may differ in what they are fast at: the first rank decides
     agreed = ranks.all_gather(s.stored())[0]
-    s = replace(s, **{k: v for k, v in agreed.items() if k not in (*PATHS, "valid_hash")})
+    s = replace(s, **{k: v for k, v in agreed.items() if k not in PATHS})
     if ranks.is_main:
         report_unused(s)
-        found = overlap(s.data_files, s.valid_files) if s.valid else 0
-        if found:
+        if s.valid and (found := overlap(s.data_files, s.valid_files)):
             note_once(f"warning: {found:,} prompts of --valid are in --data too, so they "
                       "measure memorization (data.py split keeps them apart)")
     return s
@@ -1419,7 +1386,7 @@ def combine_layers(kind: type[Settings], args: argparse.Namespace, stored: dict)
     """Flags over stored settings over defaults."""
     names = {f.name for f in fields(kind)}
     given = {k: v for k, v in vars(args).items() if k in names and v is not None}
-    flags = frozenset(given) - {"resume", "out_dir"}
+    flags = frozenset(given) - set(EARLY)
     if flags & set(LIMITS):  # a new limit replaces the stored one
         stored = stored | dict.fromkeys(LIMITS, 0)
     values = {k: v for k, v in stored.items() if k in names} | given
@@ -1427,38 +1394,41 @@ def combine_layers(kind: type[Settings], args: argparse.Namespace, stored: dict)
     return kind(**{**(DEMO if demo else {}), **values, "demo": demo, "given": flags})
 
 
-def choose_defaults(s: Settings, ranks: Ranks) -> Settings:
+def choose_defaults(s: Settings, ranks: Ranks) -> None:
     """Replace 0, "" and "auto" by defaults that depend on other settings and on the machine."""
     if not s.preset and not s.init_from:
-        s = replace(s, preset="small")
+        s.preset = "small"
     if not (s.max_steps or s.epochs or s.time_limit):
-        s = replace(s, max_steps=DEMO_STEPS) if s.demo else replace(s, epochs=1.0)
+        if s.demo:
+            s.max_steps = DEMO_STEPS
+        else:
+            s.epochs = 1.0
     best = best_dtype(ranks.device)
-    s = replace(s, lr=s.lr or s.default_lr(), dtype=best if s.dtype == "auto" else s.dtype)
+    if s.dtype == "auto":
+        s.dtype = best
     if s.optimizer == "muon" and best == "float32" and ranks.is_main:
         note_once("note: torch's Muon computes in bfloat16, for which this CPU has no "
                   "instructions: it will be slow")
-    if not s.round_to:  # a resumed run keeps its own
-        s = replace(s, round_to=8 if s.compile else 1)
+    s.lr = s.lr or s.default_lr()
+    s.round_to = s.round_to or (8 if s.compile else 1)
     is_given = s.batch_tokens > 0
     tokens = tokens_per_pass(s) if "batch_tokens" in s.given and ranks.is_main else math.inf
     if s.batch_tokens > 2 * tokens:
         note_once(f"note: --batch_tokens {s.batch_tokens} is more than the data has, about "
                   f"{tokens:,.0f} tokens: each step takes several passes")
-    s = replace(s, batch_tokens=s.batch_tokens or default_batch(s, ranks.device))
+    s.batch_tokens = s.batch_tokens or default_batch(s, ranks.device)
     if not s.micro_batch_tokens:
         fits = default_micro_batch(s, ranks.device, len(s.columns), ranks.world_size)
-        s = replace(s, micro_batch_tokens=min(ranks.all_gather(fits)))
+        s.micro_batch_tokens = min(ranks.all_gather(fits))
     if not is_given:
         group = max(1, round(s.batch_tokens / s.micro_batch_tokens))
         group = -(-group // ranks.world_size) * ranks.world_size  # equal shares
-        s = replace(s, batch_tokens=group * s.micro_batch_tokens)
-    return s
+        s.batch_tokens = group * s.micro_batch_tokens
 
 
 def default_batch(s: Settings, device: torch.device) -> int:
-    """Tokens of a step. A GPU is fastest with large steps. On little data they would leave few
-    updates, and the model would learn little: then steps are smaller, for about MIN_UPDATES."""
+    """Tokens of a step. A GPU is fastest with large steps, but on little data they leave too few
+    updates to learn from: then steps are smaller, for about MIN_UPDATES."""
     if s.demo:
         return DEMO_BATCH_TOKENS
     if device.type != "cuda":
@@ -1560,41 +1530,38 @@ def activation_bytes(config: ChatLMConfig, s: Settings) -> int:
 # --- the parts of a run ---------------------------------------------------------------------------
 
 
-def training_files(paths: Sequence[str], columns: tuple[str, ...],
-                   outputs: Iterable[str] = ()) -> list[str]:
+def training_files(paths: Sequence[str], out_dir: str) -> list[str]:
     """Parquet files, and those in folders, in a fixed order. Raises ValueError for another file,
     naming the command that converts it, and for a missing column."""
     files = []
-    source = "preference" if "chosen" in columns else "pairs"
     for path in paths:
-        shown, is_folder = shlex.quote(path), Path(path).is_dir()
-        if Path(path).is_file() and Path(path).suffix.lower() != ".parquet":
+        convert = f"python data.py clean --source pairs {shlex.quote(path)} --out"
+        found = data.input_files([path], [out_dir]) if Path(path).is_dir() else [Path(path)]
+        # a missing file is reported by open_parquet
+        shards = [str(f) for f in found if f.suffix.lower() == ".parquet" or not f.is_file()]
+        if not shards and Path(path).is_file():
             target = shlex.quote(Path(path).name.partition(".")[0] + ".parquet")
-            raise ValueError(f"{path} is not Parquet: convert it with  python data.py clean "
-                             f"--source {source} {shown} --out {target}")
-        found = data.input_files([path], outputs) if is_folder else [Path(path)]
-        shards = [str(f) for f in found if not is_folder or f.suffix.lower() == ".parquet"]
+            raise ValueError(f"{path} is not Parquet: convert it with  {convert} {target}")
         if not shards:
-            raise ValueError(f"{path} has no Parquet files: convert what it has with  python "
-                             f"data.py clean --source {source} {shown} --out data.parquet")
+            raise ValueError(f"{path} has no Parquet files: convert what it has with  {convert} "
+                             "data.parquet")
         if len(shards) < len(found):
             note_once(f"note: {len(found) - len(shards):,} files in {path} are not Parquet and "
                       "are skipped")
         files += shards
     for file in files:
-        data.open_parquet(file, columns)
+        data.open_parquet(file, PAIR)
     return files
 
 
-def make_demo_data(s: Settings, ranks: Ranks) -> Settings:
+def make_demo_data(s: Settings, ranks: Ranks) -> None:
     """Write the demo's files into the out_dir, unless they are there."""
     folder = Path(s.out_dir) / "demo"
-    train, valid = str(folder / "train.parquet"), str(folder / "valid.parquet")
-    if ranks.is_main and not (Path(valid).is_file() and Path(train).is_file()):
+    s.data, s.valid = [str(folder / "train.parquet")], str(folder / "valid.parquet")
+    if ranks.is_main and not all(Path(path).is_file() for path in (s.valid, *s.data)):
         print("making demo data: questions about capitals, opposites, units, sums, ...", flush=True)
         data.write_demo(folder)
     ranks.barrier()
-    return replace(s, data=[train], valid=valid)
 
 
 def prompts(files: Iterable[str]) -> Iterator[pa.Array]:
@@ -1626,7 +1593,7 @@ def find_tokenizer(s: Settings, ranks: Ranks, saved: dict | None = None) -> Toke
     found = [f for f in folders if (f / "tokenizer.json").is_file()]
     if not found:
         raise ValueError(f"{folders[0]} has no tokenizer.json, which the first process wrote: "
-                         "--out_dir must be on a file system that all machines share")
+                         f"--out_dir {MUST_BE_SHARED}")
     for folder in found:  # out may hold the model of another run than the checkpoint's
         tokenizer = Tokenizer.from_pretrained(folder)
         if not saved or hash_tokenizer(tokenizer) == saved["identity"].get("--tokenizer"):
@@ -1746,13 +1713,13 @@ def check_vocabulary(s: Settings, ranks: Ranks, tokenizer: Tokenizer, model: Cha
 
 def run_identity(s: Settings, model: ChatLM, tokenizer: Tokenizer, init_hash: str | None) -> dict:
     """What may not change when a run is resumed, by flag."""
-    shape = dataclasses.asdict(model.config)
+    shape = asdict(model.config)
     del shape["dropout_rate"]
     return {"--preset or --init_from (the model's shape)": shape,
             "--init_from (the model's weights)": init_hash,
             "--tokenizer": hash_tokenizer(tokenizer),
             "--data": hash_files(s.data_files),
-            **{f"--{f.name}": getattr(s, f.name) for f in fields(s) if s.about(f).get("fixed")}}
+            **{f"--{f.name}": getattr(s, f.name) for f in fields(s) if f.metadata.get("fixed")}}
 
 
 def make_stream(s: Settings, ranks: Ranks, tokenizer: Tokenizer, files: Iterable[str],
@@ -1782,19 +1749,18 @@ def training_stream(s: Settings, ranks: Ranks, tokenizer: Tokenizer) -> PairStre
 
 
 def parser_for(kind: type[Settings], description: str, examples: str) -> ArgumentParser:
-    """The flags of kind. A value without its flag is None (see resolve), but for out_dir and
-    resume."""
+    """The flags of kind. A value without its flag is None (see resolve), but for EARLY."""
     parser = ArgumentParser(description=description, epilog=f"examples:\n{examples}")
     group: Any = parser
     for f in fields(kind):
-        about = kind.about(f)
+        about = f.metadata
         if about.get("group"):
             group = parser.add_argument_group(about["group"])
             if about["group"] == "length":
                 group = group.add_mutually_exclusive_group()
         if "help" in about and f.name not in kind.without:
             help_text = about["help"]
-            default = f.default if about["early"] else None
+            default = f.default if f.name in EARLY else None
             if f.default and not default and "(default:" not in help_text:
                 help_text += f" (default: {f.default})"
             group.add_argument(f"--{f.name}", help=help_text, default=default, **about["how"])
@@ -1814,23 +1780,15 @@ def main() -> None:
 
 
 @contextlib.contextmanager
-def peer_hint(ranks: Ranks) -> Iterator[None]:
-    """Turn the error of a lost connection into a ValueError: another process has ended."""
+def torch_hint(ranks: Ranks) -> Iterator[None]:
+    """Turn torch's errors for a lost process, and for --compile, into a ValueError of one line."""
     try:
         yield
     except RuntimeError as e:
         pattern = "connection (closed|reset|refused)|broken pipe|remote (process|worker)"
-        if ranks.world_size == 1 or not re.search(pattern, str(e), re.IGNORECASE):
-            raise
-        raise ValueError("another process of this run has ended; its message says why") from None
-
-
-@contextlib.contextmanager
-def compile_hint() -> Iterator[None]:
-    """Turn an error of torch.compile into a ValueError that names the flag."""
-    try:
-        yield
-    except Exception as e:
+        if ranks.world_size > 1 and re.search(pattern, str(e), re.IGNORECASE):
+            raise ValueError("another process of this run has ended; its message says "
+                             "why") from None
         compiler = sys.modules.get("torch._dynamo.exc")
         if compiler is None or not isinstance(e, compiler.TorchDynamoException):
             raise
@@ -1843,13 +1801,12 @@ def run_training(args: argparse.Namespace, kind: type[Settings],
                  objective_kind: type[Objective]) -> None:
     """Train; then the first rank reports. The classes are those of train.py or of dpo.py."""
     ranks = Ranks.join(args.device)
-    with (memory_hint(MEMORY_HINT), compile_hint(), peer_hint(ranks),
-          claimed(Path(args.out_dir), ranks)):
+    with memory_hint(MEMORY_HINT), torch_hint(ranks), claim(Path(args.out_dir), ranks):
         saved = find_checkpoint(args.out_dir, args.resume, ranks)
-        began = saved.get("script", kind.script) if saved else kind.script
-        if began != kind.script:
-            raise AgreedError(f"the run in {args.out_dir} is one of {began}: resume it with  "
-                              f"python {began} --out_dir {args.out_dir}")
+        script = saved.get("script", kind.script) if saved else kind.script
+        if script != kind.script:
+            raise AgreedError(f"the run in {args.out_dir} is one of {script}: resume it with  "
+                              f"python {script} --out_dir {args.out_dir}")
         settings = resolve(kind, args, ranks, saved)
         tokenizer = find_tokenizer(settings, ranks, saved)
         model, init_hash = make_model(settings, ranks, tokenizer)
