@@ -14,8 +14,8 @@ the model that training starts from, the reference:
 log pi(y|x) is the sum of the answer's token log-probabilities. At the start the model is the
 reference, so h = 0 and L = log 2 = 0.693. For example, with beta 0.1, when y_w has become e^3 times
 as likely and y_l e^-2 times: h = 3 + 2 = 5, sigmoid(0.5) = 0.62 and L = 0.47. The gradient,
-beta * sigmoid(-beta * h), gets smaller as h grows: pairs that are already well separated matter
-less. A high beta therefore keeps the model close to the reference.
+beta * sigmoid(-beta * h), gets smaller as h grows: well separated pairs matter less. So a high beta
+keeps the model close to the reference.
 
     prompt ---- encoder ---- encoded -+- decoder(chosen)   -> log pi(y_w|x) -+
                              (once)   |                                      +- h -> loss
@@ -25,14 +25,15 @@ The loop is train.py's, with another objective. The reference's log-probabilitie
 they are computed once, before the first step, and stored: no second model is ever in memory.
 
 The log shows the margin (the mean of beta * h), the accuracy (the share of pairs with h > 0) and
-log_ratio (the mean of log pi(y|x) / ref(y|x) over both answers: far below 0, the model has moved
-away from both).
+log_ratio (the mean of log pi(y|x) / ref(y|x): far below 0, the model has moved away from both
+answers).
 Try next: plot chosen_logp and rejected_logp. Only their difference is trained, so both may fall;
 --sft_alpha 1 keeps the chosen answers likely.
 
 Rafailov et al. 2023, "Direct Preference Optimization" (arXiv:2305.18290), equation 7.
 """
 import argparse
+import contextlib
 import os
 import sys
 from collections.abc import Sequence
@@ -101,8 +102,7 @@ def dpo_loss(policy_chosen: Tensor, policy_rejected: Tensor, ref_chosen: Tensor,
 
 
 def pair_logps(model: ChatLM, batch: dict) -> tuple[Tensor, Tensor]:
-    """Log-probabilities (B,) of the chosen and of the rejected answers. batch: from
-    train.to_device."""
+    """Log-probabilities (B,) of chosen and rejected answers. batch: from train.to_device."""
     encoded, mask = model.encode(batch["input_ids"], batch["attention_mask"])
     chosen, rejected = (model.sequence_logps(encoded, mask, batch[f"{name}_labels"],
                                              batch[f"{name}_targets"])
@@ -118,18 +118,21 @@ class Settings(train.Settings):
     data: Sequence[str] = train.flag(
         (), "triples (prompt, chosen, rejected): files or folders", group="data", nargs="+",
         metavar="A.parquet")
-    lr: float = train.flag(0.0, "peak learning rate; Adafactor caps it at 1/sqrt(step) (default: "
-                           "1e-5, with LoRA 1e-4)", group="optimizer", type=train.POSITIVE)
+    lr: float = train.flag(
+        0.0, "peak learning rate; Adafactor caps it at 1/sqrt(step) (default: 1e-5, with LoRA "
+        "1e-4)", group="optimizer", type=train.POSITIVE)
 
-    beta: float = train.flag(0.1, "higher stays closer to the starting model",
-                             group="only in dpo.py", fixed=True, type=train.POSITIVE)
-    loss: str = train.flag("sigmoid", "sigmoid is the paper's", fixed=True,
-                           choices=["sigmoid", "ipo"])
+    beta: float = train.flag(
+        0.1, "higher stays closer to the starting model", group="only in dpo.py", fixed=True,
+        type=train.POSITIVE)
+    loss: str = train.flag(
+        "sigmoid", "sigmoid is the paper's", fixed=True, choices=["sigmoid", "ipo"])
     label_smoothing: float = train.flag(
         0.0, "share of pairs assumed to be labeled the wrong way round (default: 0)", fixed=True,
         type=number(float, 0, 0.5))
-    sft_alpha: float = train.flag(0.0, "weight of an extra SFT loss on chosen answers (default: 0)",
-                                  fixed=True, type=train.NOT_NEGATIVE)
+    sft_alpha: float = train.flag(
+        0.0, "weight of an extra SFT loss on chosen answers (default: 0)", fixed=True,
+        type=train.NOT_NEGATIVE)
 
     script: ClassVar[str] = "dpo.py"
     columns: ClassVar[tuple[str, ...]] = COLUMNS
@@ -161,9 +164,8 @@ class Preference(train.Objective):
                            for name, paths in files.items() if paths}
 
     def reference(self, name: str, files: tuple[str, ...]) -> Tensor:
-        """Log-probabilities (rows, 2) of chosen and rejected under the starting model, on every
-        rank. They are read from checkpoint/ if they were computed of the same files with the same
-        settings. Otherwise the ranks share the work, and the first one writes them."""
+        """Log-probabilities (rows, 2) of chosen and rejected under the starting model. They are
+        read from checkpoint/, or the ranks share the work, and the first one writes them."""
         s, ranks = self.settings, self.ranks
         path = Path(s.out_dir) / "checkpoint" / f"reference_{name}.safetensors"
         identity = {"data": hash_files(files), "weights": str(self.init_hash),
@@ -171,11 +173,8 @@ class Preference(train.Objective):
                     "tokenizer": train.hash_tokenizer(self.tokenizer)}
         stream = train.make_stream(s, ranks, self.tokenizer, files)
         logps = torch.zeros(stream.rows, 2, device=ranks.device)
-        stored = read_reference(path, identity) if ranks.is_main else None
-        is_stored = ranks.all_gather(stored is not None)[0]
-        if stored is not None:
-            logps.copy_(stored)
-        elif not is_stored:
+        is_stored = ranks.is_main and read_reference(path, identity, logps)
+        if not ranks.all_gather(is_stored)[0]:
             self.compute_reference(stream, logps)
         ranks.all_reduce(logps)  # each row was filled by one rank, and is 0 on the others
         if ranks.is_main and not is_stored:
@@ -185,7 +184,7 @@ class Preference(train.Objective):
 
     @torch.no_grad()
     def compute_reference(self, stream: PairStream, logps: Tensor) -> None:
-        """Fill the rows (of logps, (rows, 2)) that are this rank's."""
+        """Fill this rank's rows of logps, (rows, 2)."""
         progress = Progress("reference log-probabilities", total=stream.rows)
         self.model.eval()
         for batch in stream.one_epoch():
@@ -220,31 +219,25 @@ class Preference(train.Objective):
             print(s.merge_command())
 
 
-def read_reference(path: Path, identity: dict[str, str]) -> Tensor | None:
-    """The log-probabilities of the reference in a file. None if there is no file, or, with a note,
-    if it is damaged or has another identity."""
+def read_reference(path: Path, identity: dict[str, str], logps: Tensor) -> bool:
+    """Read logps from a file, if it is whole and has this identity. Returns whether it is."""
     if not path.is_file():
-        return None
-    try:
-        with safe_open(path, "pt") as f:
-            if f.metadata() == identity:
-                return f.get_tensor("logps")
-    except SafetensorError:
-        pass
+        return False
+    with contextlib.suppress(SafetensorError), safe_open(path, "pt") as f:
+        if f.metadata() == identity:
+            logps.copy_(f.get_tensor("logps"))
+            return True
     note_once(f"note: {path} is of other data, weights or settings, or damaged: it is computed "
               "again")
-    return None
+    return False
 
 
 # --- the commands ---------------------------------------------------------------------------------
 
 
 def find_triples(paths: Sequence[str], ranks: train.Ranks, out_dir: Path) -> list[str]:
-    """Parquet files of triples. Other files and folders are converted into out_dir/triples.
-
-    Raises ValueError, naming file and row, for a missing column, an empty prompt, or two equal
-    answers.
-    """
+    """Parquet files of triples. Other files and folders are converted into out_dir/triples. Raises
+    ValueError, naming file and row, for a missing column, an empty prompt, or two equal answers."""
     found = []
     for i, path in enumerate(paths):
         target = path
@@ -281,11 +274,6 @@ EXAMPLES = """\
   python dpo.py --init_from out/sft --data preferences.parquet --lora_rank 16 --out_dir out/lora
   python dpo.py reject --help; python dpo.py merge --help"""
 
-
-def tune(argv: list[str]) -> None:
-    parser = train.parser_for(Settings, "DPO on prompt, chosen, rejected: of all weights, or of a "
-                              "LoRA adapter.", EXAMPLES)
-    train.run_training(parser.parse_args(argv), Settings, Preference)
 
 
 def reject(argv: list[str]) -> None:
@@ -330,7 +318,6 @@ def reject(argv: list[str]) -> None:
 
 
 def answer_prompts(args: argparse.Namespace, answers: Path) -> None:
-    """Write the model's answers to the prompts of --data."""
     model = sample.load(args.model, None, sample.pick_device(args.device))
     tokenizer = Tokenizer.from_pretrained(args.model, append_eos=True)
     options, seed = {"max_new_tokens": args.max_new_tokens}, None
@@ -352,8 +339,7 @@ def merge(argv: list[str]) -> None:
     add("--adapter", required=True, metavar="DIR", help="folder of the adapter")
     add("--out", required=True, metavar="DIR", help="folder of the merged model")
     args = parser.parse_args(argv)
-    inputs = [Path(folder).resolve() for folder in (args.model, args.adapter)]
-    if Path(args.out).resolve() in inputs:
+    if Path(args.out).resolve() in (Path(args.model).resolve(), Path(args.adapter).resolve()):
         raise ValueError(f"--out {args.out} is --model or --adapter, which would be overwritten: "
                          "choose another")
     if (Path(args.out) / "checkpoint").is_dir():
@@ -362,10 +348,9 @@ def merge(argv: list[str]) -> None:
     check_folder(args.out)
     tokenizer = Tokenizer.from_pretrained(args.model)
     model = ChatLM.from_pretrained(args.model)
+    weights_hash = train.hash_weights(model)
     load_adapter(model, Path(args.adapter))
-    base_hash = adapter_base(Path(args.adapter))
-    if base_hash and base_hash != train.hash_weights(
-            ChatLM.from_pretrained(args.model, torch.float32)):  # as training loads it
+    if adapter_base(Path(args.adapter)) not in ("", weights_hash):
         note_once(f"warning: {args.adapter} was trained on other weights than those of "
                   f"{args.model}: the merged model may answer badly")
     merge_lora(model)
@@ -381,7 +366,9 @@ def main() -> None:
     if name in commands:
         commands[name](sys.argv[2:])
     else:
-        tune(sys.argv[1:])
+        parser = train.parser_for(Settings, "DPO on prompt, chosen, rejected: of all weights, or "
+                                  "of a LoRA adapter.", EXAMPLES)
+        train.run_training(parser.parse_args(), Settings, Preference)
 
 
 if __name__ == "__main__":

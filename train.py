@@ -13,17 +13,17 @@ is the mean of -log p(right token), in nats. Training repeats one step:
     backward  the gradient: how does the loss change with each weight?
     step      move every weight a little against its gradient
 
-PairStream defines one sequence of batches, a function of the files, the seed and the epoch. A step
-takes the next group of them, its micro-batches, and shares them among the processes (ranks):
+PairStream defines one sequence of batches. A step takes the next group of them, its micro-batches,
+and shares them among the processes (ranks):
 
     sequence   b0 b1 b2 b3 | b4 b5 b6 b7 | ...       rank 0 of 2 takes b0 b2, rank 1 takes b1 b3
     gradient = sum of the gradients of all micro-batches / target tokens in the group
 
 For example, micro-batches with 30 and 10 target tokens and loss sums of 90 and 50 nats: the loss is
-(90 + 50) / 40 = 3.5 nats per token, whether one rank computes both or two ranks one each. So the
-result does not depend on the number of ranks, nor on restarts: a checkpoint holds the weights, the
-optimizer's state and the position in the sequence, and dropout is seeded by the step. A run that
-was killed continues with exactly the same losses.
+(90 + 50) / 40 = 3.5 nats per token, on one rank or on two. So the result does not depend on the
+number of ranks, nor on restarts: a checkpoint holds the weights, the optimizer's state and the
+position in the sequence, and dropout is seeded by the step. A run that was killed continues with
+exactly the same losses.
 
 The learning rate rises during warmup and then falls (cosine):
 
@@ -105,9 +105,8 @@ from data import (
 )
 from tokenizer import Tokenizer
 
-# long: the other ranks wait while the first one trains a tokenizer
-TIMEOUT = datetime.timedelta(days=2)
-# names the torchrun that started this process, the same after a restart; "" without torchrun
+TIMEOUT = datetime.timedelta(days=2)  # ranks wait while the first one trains a tokenizer
+# the torchrun that started this process, the same after a restart; "" without torchrun
 LAUNCHER = os.environ.get("TORCHELASTIC_RUN_ID", "")
 LAUNCHER += f" {os.getppid()}" if LAUNCHER else ""
 MAX_BAD_STEPS = 10  # in a row, then training stops
@@ -118,8 +117,7 @@ EXPORTED = (*MODEL_FILES, *ADAPTER_FILES, "generation_config.json", "tokenizer.j
 BF16_TERAFLOPS = {"H200": 989, "H100 PCIe": 756, "H100": 989, "A100": 312, "L40S": 362, "L40": 181,
                   "L4": 121, "A10G": 70, "A10": 125, "A5000": 111, "4090": 165, "3090": 71,
                   "4060 Ti": 44}
-# limit oneDNN's per-shape kernel cache: a thousand kernels fill gigabytes, and padded rows (see
-# chatlm.Linear) need far fewer
+# limit oneDNN's per-shape kernel cache, which would fill gigabytes; padded rows need few kernels
 os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "256")
 
 
@@ -169,7 +167,6 @@ class Objective:
 
     def report(self, state: "State") -> None:
         """Print the results of a finished run, on the first rank."""
-        raise NotImplementedError
 
     def initialize(self, stream: PairStream) -> None:
         """Initialize the weights of a new run."""
@@ -195,7 +192,7 @@ class Trainer:
         clip(gradient / normalizer); optimizer.step()
 
     The normalizer is the number of target tokens (SFT) or of pairs (DPO) of the whole group, so the
-    result does not depend on how the group is split. Dropout is seeded by seed, step and place.
+    result does not depend on how the group is split.
     """
 
     def __init__(self, objective: Objective, stream: PairStream, identity: dict):
@@ -246,8 +243,8 @@ class Trainer:
         self.reducer = GradientReducer(parameters, self.gradient, self.ranks)
 
     def fit(self, saved: dict | None) -> "State":
-        """Train until a limit is reached. saved: the checkpoint to resume from. Returns the final
-        state; exits with status 128 + N after signal N."""
+        """Train until a limit is reached. saved: see start. Exits with status 128 + N after
+        signal N."""
         settings = self.settings
         self.start(saved)
         at_start = done = self.progress()
@@ -287,7 +284,7 @@ class Trainer:
         return every > 0 and self.state.step % every == 0
 
     def progress(self) -> float:
-        """The share of the training that is done, 0 to 1 or a little more."""
+        """The share of the training that is done; 1 or a little more at the end."""
         if self.settings.max_steps:
             return self.state.step / self.settings.max_steps
         if self.settings.time_limit:
@@ -295,16 +292,15 @@ class Trainer:
         return self.stream.epoch / self.settings.epochs
 
     def train_step(self, done: float) -> tuple[dict, bool]:
-        """Take one step. done: the share of the training before it. Returns the values to log, and
-        whether any rank was asked to stop."""
+        """Take one step. done: see progress. Returns the values that were logged, and whether any
+        rank was asked to stop."""
         s, state, start_s = self.settings, self.state, time.perf_counter()
         min_lr = s.lr / 100 if s.min_lr is None else s.min_lr
         lr = learning_rate(s.schedule, done, state.step, s.lr, min_lr, s.warmup_steps)
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = lr
-        # keep gradients within float16's range: divide by batch_tokens, since the normalizer is
-        # known only after the all-reduce
+        # keep gradients within float16's range; the normalizer is known only after the all-reduce
         is_half = s.dtype == "float16"
         scale = (state.loss_scale if is_half else 1.0) / s.batch_tokens
         total = self.compute_gradient(scale)
@@ -401,7 +397,7 @@ class Trainer:
         raise ValueError(f"{what}: lower --lr or choose another --dtype{kept}")
 
     def evaluate(self) -> None:
-        """Validate, and export the model to best/ if its loss is the lowest so far."""
+        """Validate; export the model to best/ if its loss is the lowest so far."""
         self.model.eval()
         with torch.no_grad(), self.objective.autocast():
             values = self.objective.evaluate()
@@ -447,7 +443,7 @@ class Trainer:
 
 def to_device(batch: dict, device: torch.device) -> dict:
     """A batch (see PairStream) on a device, with the flat positions of target tokens: "targets" for
-    "labels", "chosen_targets" for "chosen_labels", ... nonzero runs here on the CPU, so there is no
+    "labels", "chosen_targets" for "chosen_labels", ... They are found on the CPU, so there is no
     device sync. Copies from pinned memory overlap with computing."""
     targets = {name.replace("labels", "targets"): find_targets(x)
                for name, x in batch.items() if name.endswith("labels")}
@@ -497,8 +493,15 @@ class Ranks:
         rank, world_size = int(env.get("RANK", 0)), int(env.get("WORLD_SIZE", 1))
         local, local_size = int(env.get("LOCAL_RANK", 0)), int(env.get("LOCAL_WORLD_SIZE", 1))
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        if device.startswith("cuda") and local_size > 1:
-            device = gpu_of_process(device, local, local_size)
+        if device.startswith("cuda") and local_size > 1:  # a GPU for each
+            if device != "cuda":
+                raise ValueError(f"--device {device} is one GPU for {local_size} processes: leave "
+                                 "it out, and each process takes a GPU")
+            gpus = torch.cuda.device_count()
+            if torch.cuda.is_available() and local_size > gpus:
+                raise ValueError(f"{local_size} processes need as many GPUs, and this machine has "
+                                 f"{gpus}: --nproc_per_node={gpus} at most")
+            device = f"cuda:{local}"
         chosen = sample.pick_device(device)
         if local_size > 1:
             torch.set_num_threads(max(1, (os.cpu_count() or 1) // local_size))
@@ -520,7 +523,7 @@ class Ranks:
 
     @property
     def is_main(self) -> bool:
-        """Whether this is the first rank, which writes files and prints."""
+        """The first rank writes files and prints."""
         return self.rank == 0
 
     def all_reduce(self, x: Tensor) -> Tensor:
@@ -543,9 +546,9 @@ class Ranks:
         if errors:
             raise AgreedError(errors[0] if ok else error)
 
-    def broadcast(self, tensors: Iterable[Tensor]) -> None:
-        """Copy the first rank's tensors to every rank."""
-        for x in tensors if self.world_size > 1 else ():
+    def broadcast(self, x: Tensor) -> None:
+        """Copy the first rank's tensor into that of every rank."""
+        if self.world_size > 1:
             dist.broadcast(x.detach(), 0)
 
     def barrier(self) -> None:
@@ -564,9 +567,8 @@ class GradientReducer:
 
         gradient   [ slice 2 | slice 1 | slice 0 ]      slice 0 is ready first
 
-    All ranks send the slices in the same order. A rank without a micro-batch sends zeros in finish.
-    (DistributedDataParallel needs a micro-batch on every rank, and one forward call per backward
-    pass.)
+    All ranks send the slices in the same order. A rank without a micro-batch sends zeros in finish;
+    DistributedDataParallel would need one on every rank.
     """
     SLICE_BYTES = 1 << 26
 
@@ -587,7 +589,7 @@ class GradientReducer:
                 end = begin
 
     def start(self) -> None:
-        """Call before the last backward pass of a step: from then on, complete slices are sent."""
+        """Call before the last backward pass of a step, which sends slices."""
         self.remaining = Counter(self.slice_of.values())
         self.is_last_pass = True
 
@@ -611,17 +613,6 @@ class GradientReducer:
         self.handles = []
 
 
-def gpu_of_process(device: str, local: int, local_size: int) -> str:
-    """cuda:N for process `local` of local_size on this machine. device: as in --device."""
-    if device != "cuda":
-        raise ValueError(f"--device {device} is one GPU for {local_size} processes: leave it out, "
-                         "and each process takes a GPU")
-    gpus = torch.cuda.device_count()
-    if torch.cuda.is_available() and local_size > gpus:
-        raise ValueError(f"{local_size} processes need as many GPUs, and this machine has {gpus}: "
-                         f"--nproc_per_node={gpus} at most")
-    return f"cuda:{local}"
-
 
 def exit_with_launcher() -> None:
     """Exit when torchrun, the parent process, ends, even by kill -9: otherwise the next run and
@@ -636,9 +627,9 @@ def exit_with_launcher() -> None:
 
 
 def keep_freed_memory() -> None:
-    """Tell glibc to keep large freed blocks (mallopt's M_MMAP_MAX and M_TRIM_THRESHOLD). A step
-    frees and allocates the same blocks again and again; by default each one is returned to the
-    system, and costs a page fault per 4 KB when it is needed again."""
+    """Tell glibc to keep large freed blocks (mallopt's M_MMAP_MAX and M_TRIM_THRESHOLD). Every step
+    frees and allocates the same ones; by default they are returned to the system, and cost a page
+    fault per 4 KB."""
     if sys.platform != "linux":
         return
     if mallopt := getattr(ctypes.CDLL(None), "mallopt", None):
@@ -655,7 +646,6 @@ def peak_flops(device: torch.device) -> float:
 
 
 def best_dtype(device: torch.device) -> str:
-    """bfloat16 if the device has instructions for it, else float16 on a GPU, float32 on a CPU."""
     if sample.has_bfloat16(device):
         return "bfloat16"
     return "float16" if device.type == "cuda" else "float32"
@@ -667,7 +657,7 @@ def best_dtype(device: torch.device) -> str:
 def make_optimizers(model: nn.Module, name: str, lr: float,
                     weight_decay: float) -> list[torch.optim.Optimizer]:
     """adafactor, adamw, or muon for the hidden matrices with AdamW for the rest. Only the matrices
-    of linear layers have weight decay: no norms, embeddings or position biases."""
+    of linear layers decay: no norms, embeddings or position biases."""
     matrices: list[Tensor] = []
     rest: list[Tensor] = []
     for n, p in model.named_parameters():
@@ -702,7 +692,7 @@ class Adafactor(torch.optim.Adafactor):
 
         V ~ row (O, 1) @ col (1, I) / mean(row)         update = G / sqrt(V), at most 1 on average
 
-    The state is that of torch's optimizer, per parameter, so checkpoints fit both.
+    The state is torch's, per parameter, so checkpoints fit both.
     """
     STACK_BYTES: ClassVar[dict[str, int]] = {"cuda": 1 << 28, "cpu": 1 << 20}  # of one stack
 
@@ -719,16 +709,18 @@ class Adafactor(torch.optim.Adafactor):
                     self.update(params[i:i + n], group)
 
     def update(self, params: list[Tensor], group: dict) -> None:
-        """One step of N parameters of one shape."""
+        """Update N parameters of one shape."""
         grads: list[Any] = [p.grad for p in params]
         grad = torch.stack(grads) if len(grads) > 1 else grads[0][None]  # (N, O, I) or (N, I)
-        states = [self.counted_state(p) for p in params]
+        states = [self.state[p] for p in params]
+        for state in states:
+            state["step"] = state["step"] + 1 if state else torch.tensor(1.0)  # on the CPU
         step, numbers = float(states[0]["step"]), params[0].numel()
         eps1, eps2 = group["eps"]
         eps1 = torch.finfo(torch.float32).eps if eps1 is None else eps1
         squares = self.mean_squares(states, grad, step ** group["beta2_decay"], eps1)
         update = squares.clamp_(min=eps1 * eps1).rsqrt_().mul_(grad)
-        # Adafactor's rate is relative: it is multiplied by each parameter's root mean square, (N,)
+        # the rate is relative: it is multiplied by each parameter's root mean square, (N,)
         size = torch.stack(list(torch._foreach_norm(params))) / numbers ** 0.5
         rate = size.clamp(min=eps2) * min(group["lr"], step ** -0.5)
         axes = tuple(range(1, grad.dim()))
@@ -738,18 +730,6 @@ class Adafactor(torch.optim.Adafactor):
             torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
         torch._foreach_sub_(params, list(update.unbind()))
 
-    def counted_state(self, p: Tensor) -> dict:
-        """A parameter's state, with this step counted."""
-        state = self.state[p]
-        if not state:
-            state["step"] = torch.tensor(0.0)  # on the CPU
-            if p.dim() > 1:
-                state["row_var"] = p.new_zeros(len(p), 1)
-                state["col_var"] = p.new_zeros(1, p.size(1))
-            else:
-                state["variance"] = torch.zeros_like(p)
-        state["step"] += 1
-        return state
 
     def mean_squares(self, states: list[dict], grad: Tensor, fresh: float, eps: float) -> Tensor:
         """V, in the shape of grad. fresh: the share of the new squares in the running means."""
@@ -763,6 +743,9 @@ class Adafactor(torch.optim.Adafactor):
     @staticmethod
     def average(states: list[dict], name: str, value: Tensor, fresh: float) -> Tensor:
         """Update a running mean of a stack of values (N, ...), and return it."""
+        for state, first in zip(states, value):
+            if name not in state:
+                state[name] = torch.zeros_like(first)
         stored = [state[name] for state in states]
         mean = torch.stack(stored).lerp_(value, fresh)
         torch._foreach_copy_(stored, list(mean.unbind()))
@@ -774,14 +757,14 @@ def clip_gradient(gradient: Tensor, divisor: Tensor | float, max_norm: float) ->
     Returns the norm before clipping, (), on the device: there is no sync here."""
     parts = gradient.split(1 << 22)  # rounding of one float32 sum over all would add up
     norm = torch.stack([part.dot(part) for part in parts]).sum().sqrt() / divisor
-    gradient.mul_((max_norm / norm).clamp(max=1) / divisor)  # both in one pass over memory
+    gradient.mul_((max_norm / norm).clamp(max=1) / divisor)  # one pass over memory
     return norm
 
 
 def learning_rate(schedule: str, progress: float, step: int, lr: float, min_lr: float,
                   warmup_steps: int) -> float:
-    """The rate of a step, counted from 0. progress: the share of the training that is done, 0 to 1.
-    Warmup takes warmup_steps, or a tenth of the training if that is shorter."""
+    """The rate of a step, counted from 0. progress: the share of the training that is done. Warmup
+    takes warmup_steps, or a tenth of the training if that is shorter."""
     def falling(x: float) -> float:
         return 0.5 * (1 + math.cos(math.pi * min(1.0, x)))
 
@@ -803,7 +786,7 @@ def learning_rate(schedule: str, progress: float, step: int, lr: float, min_lr: 
 
 @dataclass
 class State:
-    """The counters of a run. A checkpoint has them, weights and optimizers: see save_checkpoint."""
+    """The counters in a checkpoint."""
     step: int = 0
     tokens: int = 0  # non-padding tokens so far, both sides, all ranks
     elapsed_s: float = 0.0
@@ -892,7 +875,7 @@ def step_of(checkpoint: Path) -> int:
 
 def candidate_checkpoints(out_dir: Path, resume: str) -> list[Path]:
     """The files that --resume may mean, newest first. Raises FileNotFoundError or ValueError for a
-    path that is no checkpoint, or one of another run than out_dir holds."""
+    path that is no checkpoint, or one of another run."""
     if resume == "never":
         return []
     own = list_checkpoints(out_dir / "checkpoint")
@@ -913,7 +896,7 @@ def candidate_checkpoints(out_dir: Path, resume: str) -> list[Path]:
 
 
 def newest_checkpoint(out_dir: Path, resume: str) -> Path | None:
-    """The newest checkpoint whose bytes match its name. Damaged ones are reported and skipped."""
+    """The newest checkpoint whose bytes match its name."""
     candidates = candidate_checkpoints(out_dir, resume)
     for path in candidates:
         if is_whole(path):
@@ -930,8 +913,8 @@ def is_whole(path: Path) -> bool:
 
 
 def find_checkpoint(out_dir: str, resume: str, ranks: Ranks) -> dict | None:
-    """The content and "path" of the checkpoint to resume from, the same on every rank: the first
-    rank chooses it. None: a new run."""
+    """The content and "path" of the checkpoint to resume from, which the first rank chooses. None:
+    a new run."""
     record = Path(out_dir) / "checkpoint" / "launcher"
     if ranks.is_main and LAUNCHER and record.is_file() and record.read_text("utf-8") == LAUNCHER:
         resume = "auto"  # torchrun started the processes again: the checkpoints are of this run
@@ -1032,8 +1015,8 @@ def read_log(path: Path, last_step: int) -> list[str]:
 
 
 def draw_curves(logs: dict[str, list[dict]]) -> str:
-    """An SVG of the loss of runs over their tokens, nats per token: lines are means over a fiftieth
-    of the training steps, dots are validations. logs: the lines of log.jsonl by name."""
+    """An SVG of the losses of runs over their tokens: lines are means over a fiftieth of the
+    training steps, dots are validations. logs: the lines of log.jsonl by name."""
     colors = ("#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#8c564b", "#e377c2", "#17becf")
     trained = [row for log in logs.values() for row in log if row.get("loss")]
     top = max([1.0] + [row["loss"] for row in trained])
@@ -1077,8 +1060,8 @@ def draw_curves(logs: dict[str, list[dict]]) -> str:
 
 
 class ResponseLoss(Objective):
-    """The mean nats per token of the responses; on --valid also their perplexity, and nats per
-    character, which can be compared across tokenizers."""
+    """The mean nats per token of the responses; on --valid also perplexity and nats per character,
+    which can be compared across tokenizers."""
 
     def __init__(self, *args):
         super().__init__(*args)
@@ -1102,20 +1085,19 @@ class ResponseLoss(Objective):
         return {"bleu4": result["bleu4"]}
 
     def held_out(self) -> list[dict]:
-        """The pairs of --valid on which answers are scored: all of the demo's, otherwise about 200
-        spread over the files."""
+        """The pairs of --valid on which answers are scored: all of the demo's, else about 200."""
         rows = [r for r in Rows(self.settings.valid_files) if r.get("prompt") and r.get("response")]
         return rows if self.settings.demo else rows[::-(-len(rows) // 200) or 1]
 
     def score_answers(self, rows: list[dict]) -> tuple[dict, list[str]]:
-        """Scores of the model's answers to rows, and the answers."""
+        """See sample.score."""
         max_len = self.settings.max_len
         with self.uncompiled():
             return sample.score(self.model, self.tokenizer, rows, max_len,
                                 max_new_tokens=min(128, max_len))
 
     def uncompiled(self) -> contextlib.AbstractContextManager:
-        """A context in which --compile has no effect: compiling would take longer than it saves."""
+        """A context without --compile, which would take longer than it saves."""
         if not self.settings.compile:
             return contextlib.nullcontext()
         return torch.compiler.set_stance("force_eager")
@@ -1156,14 +1138,14 @@ class ResponseLoss(Objective):
 
     def initialize(self, stream: PairStream) -> None:
         """Initialize a new model from counts of the first window, if that beats random weights on
-        the first micro-batch; with very few tokens, counts mislead."""
+        the first micro-batch: few tokens mislead."""
         if self.settings.init_from or self.settings.freeze:
             return
         ids, offsets = stream.window(0, 0).columns[1]  # the responses
         before, after = np.roll(ids, 1).astype(np.int64), ids.astype(np.int64)
         before[offsets[:-1]] = data.PAD  # the decoder's start token
         if self.ranks.is_main and len(after):  # a window may hold no text at all
-            random = [p.detach().cpu().clone() for p in self.model.parameters()]
+            random = {name: x.to("cpu", copy=True) for name, x in self.model.state_dict().items()}
             with self.uncompiled():
                 random_loss = self.first_loss(stream)
                 init_bigrams(self.model, torch.from_numpy(before), torch.from_numpy(after))
@@ -1171,12 +1153,11 @@ class ResponseLoss(Objective):
             if counts_loss < random_loss:
                 print(f"initialized from counts of {len(after):,} token pairs", flush=True)
             else:
-                with torch.no_grad():
-                    for p, value in zip(self.model.parameters(), random):
-                        p.copy_(value)
+                self.model.load_state_dict(random)
                 print(f"initialized at random: {len(after):,} tokens are too few to count (loss "
                       f"{counts_loss:.1f}, at random {random_loss:.1f})", flush=True)
-        self.ranks.broadcast(self.model.parameters())
+        for p in self.model.parameters():
+            self.ranks.broadcast(p)
 
     def first_loss(self, stream: PairStream) -> float:
         """Mean nats per target token of the first micro-batch, without dropout."""
@@ -1190,15 +1171,14 @@ class ResponseLoss(Objective):
 # --- settings -------------------------------------------------------------------------------------
 
 GPU_BATCH_TOKENS, CPU_BATCH_TOKENS = 65536, 1280  # of a step, by default
-MIN_UPDATES = 1000  # of a run on a GPU, by default; see default_batch
+MIN_UPDATES = 1000  # see default_batch
 BYTES_PER_TOKEN = 4.5  # of Chinese: 3 per character, 1.5 characters per token
 LIMITS = ("max_steps", "epochs", "time_limit")
 PATHS = ("data", "valid", "tokenizer", "init_from")  # may differ between machines
 EARLY = ("out_dir", "resume")  # needed before settings are resolved
+TRAINED = Path("checkpoint", "tokenizer")  # where a new tokenizer is saved
 DEMO = {"preset": "demo", "micro_batch_tokens": 512, "max_len": 64, "vocab_size": 2048}
 DEMO_STEPS, DEMO_BATCH_TOKENS = 1000, 1024
-MEMORY_HINT = ("--micro_batch_tokens in a new run, or resume this one with "
-               "--checkpoint_activations")
 
 
 def flag(default: Any, help: str, group: str = "", fixed: bool = False, **how) -> Any:
@@ -1224,79 +1204,95 @@ class Settings:
     # S and T of a batch are padded to multiples of this, for compiled kernels
     round_to: int = field(default=0, metadata={"fixed": True})
 
-    data: Sequence[str] = flag((), "training pairs: Parquet files or folders of them (default: the "
-                               "demo)", group="data", nargs="+", metavar="A.parquet")
-    valid: str = flag("", "held-out pairs to validate on (default: no validation)",
-                      metavar="V.parquet")
-    tokenizer: str = flag("", "folder of tokenizer.json (default: that of --init_from, else one is "
-                          "trained on --data)", metavar="DIR")
-    vocab_size: int = flag(29298, "size of a tokenizer that is trained here (default: 29298; 2048 "
-                           "for the demo)", type=number(int, 264))
-    max_len: int = flag(320, "tokens per side, longer ones are cut", fixed=True,
-                        type=number(int, 2, 1 << 20))
+    data: Sequence[str] = flag(
+        (), "training pairs: Parquet files or folders of them (default: the demo)", group="data",
+        nargs="+", metavar="A.parquet")
+    valid: str = flag(
+        "", "held-out pairs to validate on (default: no validation)", metavar="V.parquet")
+    tokenizer: str = flag(
+        "", "folder of tokenizer.json (default: that of --init_from, else one is trained on "
+        "--data)", metavar="DIR")
+    vocab_size: int = flag(
+        29298, "size of a tokenizer that is trained here (default: 29298; 2048 for the demo)",
+        type=number(int, 264))
+    max_len: int = flag(
+        320, "tokens per side, longer ones are cut", fixed=True, type=number(int, 2, 1 << 20))
     workers: int = flag(1, "tokenizing processes per training process", type=number(int, 0))
 
-    preset: str = flag("", "model size (default: small; demo without --data)", group="model",
-                       choices=list(PRESETS))
+    preset: str = flag(
+        "", "model size (default: small; demo without --data)", group="model",
+        choices=list(PRESETS))
     init_from: str = flag("", "model folder to start from", metavar="MODEL_DIR")
-    freeze: str = flag("", "parts that are not trained: shared, encoder, decoder", fixed=True,
-                       metavar="shared,encoder")
+    freeze: str = flag(
+        "", "parts that are not trained: shared, encoder, decoder", fixed=True,
+        metavar="shared,encoder")
     dropout: float = flag(0.0, "dropout rate, wherever T5 has it (default: 0)", type=SHARE)
-    lora_rank: int = flag(0, "train low-rank additions to --lora_targets, and nothing else "
-                          "(default: train all weights)", fixed=True, type=COUNT)
-    lora_alpha: float = flag(16.0, "the additions are scaled by alpha / rank", fixed=True,
-                             type=POSITIVE)
+    lora_rank: int = flag(
+        0, "train low-rank additions to --lora_targets, and nothing else (default: train all "
+        "weights)", fixed=True, type=COUNT)
+    lora_alpha: float = flag(
+        16.0, "the additions are scaled by alpha / rank", fixed=True, type=POSITIVE)
     lora_dropout: float = flag(0.0, "dropout on LoRA inputs (default: 0)", fixed=True, type=SHARE)
-    lora_targets: str = flag("q,v", "linear layers that get LoRA, or all", fixed=True,
-                             metavar="q,k,v,o,wi,wo")
+    lora_targets: str = flag(
+        "q,v", "linear layers that get LoRA, or all", fixed=True, metavar="q,k,v,o,wi,wo")
 
-    max_steps: int = flag(0, "stop after N steps, including earlier runs (default: no limit)",
-                          group="length", type=COUNT)
+    max_steps: int = flag(
+        0, "stop after N steps, including earlier runs (default: no limit)", group="length",
+        type=COUNT)
     epochs: float = flag(0.0, "stop after N passes over the data (default: 1)", type=POSITIVE)
-    time_limit: float = flag(0.0, "stop after N seconds of training, including earlier runs "
-                             "(default: no limit)", metavar="SECONDS", type=POSITIVE)
+    time_limit: float = flag(
+        0.0, "stop after N seconds of training, including earlier runs (default: no limit)",
+        metavar="SECONDS", type=POSITIVE)
 
-    lr: float = flag(0.0, "peak learning rate; Adafactor caps it at 1/sqrt(step) (default: 0.02, "
-                     "for 0.2b 0.005, with --init_from 0.002; other optimizers 0.002, with "
-                     "--init_from 1e-4)", group="optimizer", type=POSITIVE)
-    min_lr: float | None = flag(None, "learning rate at the end, and at the beginning of onecycle "
-                                "(default: --lr / 100)", type=NOT_NEGATIVE)
-    schedule: str = flag("cosine", "how the learning rate changes",
-                         choices=["cosine", "onecycle", "wsd", "constant"])
-    warmup_steps: int = flag(100, "ramp the learning rate up over N steps, at most a tenth of the "
-                             "training", type=number(int, 0))
-    optimizer: str = flag("adafactor", "muon is for the hidden matrices, with AdamW for the rest",
-                          fixed=True, choices=["adamw", "adafactor", "muon"])
-    weight_decay: float = flag(0.01, "weight decay of matrices, not of norms and embeddings",
-                               type=NOT_NEGATIVE)
+    lr: float = flag(
+        0.0, "peak learning rate; Adafactor caps it at 1/sqrt(step) (default: 0.02, for 0.2b "
+        "0.005, with --init_from 0.002; other optimizers 0.002, with --init_from 1e-4)",
+        group="optimizer", type=POSITIVE)
+    min_lr: float | None = flag(
+        None, "learning rate at the end, and at the beginning of onecycle (default: --lr / 100)",
+        type=NOT_NEGATIVE)
+    schedule: str = flag(
+        "cosine", "how the learning rate changes",
+        choices=["cosine", "onecycle", "wsd", "constant"])
+    warmup_steps: int = flag(
+        100, "ramp the learning rate up over N steps, at most a tenth of the training",
+        type=number(int, 0))
+    optimizer: str = flag(
+        "adafactor", "muon is for the hidden matrices, with AdamW for the rest", fixed=True,
+        choices=["adamw", "adafactor", "muon"])
+    weight_decay: float = flag(
+        0.01, "weight decay of matrices, not of norms and embeddings", type=NOT_NEGATIVE)
     grad_clip: float = flag(1.0, "largest norm of the gradient", type=POSITIVE)
-    batch_tokens: int = flag(0, "prompt and response tokens per update, over all processes "
-                             "(default: 65536 on a GPU, fewer if the data has less than 1,000 such "
-                             "updates; on a CPU 1280, 2560 in dpo.py; rounded up to equal shares)",
-                             type=COUNT)
+    batch_tokens: int = flag(
+        0, "prompt and response tokens per update, over all processes (default: 65536 on a GPU, "
+        "fewer if the data has less than 1,000 such updates; on a CPU 1280, 2560 in dpo.py; "
+        "rounded up to equal shares)", type=COUNT)
 
     micro_batch_tokens: int = flag(
         0, "padded tokens per forward pass, B * (S + T); lower it if memory runs out (default: up "
         "to --batch_tokens, as the GPU's memory allows; on a CPU 1280 over all processes)",
         group="memory", fixed=True, type=COUNT)
-    checkpoint_activations: bool = flag(False, "recompute activations in backward: less memory, a "
-                                        "quarter slower", action=argparse.BooleanOptionalAction)
-    dtype: str = flag("auto", "of the matrix products; auto: what the device is fast at",
-                      choices=["auto", "float32", "bfloat16", "float16"])
+    checkpoint_activations: bool = flag(
+        False, "recompute activations in backward: less memory, a quarter slower",
+        action=argparse.BooleanOptionalAction)
+    dtype: str = flag(
+        "auto", "of the matrix products; auto: what the device is fast at",
+        choices=["auto", "float32", "bfloat16", "float16"])
     compile: bool = flag(False, "torch.compile the model", action=argparse.BooleanOptionalAction)
 
-    out_dir: str = flag("out", "folder for the model, best/, checkpoint/ and log.jsonl",
-                        group="running")
-    resume: str = flag("auto", "auto: resume from the newest checkpoint of --out_dir, if there is "
-                       "one, with its settings; never: delete them and start anew",
-                       metavar="auto|never|CHECKPOINT")
+    out_dir: str = flag(
+        "out", "folder for the model, best/, checkpoint/ and log.jsonl", group="running")
+    resume: str = flag(
+        "auto", "auto: resume from the newest checkpoint of --out_dir, if there is one, with its "
+        "settings; never: delete them and start anew", metavar="auto|never|CHECKPOINT")
     eval_every: int = flag(500, "validate every N steps", type=COUNT)
-    bleu_every: int = flag(0, "score answers on --valid every N steps (default: at the end)",
-                           type=COUNT)
+    bleu_every: int = flag(
+        0, "score answers on --valid every N steps (default: at the end)", type=COUNT)
     save_every: int = flag(500, "save a checkpoint every N steps", type=COUNT)
     keep: int = flag(2, "checkpoints to keep", type=COUNT)
-    seed: int = flag(0, "seed of the weights, the order of the data and dropout (default: 0)",
-                     fixed=True, type=number(int, 0, 2 ** 63 - 1))
+    seed: int = flag(
+        0, "seed of the weights, the order of the data and dropout (default: 0)", fixed=True,
+        type=number(int, 0, 2 ** 63 - 1))
     device: str = flag("", "cpu, cuda or cuda:N (default: a GPU if there is one)")
 
     columns: ClassVar[tuple[str, ...]] = PAIR
@@ -1358,7 +1354,15 @@ def resolve(kind: type[Settings], args: argparse.Namespace, ranks: Ranks,
     """Decide every setting, the same on every rank: by its flag, else by the checkpoint that the
     run resumes from, else by default. Raises ValueError for what cannot work, before anything but
     data (the demo's, or converted triples) is written."""
-    s = combine_layers(kind, args, saved["settings"] if saved else {})
+    stored = saved["settings"] if saved else {}
+    names = {f.name for f in fields(kind)}
+    given = {k: v for k, v in vars(args).items() if k in names and v is not None}
+    flags = frozenset(given) - set(EARLY)
+    if flags & set(LIMITS):  # a new limit replaces the stored one
+        stored = stored | dict.fromkeys(LIMITS, 0)
+    values = {k: v for k, v in stored.items() if k in names} | given
+    demo = not values.get("data") or stored.get("demo", False) and "data" not in flags
+    s = kind(**{**(DEMO if demo else {}), **values, "demo": demo, "given": flags})
     s.check()
     if s.init_from:
         ChatLMConfig.from_pretrained(s.init_from)  # fails early
@@ -1381,17 +1385,6 @@ def resolve(kind: type[Settings], args: argparse.Namespace, ranks: Ranks,
                       "measure memorization (data.py split keeps them apart)")
     return s
 
-
-def combine_layers(kind: type[Settings], args: argparse.Namespace, stored: dict) -> Settings:
-    """Flags over stored settings over defaults."""
-    names = {f.name for f in fields(kind)}
-    given = {k: v for k, v in vars(args).items() if k in names and v is not None}
-    flags = frozenset(given) - set(EARLY)
-    if flags & set(LIMITS):  # a new limit replaces the stored one
-        stored = stored | dict.fromkeys(LIMITS, 0)
-    values = {k: v for k, v in stored.items() if k in names} | given
-    demo = not values.get("data") or stored.get("demo", False) and "data" not in flags
-    return kind(**{**(DEMO if demo else {}), **values, "demo": demo, "given": flags})
 
 
 def choose_defaults(s: Settings, ranks: Ranks) -> None:
@@ -1476,9 +1469,8 @@ def report_unused(s: Settings) -> None:
 
 def default_micro_batch(s: Settings, device: torch.device, columns: int, ranks: int = 1) -> int:
     """Padded tokens B * (S + T) for one forward pass: each rank's share of a step, divided evenly
-    into as few parts as fit; at least one row of max_len tokens in every column. What fits: on a
-    CPU 1,280 over all ranks, on a GPU by the free memory. Raises ValueError if that is too little.
-    """
+    into as few parts as fit. What fits: on a CPU 1,280 over all ranks, on a GPU by the free memory.
+    Raises ValueError if one row of max_len tokens in every column does not."""
     step = max(1, s.round_to)
     one_row = columns * -(-s.max_len // step) * step
     fits = max(1, CPU_BATCH_TOKENS // ranks)
@@ -1501,8 +1493,8 @@ def default_micro_batch(s: Settings, device: torch.device, columns: int, ranks: 
 
 
 def state_bytes(config: ChatLMConfig, s: Settings) -> int:
-    """Bytes on the device besides activations: weights and gradients in float32, their copies in
-    the autocast dtype, the optimizer's state, and half a gigabyte for the loss and libraries."""
+    """Bytes besides activations: weights and gradients in float32, weights in the autocast dtype,
+    the optimizer's state, and half a gigabyte for the loss and libraries."""
     with torch.device("meta"):
         parameters = ChatLM(config).num_parameters()
     trained = parameters // 50 if s.lora_rank else parameters
@@ -1512,7 +1504,7 @@ def state_bytes(config: ChatLMConfig, s: Settings) -> int:
 
 def activation_bytes(config: ChatLMConfig, s: Settings) -> int:
     """Bytes that autograd saves per padded token (counted in tests/test_gpu.py), and a third more
-    for what backward computes. Weights are in state_bytes."""
+    for what backward computes."""
     inner, size = config.num_heads * config.d_kv, 4 if s.dtype == "float32" else 2
     # tensors of d_ff numbers that a feed-forward layer saves
     feed = 4 if config.feed_forward_proj == "gated-gelu" else 2 if s.dropout else 1
@@ -1565,30 +1557,29 @@ def make_demo_data(s: Settings, ranks: Ranks) -> None:
 
 
 def prompts(files: Iterable[str]) -> Iterator[pa.Array]:
-    """The prompts of Parquet files, many at a time."""
     for path in files:
         for batch in data.open_parquet(path, ("prompt",)).iter_batches(columns=["prompt"]):
             yield batch["prompt"].cast("large_string")
 
 
 def overlap(files: Iterable[str], valid_files: Iterable[str]) -> int:
-    """The number of distinct prompts that are in both."""
+    """The number of distinct prompts in both."""
     held, found = pa.chunked_array(prompts(valid_files), pa.large_string()), set()
     for part in prompts(files):
         found.update(part.filter(pc.is_in(part, held)).to_pylist())
     return len(found - {None, ""})
 
 
-def find_tokenizer(s: Settings, ranks: Ranks, saved: dict | None = None) -> Tokenizer:
+def find_tokenizer(s: Settings, ranks: Ranks, saved: dict | None) -> Tokenizer:
     """The tokenizer of --tokenizer or --init_from, else that of --out_dir, trained if need be."""
     if s.tokenizer or s.init_from:
         return Tokenizer.from_pretrained(s.tokenizer or s.init_from, append_eos=True)
-    out, trained = Path(s.out_dir), Path("checkpoint", "tokenizer")
+    out = Path(s.out_dir)
     if saved:
         before = Path(saved["path"]).parent.parent
-        folders = [out, out / trained, before, before / trained]
+        folders = [out, out / TRAINED, before, before / TRAINED]
     else:
-        folder = train_tokenizer(s, out, trained) if ranks.is_main else None
+        folder = train_tokenizer(s, out) if ranks.is_main else None
         folders = [out / ranks.all_gather(folder)[0]]
     found = [f for f in folders if (f / "tokenizer.json").is_file()]
     if not found:
@@ -1601,15 +1592,15 @@ def find_tokenizer(s: Settings, ranks: Ranks, saved: dict | None = None) -> Toke
     return Tokenizer.from_pretrained(found[0])  # check_identity says what is wrong
 
 
-def train_tokenizer(s: Settings, out: Path, trained: Path) -> Path:
+def train_tokenizer(s: Settings, out: Path) -> Path:
     """Train a tokenizer, unless there is one of the same data and size, or one that the user has
-    put into out. It is saved in out / trained first: out may still hold an older model with its own
-    tokenizer. Every export copies it to out. Returns the tokenizer's folder, relative to out."""
+    put into out. Returns its folder, relative to out: TRAINED, since out may still hold an older
+    model with its own tokenizer. Every export copies it to out."""
     source = {"data": hash_files(s.data_files), "vocab_size": s.vocab_size}
-    folder, record = out / trained, out / trained / "source.json"
+    folder, record = out / TRAINED, out / TRAINED / "source.json"
     if record.is_file():
         if read_json(record) == source:
-            return trained
+            return TRAINED
         print(f"the tokenizer in {folder} was trained on other data or for another --vocab_size",
               flush=True)
     elif (out / "tokenizer.json").is_file():
@@ -1625,7 +1616,7 @@ def train_tokenizer(s: Settings, out: Path, trained: Path) -> Path:
     record.unlink(missing_ok=True)
     tokenizer.save_pretrained(folder)
     write_file(record, json.dumps(source))
-    return trained
+    return TRAINED
 
 
 def hash_tokenizer(tokenizer: Tokenizer) -> str:
@@ -1633,11 +1624,11 @@ def hash_tokenizer(tokenizer: Tokenizer) -> str:
 
 
 def hash_weights(model: ChatLM) -> str:
-    """A hash of all parameters."""
     digest = xxhash.xxh3_64()
     for name, p in model.named_parameters():
         digest.update(name.encode())
-        digest.update(p.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+        values = p.detach().float().cpu().contiguous()  # as training loads it
+        digest.update(values.view(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
@@ -1677,8 +1668,7 @@ def make_model(s: Settings, ranks: Ranks, tokenizer: Tokenizer) -> tuple[ChatLM,
 
 
 def compile_blocks(model: ChatLM, backend: str = "inductor") -> None:
-    """Compile each block by itself. All blocks of a stack share one graph, so this takes the same
-    time for any number of them."""
+    """Compile each block. All blocks of a stack share one graph."""
     for block in (*model.encoder.block, *model.decoder.block):
         block.compile(dynamic=True, backend=backend)
     # some kernels have graphs of their own for lengths that are multiples of 16
@@ -1724,14 +1714,14 @@ def run_identity(s: Settings, model: ChatLM, tokenizer: Tokenizer, init_hash: st
 
 def make_stream(s: Settings, ranks: Ranks, tokenizer: Tokenizer, files: Iterable[str],
                 **options) -> PairStream:
-    """The batches of files. options: seed, group and workers of PairStream."""
+    """options: seed, group and workers of PairStream."""
     return PairStream(files, tokenizer, s.micro_batch_tokens, s.max_len, rank=ranks.rank,
                       world_size=ranks.world_size, columns=s.columns, round_to=s.round_to,
                       **options)
 
 
 def training_stream(s: Settings, ranks: Ranks, tokenizer: Tokenizer) -> PairStream:
-    """The training batches. Prints a note if processes have unequal shares of a step, or none."""
+    """The training batches."""
     group = max(1, round(s.batch_tokens / s.micro_batch_tokens))
     stream = make_stream(s, ranks, tokenizer, s.data_files, seed=s.seed, group=group,
                          workers=s.workers)
@@ -1799,9 +1789,10 @@ def torch_hint(ranks: Ranks) -> Iterator[None]:
 
 def run_training(args: argparse.Namespace, kind: type[Settings],
                  objective_kind: type[Objective]) -> None:
-    """Train; then the first rank reports. The classes are those of train.py or of dpo.py."""
+    """Train, then report. The classes are those of train.py or of dpo.py."""
     ranks = Ranks.join(args.device)
-    with memory_hint(MEMORY_HINT), torch_hint(ranks), claim(Path(args.out_dir), ranks):
+    hint = "--micro_batch_tokens in a new run, or resume this one with --checkpoint_activations"
+    with memory_hint(hint), torch_hint(ranks), claim(Path(args.out_dir), ranks):
         saved = find_checkpoint(args.out_dir, args.resume, ranks)
         script = saved.get("script", kind.script) if saved else kind.script
         if script != kind.script:
