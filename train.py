@@ -576,9 +576,8 @@ class GradientReducer:
         """gradient: (P,), with the gradient of each parameter in turn as a view."""
         self.slices: list[Tensor] = []
         self.slice_of: dict[nn.Parameter, int] = {}
-        self.remaining: Counter[int] = Counter()  # per slice: gradients still to come in this pass
+        self.remaining: Counter[int] = Counter()  # gradients to come, per slice
         self.handles: list = []  # of the slices that were sent
-        self.is_last_pass = False
         end = begin = len(gradient)
         for p in reversed(parameters if ranks.world_size > 1 else []):
             begin -= p.numel()
@@ -591,27 +590,26 @@ class GradientReducer:
     def start(self) -> None:
         """Call before the last backward pass of a step, which sends slices."""
         self.remaining = Counter(self.slice_of.values())
-        self.is_last_pass = True
 
     def on_gradient(self, p: nn.Parameter) -> None:
         """Hook: the gradient of p is complete."""
-        if self.is_last_pass:
+        if self.remaining:  # in the last pass
             self.remaining[self.slice_of[p]] -= 1
-            while len(self.handles) < len(self.slices) and not self.remaining[len(self.handles)]:
-                self.send()
+            self.send()
 
     def send(self) -> None:
-        self.handles.append(dist.all_reduce(self.slices[len(self.handles)], async_op=True))
+        """Send slices, in order, up to the first one that is not complete."""
+        while len(self.handles) < len(self.slices) and not self.remaining[len(self.handles)]:
+            part = self.slices[len(self.handles)]
+            self.handles.append(dist.all_reduce(part, async_op=True))
 
     def finish(self) -> None:
         """Send the slices that are left, and wait for all."""
-        self.is_last_pass = False
-        while len(self.handles) < len(self.slices):
-            self.send()
+        self.remaining.clear()
+        self.send()
         for handle in self.handles:
             handle.wait()
         self.handles = []
-
 
 
 def exit_with_launcher() -> None:
@@ -873,38 +871,31 @@ def step_of(checkpoint: Path) -> int:
     return int(checkpoint.name.split("-")[1])
 
 
-def candidate_checkpoints(out_dir: Path, resume: str) -> list[Path]:
-    """The files that --resume may mean, newest first. Raises FileNotFoundError or ValueError for a
-    path that is no checkpoint, or one of another run."""
-    if resume == "never":
-        return []
-    own = list_checkpoints(out_dir / "checkpoint")
-    if resume == "auto":
-        return own
-    given = Path(resume)
-    found = [given] if given.is_file() else list_checkpoints(given)
-    found = found or list_checkpoints(given / "checkpoint")
-    if not found:
-        raise FileNotFoundError(f"--resume {resume}: no checkpoint there")
-    if not CHECKPOINT_NAME.fullmatch(found[0].name):
-        raise ValueError(f"--resume {resume}: a checkpoint's name is step-NUMBER-HASH.pt, and must "
-                         "stay so")
-    if own and found[0].name not in [path.name for path in own]:
-        raise ValueError(f"--resume {resume} is not of the run in {out_dir}, which would be lost: "
-                         "choose another --out_dir")
-    return found
-
-
 def newest_checkpoint(out_dir: Path, resume: str) -> Path | None:
-    """The newest checkpoint whose bytes match its name."""
-    candidates = candidate_checkpoints(out_dir, resume)
-    for path in candidates:
+    """The newest whole checkpoint that --resume means. Raises FileNotFoundError or ValueError for a
+    path that is no checkpoint, or one of another run."""
+    own = found = list_checkpoints(out_dir / "checkpoint")
+    if resume == "never":
+        return None
+    if resume != "auto":
+        given = Path(resume)
+        found = [given] if given.is_file() else list_checkpoints(given)
+        found = found or list_checkpoints(given / "checkpoint")
+        if not found:
+            raise FileNotFoundError(f"--resume {resume}: no checkpoint there")
+        if not CHECKPOINT_NAME.fullmatch(found[0].name):
+            raise ValueError(f"--resume {resume}: a checkpoint's name is step-NUMBER-HASH.pt, and "
+                             "must stay so")
+        if own and found[0].name not in [path.name for path in own]:
+            raise ValueError(f"--resume {resume} is not of the run in {out_dir}, which would be "
+                             "lost: choose another --out_dir")
+    for path in found:
         if is_whole(path):
             return path
         print(f"warning: {path} is damaged and skipped", file=sys.stderr)
-    if candidates:
-        raise ValueError(f"every checkpoint in {candidates[0].parent} is damaged; --resume never "
-                         "starts anew")
+    if found:
+        raise ValueError(f"every checkpoint in {found[0].parent} is damaged; --resume never starts "
+                         "anew")
     return None
 
 
@@ -936,7 +927,7 @@ def find_checkpoint(out_dir: str, resume: str, ranks: Ranks) -> dict | None:
         raise AgreedError(f"{path} was written by an earlier version, whose runs cannot be "
                           f"resumed: start anew from the model with --init_from {out_dir} and "
                           "another --out_dir")
-    return saved | {"path": str(path)}
+    return saved | {"path": path}
 
 
 # --- reporting ------------------------------------------------------------------------------------
@@ -1576,7 +1567,7 @@ def find_tokenizer(s: Settings, ranks: Ranks, saved: dict | None) -> Tokenizer:
         return Tokenizer.from_pretrained(s.tokenizer or s.init_from, append_eos=True)
     out = Path(s.out_dir)
     if saved:
-        before = Path(saved["path"]).parent.parent
+        before = saved["path"].parent.parent
         folders = [out, out / TRAINED, before, before / TRAINED]
     else:
         folder = train_tokenizer(s, out) if ranks.is_main else None
