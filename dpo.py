@@ -59,12 +59,9 @@ from chatlm import (
     write_tensors,
 )
 from data import (
-    IGNORED,
     ArgumentParser,
     PairStream,
-    Progress,
     Rows,
-    check_folder,
     hash_files,
     memory_hint,
     note_once,
@@ -185,7 +182,7 @@ class Preference(train.Objective):
     @torch.no_grad()
     def compute_reference(self, stream: PairStream, logps: Tensor) -> None:
         """Fill this rank's rows of logps, (rows, 2)."""
-        progress = Progress("reference log-probabilities", total=stream.rows)
+        progress = data.Progress("reference log-probabilities", total=stream.rows)
         self.model.eval()
         for batch in stream.one_epoch():
             batch = train.to_device(batch, self.ranks.device)
@@ -203,7 +200,7 @@ class Preference(train.Objective):
         mean, chosen_rewards, rejected_rewards = dpo_loss(
             chosen, rejected, ref_chosen, ref_rejected, s.beta, s.label_smoothing, s.loss)
         if s.sft_alpha:
-            tokens = (batch["chosen_labels"] != IGNORED).sum(1)
+            tokens = (batch["chosen_labels"] != data.IGNORED).sum(1)
             mean = mean - s.sft_alpha * (chosen / tokens).mean()
         margins = chosen_rewards - rejected_rewards
         log_ratio = (chosen_rewards + rejected_rewards) / (2 * s.beta)
@@ -211,7 +208,7 @@ class Preference(train.Objective):
         return (mean * pairs, pairs, margins.sum(), (margins > 0).sum(), chosen.sum(),
                 rejected.sum(), log_ratio.sum())
 
-    def report(self, state: train.State) -> None:
+    def report(self, state: train.State, report: train.Report) -> None:
         s = self.settings
         print(f"finished: {s.out_dir} ({state.step:,} steps, {data.duration(state.elapsed_s)}); "
               "loss.svg in it is the curve")
@@ -345,7 +342,7 @@ def merge(argv: list[str]) -> None:
     if (Path(args.out) / "checkpoint").is_dir():
         raise ValueError(f"--out {args.out} holds a training run, which would be overwritten: "
                          "choose another")
-    check_folder(args.out)
+    data.check_folder(args.out)
     tokenizer = Tokenizer.from_pretrained(args.model)
     model = ChatLM.from_pretrained(args.model)
     weights_hash = train.hash_weights(model)

@@ -86,19 +86,11 @@ from data import (
     AgreedError,
     ArgumentParser,
     PairStream,
-    Progress,
-    Rows,
-    Texts,
-    atomic_write,
-    check_folder,
-    duration,
     hash_file,
     hash_files,
-    locked,
     memory_hint,
     note_once,
     number,
-    read_json,
     run,
     write_errors,
     write_file,
@@ -165,7 +157,7 @@ class Objective:
         """Scores of answers to held-out prompts, on the first rank."""
         raise NotImplementedError
 
-    def report(self, state: "State") -> None:
+    def report(self, state: "State", report: "Report") -> None:
         """Print the results of a finished run, on the first rank."""
 
     def initialize(self, stream: PairStream) -> None:
@@ -242,7 +234,7 @@ class Trainer:
             p.grad = part.view_as(p)
         self.reducer = GradientReducer(parameters, self.gradient, self.ranks)
 
-    def fit(self, saved: dict | None) -> "State":
+    def fit(self, saved: dict | None) -> None:
         """Train until a limit is reached. saved: see start. Exits with status 128 + N after
         signal N."""
         settings = self.settings
@@ -278,18 +270,18 @@ class Trainer:
             self.report.say(f"stopped at step {self.state.step:,}{end}")
             self.ranks.leave()
             sys.exit(128 + (self.stop.signal or signal.SIGTERM))
-        return self.state
 
     def due(self, every: int) -> bool:
         return every > 0 and self.state.step % every == 0
 
     def progress(self) -> float:
         """The share of the training that is done; 1 or a little more at the end."""
-        if self.settings.max_steps:
-            return self.state.step / self.settings.max_steps
-        if self.settings.time_limit:
-            return self.state.elapsed_s / self.settings.time_limit
-        return self.stream.epoch / self.settings.epochs
+        s = self.settings
+        if s.max_steps:
+            return self.state.step / s.max_steps
+        if s.time_limit:
+            return self.state.elapsed_s / s.time_limit
+        return self.stream.epoch / s.epochs
 
     def train_step(self, done: float) -> tuple[dict, bool]:
         """Take one step. done: see progress. Returns the values that were logged, and whether any
@@ -317,9 +309,8 @@ class Trainer:
         state.elapsed_s += total["seconds"]
         state.stream = dict(self.stream.state)
         step_s = time.perf_counter() - start_s
-        values = {"step": state.step, "loss": total["loss"] / normalizer if finite else None,
-                  "lr": lr, "tokens": state.tokens, "tok_per_s": tokens / step_s,
-                  "elapsed": state.elapsed_s,
+        values = {"step": state.step, "loss": total["loss"] / normalizer, "lr": lr,
+                  "tokens": state.tokens, "tok_per_s": tokens / step_s, "elapsed": state.elapsed_s,
                   **{name: total[name] / normalizer for name in self.objective.extra}}
         if self.peak_flops:
             flops = self.model.train_flops(total["source"], total["target"])
@@ -401,11 +392,10 @@ class Trainer:
         self.model.eval()
         with torch.no_grad(), self.objective.autocast():
             values = self.objective.evaluate()
-        step = self.state.step
-        self.report.log({"step": step, **values, "elapsed": self.state.elapsed_s})
         best = values["val_loss"] < self.state.best_val
+        self.report.log({"step": self.state.step, **values, "elapsed": self.state.elapsed_s})
         shown = "  ".join(f"{name} {value:.4f}" for name, value in values.items())
-        self.report.say(f"step {step:,}  {shown}" + ("  (best)" if best else ""))
+        self.report.say(f"step {self.state.step:,}  {shown}" + "  (best)" * best)
         if best:
             self.state.best_val = values["val_loss"]
             if self.ranks.is_main:
@@ -807,7 +797,7 @@ def save_checkpoint(trainer: Trainer, keep: int) -> None:
     newest = folder / "newest"
     for stale in folder.glob("newest.*.tmp"):  # of killed processes: no other run writes here
         stale.unlink()
-    with atomic_write(newest) as temporary, write_errors(newest, RuntimeError):  # a full disk
+    with data.atomic_write(newest) as temporary, write_errors(newest, RuntimeError):  # a full disk
         torch.save(saved, temporary)
     newest.rename(folder / f"step-{trainer.state.step:08d}-{hash_file(newest)}.pt")
     for old in list_checkpoints(folder)[keep:]:
@@ -852,10 +842,10 @@ def claim(folder: Path, ranks: Ranks) -> contextlib.AbstractContextManager:
     """A context that keeps other runs out of the folder. Raises ValueError if one uses it."""
     if not ranks.is_main:
         return contextlib.nullcontext()
-    check_folder(folder)
+    data.check_folder(folder)
     folder.mkdir(parents=True, exist_ok=True)
     message = f"another run uses {folder}: wait until it ends, or choose another --out_dir"
-    return locked(folder, message, patience_s=5.0)  # a run that was killed takes a moment to end
+    return data.locked(folder, message, patience_s=5.0)  # a killed run takes a moment to end
 
 
 CHECKPOINT_NAME = re.compile(r"step-[0-9]+-[0-9a-f]{16}\.pt")
@@ -941,7 +931,7 @@ class Report:
         """Drop log entries after `step`; those steps are rerun."""
         self.is_main, self.path = is_main, out_dir / "log.jsonl"
         self.means: dict[str, float] = {}
-        self.progress = Progress()
+        self.progress = data.Progress()
         if not is_main:
             return
         out_dir.mkdir(parents=True, exist_ok=True)
@@ -955,7 +945,7 @@ class Report:
     def log(self, values: dict) -> None:
         if not self.is_main:
             return
-        values = {k: v if v is None or math.isfinite(v) else None for k, v in values.items()}
+        values = {k: v if math.isfinite(v) else None for k, v in values.items()}
         with write_errors(self.path), open(self.path, "a", encoding="utf-8") as f:
             f.write(json.dumps(values) + "\n")
         for name, value in values.items() if self.board else ():
@@ -1077,7 +1067,8 @@ class ResponseLoss(Objective):
 
     def held_out(self) -> list[dict]:
         """The pairs of --valid on which answers are scored: all of the demo's, else about 200."""
-        rows = [r for r in Rows(self.settings.valid_files) if r.get("prompt") and r.get("response")]
+        rows = [row for row in data.Rows(self.settings.valid_files)
+                if row.get("prompt") and row.get("response")]
         return rows if self.settings.demo else rows[::-(-len(rows) // 200) or 1]
 
     def score_answers(self, rows: list[dict]) -> tuple[dict, list[str]]:
@@ -1093,17 +1084,15 @@ class ResponseLoss(Objective):
             return contextlib.nullcontext()
         return torch.compiler.set_stance("force_eager")
 
-    def report(self, state: "State") -> None:
+    def report(self, state: "State", report: "Report") -> None:
         """Print scores on held-out pairs, and a few answers."""
-        s, rows, answers, references = self.settings, self.held_out(), [], []
-        parts = {"held-out pairs": rows}
-        if s.demo:
-            parts = {"held-out facts": [r for r in rows if not data.is_sum(r["prompt"])],
-                     "unseen sums": [r for r in rows if data.is_sum(r["prompt"])]}
+        s, answers, references = self.settings, [], []
+        parts: dict[str, list[dict]] = {}
+        for row in self.held_out():
+            name = "unseen sums" if data.is_sum(row["prompt"]) else "held-out facts"
+            parts.setdefault(name if s.demo else "held-out pairs", []).append(row)
         self.model.eval()
-        for name, part in parts.items():
-            if not part:
-                continue
+        for name, part in sorted(parts.items()):
             result, texts = self.score_answers(part)
             answers += texts
             references += [row["response"] for row in part]
@@ -1112,9 +1101,8 @@ class ResponseLoss(Objective):
             for row, text in list(zip(part, texts))[::max(1, len(part) // 4)][:4]:
                 mark = "✓ " if text.strip() == row["response"].strip() else "✗ "
                 print(f"  {mark if s.demo else ''}{row['prompt']!r:.120} -> {text!r:.200}")
-        log = read_log(Path(s.out_dir) / "log.jsonl", state.step)
-        if answers and '"bleu4"' not in "".join(log[-1:]):  # a run that is started again has it
-            report = Report(Path(s.out_dir), True, state.step)
+        last = "".join(read_log(report.path, state.step)[-1:])
+        if answers and '"bleu4"' not in last:  # a run that is started again has it
             report.log({"step": state.step, "bleu4": sample.bleu4(answers, references)})
             report.close()
         asked = "法国的首都是哪里？" if s.demo else "你好"
@@ -1124,7 +1112,7 @@ class ResponseLoss(Objective):
         if s.lora_rank:
             kind, then, commands = "an adapter", "Merge it into its model", s.merge_command()
         print(f"\nfinished: {s.out_dir} is {kind} ({state.step:,} steps, {state.tokens:,} tokens, "
-              f"{duration(state.elapsed_s)}); {s.out_dir}/loss.svg is its curve. {then}:\n"
+              f"{data.duration(state.elapsed_s)}); {s.out_dir}/loss.svg is its curve. {then}:\n"
               f"{commands}")
 
     def initialize(self, stream: PairStream) -> None:
@@ -1377,7 +1365,6 @@ def resolve(kind: type[Settings], args: argparse.Namespace, ranks: Ranks,
     return s
 
 
-
 def choose_defaults(s: Settings, ranks: Ranks) -> None:
     """Replace 0, "" and "auto" by defaults that depend on other settings and on the machine."""
     if not s.preset and not s.init_from:
@@ -1590,7 +1577,7 @@ def train_tokenizer(s: Settings, out: Path) -> Path:
     source = {"data": hash_files(s.data_files), "vocab_size": s.vocab_size}
     folder, record = out / TRAINED, out / TRAINED / "source.json"
     if record.is_file():
-        if read_json(record) == source:
+        if data.read_json(record) == source:
             return TRAINED
         print(f"the tokenizer in {folder} was trained on other data or for another --vocab_size",
               flush=True)
@@ -1602,7 +1589,7 @@ def train_tokenizer(s: Settings, out: Path) -> Path:
         return Path()
     print(f"training a tokenizer of up to {s.vocab_size:,} tokens on {', '.join(s.data)}",
           flush=True)
-    tokenizer = Tokenizer.train(Texts(s.data_files), s.vocab_size, memory_bytes=4 * 10 ** 9,
+    tokenizer = Tokenizer.train(data.Texts(s.data_files), s.vocab_size, memory_bytes=4 * 10 ** 9,
                                 progress=sys.stderr.isatty())
     record.unlink(missing_ok=True)
     tokenizer.save_pretrained(folder)
@@ -1796,10 +1783,11 @@ def run_training(args: argparse.Namespace, kind: type[Settings],
         check_identity(identity, saved, settings.out_dir, ranks)
         stream = training_stream(settings, ranks, tokenizer)
         objective = objective_kind(settings, ranks, model, tokenizer, init_hash)
-        state = Trainer(objective, stream, identity).fit(saved)
+        trainer = Trainer(objective, stream, identity)
+        trainer.fit(saved)
         ranks.leave()  # the others need not wait while the first one reports
         if ranks.is_main:
-            objective.report(state)
+            objective.report(trainer.state, trainer.report)
 
 
 if __name__ == "__main__":
