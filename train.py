@@ -447,22 +447,21 @@ class Stop:
     """The first Ctrl-C or SIGTERM asks for an end after the running step; the same one again ends
     at once. (Some launchers send both.)"""
 
+    DEFAULTS: ClassVar[dict] = {signal.SIGINT: signal.default_int_handler,
+                                signal.SIGTERM: signal.SIG_DFL}
+
     def __init__(self):
         self.signal = 0
-        self.seen: set[int] = set()
-        for name in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(name, self.ask)
+        for n in self.DEFAULTS:
+            signal.signal(n, self.ask)
 
-    def ask(self, number: int, frame) -> None:
-        if number in self.seen:
-            self.restore()
-            os.kill(os.getpid(), number)
-        self.seen.add(number)
-        self.signal = self.signal or number
+    def ask(self, n: int, frame) -> None:
+        self.signal = self.signal or n
+        signal.signal(n, self.DEFAULTS[n])
 
     def restore(self) -> None:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        for n, handler in self.DEFAULTS.items():
+            signal.signal(n, handler)
 
 
 # --- ranks and devices ----------------------------------------------------------------------------
@@ -986,12 +985,10 @@ def read_log(path: Path, last_step: int) -> list[str]:
     if not path.exists() or not last_step:
         return []
     for line in path.read_text("utf-8", "replace").splitlines():
-        try:
+        with contextlib.suppress(ValueError, KeyError, TypeError):
             row = json.loads(line)
             if row["step"] <= last_step and ("loss" not in row or row["tokens"] >= 0):
                 lines.append(line + "\n")
-        except (ValueError, KeyError, TypeError):
-            continue
     return lines
 
 
@@ -1447,8 +1444,9 @@ def report_unused(s: Settings) -> None:
 
 def default_micro_batch(s: Settings, device: torch.device, columns: int, ranks: int = 1) -> int:
     """Padded tokens B * (S + T) for one forward pass: each rank's share of a step, divided evenly
-    into as few parts as fit. What fits: on a CPU 1,280 over all ranks, on a GPU by the free memory.
-    Raises ValueError if one row of max_len tokens in every column does not."""
+    into as few parts as fit; at least one row of max_len tokens in every column. What fits: on a
+    CPU 1,280 over all ranks, on a GPU by the free memory. Raises ValueError if that is too little.
+    """
     step = max(1, s.round_to)
     one_row = columns * -(-s.max_len // step) * step
     fits = max(1, CPU_BATCH_TOKENS // ranks)
