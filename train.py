@@ -183,8 +183,7 @@ class Trainer:
         all-reduce gradient, loss and normalizer               # the only communication
         clip(gradient / normalizer); optimizer.step()
 
-    The normalizer is the number of target tokens (SFT) or of pairs (DPO) of the whole group, so the
-    result does not depend on how the group is split.
+    The normalizer is the number of target tokens (SFT) or of pairs (DPO) of the whole group.
     """
 
     def __init__(self, objective: Objective, stream: PairStream, identity: dict):
@@ -410,7 +409,7 @@ class Trainer:
             self.report.say(f"step {self.state.step:,}  {shown}")
         self.ranks.barrier()
 
-    def save(self, stopping: bool = False) -> None:
+    def save(self, stopping: bool) -> None:
         """Save a checkpoint, then export: a model without a checkpoint could not be resumed.
 
         After a bad step the weights may be broken, so nothing is saved; when stopping, only a
@@ -830,7 +829,7 @@ def check_identity(identity: dict, saved: dict | None, out_dir: str, ranks: Rank
         if before == value:
             continue
         shown = f"then {before}, now {value}"
-        if isinstance(value, dict) and isinstance(before, dict):
+        if isinstance(before, dict):
             shown = ", ".join(f"{k} was {before.get(k)}, is {value[k]}"
                               for k in value if before.get(k) != value[k])
         raise AgreedError(f"{flag} differs from the run in {out_dir} ({shown}): give the old "
@@ -1160,8 +1159,8 @@ DEMO_STEPS, DEMO_BATCH_TOKENS = 1000, 1024
 def flag(default: Any, help: str, group: str = "", fixed: bool = False, **how) -> Any:
     """A field of Settings that has a flag. group: a title in --help, for this field and those after
     it. fixed: a resumed run cannot change it. how: arguments of add_argument."""
-    about = {"help": help, "group": group, "fixed": fixed, "how": how}
-    return field(default=default, metadata=about)
+    return field(default=default, metadata={"help": help, "group": group, "fixed": fixed,
+                                            "how": how})
 
 
 COUNT, SHARE = number(int, 1), number(float, 0, 1)
@@ -1747,7 +1746,7 @@ def main() -> None:
 
 @contextlib.contextmanager
 def torch_hint(ranks: Ranks) -> Iterator[None]:
-    """Turn torch's errors for a lost process, and for --compile, into a ValueError of one line."""
+    """Turn torch's errors for a lost process and for --compile into a ValueError."""
     try:
         yield
     except RuntimeError as e:
