@@ -716,7 +716,6 @@ class Adafactor(torch.optim.Adafactor):
             torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
         torch._foreach_sub_(params, list(update.unbind()))
 
-
     def mean_squares(self, states: list[dict], grad: Tensor, fresh: float, eps: float) -> Tensor:
         """V, in the shape of grad. fresh: the share of the new squares in the running means."""
         squares = grad.square()
