@@ -1091,6 +1091,11 @@ def write_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, st
     """Write a safetensors file atomically. Raises OSError if the disk is full or fails."""
     with atomic_write(path) as temporary, write_errors(path, SafetensorError):
         save_file(tensors, temporary, metadata)
+        with open(temporary, "rb+") as f:  # save_file writes the metadata in a random order
+            size = int.from_bytes(f.read(8), "little")
+            header = json.loads(f.read(size)) | {"__metadata__": metadata}
+            f.seek(8)
+            f.write(json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode())
 
 
 MODEL_FILES = ("config.json", "model.safetensors")

@@ -107,7 +107,7 @@ def pair_logps(model: ChatLM, batch: dict) -> tuple[Tensor, Tensor]:
     return chosen, rejected
 
 
-@dataclass(kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class Settings(train.Settings):
     """train.py's settings, with those of DPO."""
     optimizer: str = field(

@@ -274,7 +274,7 @@ class Trainer:
         return every > 0 and self.state.step % every == 0
 
     def progress(self) -> float:
-        """The share of the training that is done; 1 or a little more at the end."""
+        """The share of the training that is done, 0 to 1 or a little more."""
         s = self.settings
         if s.max_steps:
             return self.state.step / s.max_steps
@@ -748,8 +748,8 @@ def clip_gradient(gradient: Tensor, divisor: Tensor | float, max_norm: float) ->
 
 def learning_rate(schedule: str, progress: float, step: int, lr: float, min_lr: float,
                   warmup_steps: int) -> float:
-    """The rate of a step, counted from 0. progress: the share of the training that is done. Warmup
-    takes warmup_steps, or a tenth of the training if that is shorter."""
+    """The rate of a step, counted from 0. progress: the share of the training that is done, 0 to 1.
+    Warmup takes warmup_steps, or a tenth of the training if that is shorter."""
     def falling(x: float) -> float:
         return 0.5 * (1 + math.cos(math.pi * min(1.0, x)))
 
@@ -925,7 +925,7 @@ class Report:
     and a line on the terminal."""
 
     def __init__(self, out_dir: Path, is_main: bool, step: int):
-        """Drop log entries after `step`; those steps are rerun."""
+        """step: drop log entries newer than this checkpoint; those steps are rerun."""
         self.is_main, self.path = is_main, out_dir / "log.jsonl"
         self.means: dict[str, float] = {}
         self.progress = data.Progress()
@@ -965,8 +965,8 @@ class Report:
             print(text, flush=True)
 
     def show(self, values: dict, names: Iterable[str], epoch: float, share: float) -> None:
-        """Show running means, over about 20 steps, in the progress line. share: of this process's
-        steps that is done."""
+        """Show running means, over about 20 steps, in the progress line. share: how much of this
+        process's steps is done, 0 to 1."""
         if not self.is_main:
             return
         for name in (*names, "tok_per_s"):
@@ -1166,7 +1166,7 @@ COUNT, SHARE = number(int, 1), number(float, 0, 1)
 POSITIVE, NOT_NEGATIVE = number(float, 0, above=True), number(float, 0)
 
 
-@dataclass(kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class Settings:
     """The settings of a run, and the flags of train.py and dpo.py. They are resolved once, when it
     starts, and kept in its checkpoints. 0, "", () or None: see choose_defaults, or off."""
@@ -1274,7 +1274,6 @@ class Settings:
     cpu_batch_tokens: ClassVar[int] = CPU_BATCH_TOKENS
     script: ClassVar[str] = "train.py"
 
-
     def stored(self) -> dict:
         """What a checkpoint keeps."""
         own = {"out_dir", "resume", "device", "given", "data_files", "valid_files"}
@@ -1342,13 +1341,13 @@ def resolve(kind: type[Settings], args: argparse.Namespace, ranks: Ranks,
         ChatLMConfig.from_pretrained(s.init_from)  # fails early
     check_out_dir(s, resumes=saved is not None)
     if s.demo:
-        make_demo_data(s, ranks)
-    s.valid_files = tuple(s.find_files([s.valid] if s.valid else [], ranks))
-    s.data_files = tuple(s.find_files(s.data, ranks))
-    s.valid_hash = hash_files(s.valid_files)
+        s = make_demo_data(s, ranks)
+    valid_files = s.find_files([s.valid] if s.valid else [], ranks)
+    s = replace(s, data_files=tuple(s.find_files(s.data, ranks)), valid_files=tuple(valid_files),
+                valid_hash=hash_files(valid_files))
     ranks.check(ranks.all_gather(s.valid_hash)[0] == s.valid_hash, "--valid: this process has "
                 f"other files than the first (machines must share {s.valid}, or have equal copies)")
-    choose_defaults(s, ranks)
+    s = choose_defaults(s, ranks)
     # machines may differ in what they are fast at: the first rank decides
     agreed = ranks.all_gather(s.stored())[0]
     s = replace(s, **{k: v for k, v in agreed.items() if k not in PATHS})
@@ -1360,36 +1359,33 @@ def resolve(kind: type[Settings], args: argparse.Namespace, ranks: Ranks,
     return s
 
 
-def choose_defaults(s: Settings, ranks: Ranks) -> None:
+def choose_defaults(s: Settings, ranks: Ranks) -> Settings:
     """Replace 0, "" and "auto" by defaults that depend on other settings and on the machine."""
     if not s.preset and not s.init_from:
-        s.preset = "small"
+        s = replace(s, preset="small")
     if not (s.max_steps or s.epochs or s.time_limit):
-        if s.demo:
-            s.max_steps = DEMO_STEPS
-        else:
-            s.epochs = 1.0
+        s = replace(s, max_steps=DEMO_STEPS) if s.demo else replace(s, epochs=1.0)
     best = best_dtype(ranks.device)
-    if s.dtype == "auto":
-        s.dtype = best
+    s = replace(s, lr=s.lr or s.default_lr(), dtype=best if s.dtype == "auto" else s.dtype)
     if s.optimizer == "muon" and best == "float32" and ranks.is_main:
         note_once("note: torch's Muon computes in bfloat16, for which this CPU has no "
                   "instructions: it will be slow")
-    s.lr = s.lr or s.default_lr()
-    s.round_to = s.round_to or (8 if s.compile else 1)
+    if not s.round_to:  # a resumed run keeps its own
+        s = replace(s, round_to=8 if s.compile else 1)
     is_given = s.batch_tokens > 0
     tokens = tokens_per_pass(s) if "batch_tokens" in s.given and ranks.is_main else math.inf
     if s.batch_tokens > 2 * tokens:
         note_once(f"note: --batch_tokens {s.batch_tokens} is more than the data has, about "
                   f"{tokens:,.0f} tokens: each step takes several passes")
-    s.batch_tokens = s.batch_tokens or default_batch(s, ranks.device)
+    s = replace(s, batch_tokens=s.batch_tokens or default_batch(s, ranks.device))
     if not s.micro_batch_tokens:
         fits = default_micro_batch(s, ranks.device, len(s.columns), ranks.world_size)
-        s.micro_batch_tokens = min(ranks.all_gather(fits))
+        s = replace(s, micro_batch_tokens=min(ranks.all_gather(fits)))
     if not is_given:
         group = max(1, round(s.batch_tokens / s.micro_batch_tokens))
         group = -(-group // ranks.world_size) * ranks.world_size  # equal shares
-        s.batch_tokens = group * s.micro_batch_tokens
+        s = replace(s, batch_tokens=group * s.micro_batch_tokens)
+    return s
 
 
 def default_batch(s: Settings, device: torch.device) -> int:
@@ -1420,6 +1416,10 @@ def check_out_dir(s: Settings, resumes: bool) -> None:
                              "choose another --out_dir")
     if s.init_from and Path(s.init_from).resolve() in (out.resolve(), (out / "best").resolve()):
         raise ValueError(f"--init_from {s.init_from} would be overwritten: choose another "
+                         "--out_dir")
+    log = out / "log.jsonl"
+    if log.is_file() and not b'{"step"'.startswith(log.read_bytes()[:7]):
+        raise ValueError(f"{log} is not the log of a run: move it away, or choose another "
                          "--out_dir")
     has_model = any((out / name).exists() for name in ("config.json", "adapter_config.json"))
     if s.resume == "auto" and not resumes and has_model:
@@ -1520,14 +1520,15 @@ def training_files(paths: Sequence[str], out_dir: str) -> list[str]:
     return files
 
 
-def make_demo_data(s: Settings, ranks: Ranks) -> None:
+def make_demo_data(s: Settings, ranks: Ranks) -> Settings:
     """Write the demo's files into the out_dir, unless they are there."""
     folder = Path(s.out_dir) / "demo"
-    s.data, s.valid = [str(folder / "train.parquet")], str(folder / "valid.parquet")
-    if ranks.is_main and not all(Path(path).is_file() for path in (s.valid, *s.data)):
+    train, valid = str(folder / "train.parquet"), str(folder / "valid.parquet")
+    if ranks.is_main and not (Path(valid).is_file() and Path(train).is_file()):
         print("making demo data: questions about capitals, opposites, units, sums, ...", flush=True)
         data.write_demo(folder)
     ranks.barrier()
+    return replace(s, data=[train], valid=valid)
 
 
 def prompts(files: Iterable[str]) -> Iterator[pa.Array]:

@@ -98,7 +98,11 @@ def test_adapter_is_pefts_in_both_directions(folder, tmp_path, targets):
             torch.nn.init.normal_(p, std=0.05)
         assert p.requires_grad == (".lora_" in name)
     adapted = model(**inputs)[0]
-    save_adapter(model, tmp_path / "ours", str(folder))
+    save_adapter(model, tmp_path / "ours", str(folder), "hash")
+    written = (tmp_path / "ours" / "adapter_model.safetensors").read_bytes()
+    for _ in range(5):
+        save_adapter(model, tmp_path / "ours", str(folder), "hash")
+        assert (tmp_path / "ours" / "adapter_model.safetensors").read_bytes() == written
     peft = PeftModel.from_pretrained(AutoModelForSeq2SeqLM.from_pretrained(folder), tmp_path / "ours").eval()
     assert (peft(**inputs).logits - adapted).abs().max() < 1e-5 < (adapted - plain).abs().max()
 

@@ -1199,6 +1199,16 @@ def test_files_of_others_in_out_dir_stay(base, tmp_path):
         other.mkdir()
         (other / name).write_text("a file")
         assert f"{other / name} is a file" in refused(*flags[:-4], "--out_dir", str(other), "--max_steps", "1")
+    other = tmp_path / "other"
+    other.mkdir()
+    for content in ('{"event": "precious"}\n', "precious", "\n"):
+        (other / "log.jsonl").write_text(content)
+        for resume in ("auto", "never"):
+            assert "is not the log of a run" in refused(*flags[:-4], "--out_dir", str(other), "--max_steps", "1", "--resume", resume)
+        assert (other / "log.jsonl").read_text() == content
+    for content in ("", '{"st'):  # empty, or half a line of a run that was killed
+        (other / "log.jsonl").write_text(content)
+        assert call(*flags[:-4], "--out_dir", str(other), "--max_steps", "1", "--resume", "never").returncode == 0
 
 
 def test_the_best_model_is_kept_in_a_new_out_dir(base, straight, tmp_path):
