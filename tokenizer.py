@@ -539,10 +539,10 @@ class MergeLearner:
         return merges
 
     def count_pairs(self) -> None:
-        """Fill the heap with all pairs, or with up to twice as many as there are tokens to come."""
+        """Fill the heap with all pairs, or with about twice as many as there are tokens to come."""
         self.heap, self.places, self.stale = [], {}, False
         self.bound = (-self.min_frequency, 1 << 2 * self.id_bits)  # after the last of its pairs
-        self.heap_size = self.vocab_size - len(self.vocab) + 1000
+        self.heap_size = 2 * (self.vocab_size - len(self.vocab)) + 1000
         rounds = min(8, 1 + len(self.corpus) // (1 << 23))  # to sort less at once
         for i in range(rounds):
             self.push(np.concatenate(list(self.occurrences(i, rounds))))
