@@ -483,8 +483,8 @@ class MergeLearner:
     (-count, pair), where pair is one integer, and `places` where each occurs. Merges remove
     occurrences, so a count in the heap can be too high, never too low:
 
-    1. count_pairs counts the whole corpus and fills the heap with the best pairs: all up to a
-       `bound`, which is such an entry too. It is called again when none of them is left.
+    1. count_pairs counts the whole corpus and fills the heap with all pairs up to a `bound`, which
+       is such an entry too. It is called again, with a farther bound, when the heap is empty.
     2. pop_best takes the first pair and counts it again. If its count is still right, it is the
        best pair. Otherwise it goes back with its true count.
     3. merge replaces the pair, and pushes the new pairs that are within the bound.
@@ -510,10 +510,12 @@ class MergeLearner:
         self.id_bits = (vocab_size - 1).bit_length()
         self.place_bits = np.uint64(64 - 2 * self.id_bits)
         self.place_mask = (np.uint64(1) << self.place_bits) - np.uint64(1)
+        self.slot_bits = min(22, len(corpus).bit_length())
         self.heap: list[tuple[int, int]] = []
-        self.heap_size = 0
+        self.target_heap_size = 0
         self.places: dict[int, np.ndarray] = {}
-        self.bound = (0, 0)
+        self.last_pair = (1 << 2 * self.id_bits) - 1  # of those with equal counts
+        self.bound = (-sys.maxsize, 0)
         self.stale = False
 
     def learn(self, progress: bool = False) -> list[tuple[int, int]]:
@@ -521,10 +523,10 @@ class MergeLearner:
         merges: list[tuple[int, int]] = []
         shown = Progress()
         while len(self.vocab) < self.vocab_size:
-            if self.stale or not self.heap or self.heap[0] > self.bound:
-                self.count_pairs()
-                if not self.heap:
+            if self.stale or not self.heap:
+                if not self.count_pairs():
                     break
+                continue
             left, right, places = self.pop_best()
             if len(places):
                 merges.append((left, right))
@@ -538,24 +540,51 @@ class MergeLearner:
             print(f"vocabulary {len(self.vocab):,}, {len(merges):,} merges", file=sys.stderr)
         return merges
 
-    def count_pairs(self) -> None:
-        """Fill the heap with all pairs, or with about twice as many as there are tokens to come."""
+    def count_pairs(self) -> bool:
+        """Fill the heap with about twice as many pairs as there are tokens to come; False if no
+        pair is left. Pairs are first counted in 2^22 slots by a hash, and only those in frequent
+        slots are sorted."""
+        slots = np.zeros(1 << self.slot_bits)
+        for found, slot in self.occurrences():
+            slots += np.bincount(slot, self.times(found & self.place_mask), len(slots))
+        self.target_heap_size = 2 * (self.vocab_size - len(self.vocab)) + 1000
+        min_count = self.next_min_count(slots)
+        if min_count is None:
+            return False
+        self.bound = (-min_count, self.last_pair)
         self.heap, self.places, self.stale = [], {}, False
-        self.bound = (-self.min_frequency, 1 << 2 * self.id_bits)  # after the last of its pairs
-        self.heap_size = 2 * (self.vocab_size - len(self.vocab)) + 1000
-        rounds = min(8, 1 + len(self.corpus) // (1 << 23))  # to sort less at once
+        # some of the slots at a time, to sort less at once
+        occurrences = int(slots[slots >= min_count].sum())
+        rounds = min(8, 1 + occurrences // max(1 << 23, len(self.corpus) // 8))
         for i in range(rounds):
-            self.push(np.concatenate(list(self.occurrences(i, rounds))))
+            chosen = np.zeros(len(slots), bool)
+            chosen[i::rounds] = slots[i::rounds] >= min_count
+            self.push(np.concatenate([found[chosen[slot]] for found, slot in self.occurrences()]))
+        return True
 
-    def occurrences(self, i: int, rounds: int) -> Iterator[np.ndarray]:
-        """For every stretch of the corpus: the occurrences of pairs with (left + right) % rounds
-        == i."""
+    def next_min_count(self, slots: np.ndarray) -> int | None:
+        """The smallest count that enters the heap this time; None if no pair is left. It at most
+        halves the last one, unless that heap was stale. slots: see count_pairs."""
+        ranked = np.sort(slots[slots >= self.min_frequency])
+        is_done = self.bound == (-self.min_frequency, self.last_pair) and not self.stale
+        if not len(ranked) or is_done:
+            return None
+        min_count = int(ranked[-min(len(ranked), self.target_heap_size)])
+        if not self.stale:  # all pairs before the old bound are done
+            count, pair = self.bound
+            min_count = min(min_count, -count // 2 if pair == self.last_pair else -count)
+        return max(min_count, self.min_frequency)
+
+    def occurrences(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """For every stretch of the corpus: its occurrences of pairs, and the slot of each."""
         for begin in range(0, len(self.corpus), SCAN_CELLS):
             at = np.flatnonzero(self.corpus[begin:begin + SCAN_CELLS] >= 0) + begin
             left = self.corpus[at]
             right = self.corpus[at + self.length[left]]
-            chosen = (right >= 0) & ((left + right) % rounds == i)
-            yield self.pack(left[chosen], right[chosen], at[chosen])
+            inside = right >= 0
+            found = self.pack(left[inside], right[inside], at[inside])
+            mixed = (found >> self.place_bits) * np.uint64(HASH_FACTOR)
+            yield found, (mixed >> np.uint64(64 - self.slot_bits)).view(np.int64)
 
     def pack(self, left: np.ndarray, right: np.ndarray, at: np.ndarray) -> np.ndarray:
         pair = left.astype(np.uint64) << np.uint64(self.id_bits) | right.astype(np.uint64)
@@ -580,27 +609,27 @@ class MergeLearner:
             last = found[min(SCAN_CELLS, len(found)) - 1] | self.place_mask  # end after a pair
             part, found = np.split(found, [np.searchsorted(found, last, "right")])
             self.push_sorted(part >> self.place_bits, (part & self.place_mask).astype(np.int32))
-            if len(self.heap) > 2 * self.heap_size:
-                self.heap = sorted(self.heap)[:self.heap_size]
-                self.bound = min(self.bound, self.heap[-1])
+            if len(self.heap) > 2 * self.target_heap_size:
+                self.heap = heapq.nsmallest(self.target_heap_size, self.heap)
+                self.bound = self.heap[-1]
                 self.places = {pair: self.places[pair] for _, pair in self.heap}
 
     def push_sorted(self, pairs: np.ndarray, at: np.ndarray) -> None:
         """pairs: (N,) sorted; at: the place of each occurrence."""
         begins = run_begins(pairs)
-        ends = np.append(begins[1:], len(at))
         counts, pairs = np.add.reduceat(self.times(at), begins, dtype=np.int64), pairs[begins]
-        left, right = pairs >> np.uint64(self.id_bits), pairs & np.uint64((1 << self.id_bits) - 1)
-        for i in np.flatnonzero(left == right):
-            counts[i] = self.mergeable(left[i], right[i], at[begins[i]:ends[i]])[1]
         most, last = -self.bound[0], np.uint64(self.bound[1])
         near = np.flatnonzero((counts > most) | (counts == most) & (pairs <= last))
-        if len(near) > self.heap_size:
-            near = near[np.argsort(-counts[near], kind="stable")[:self.heap_size]]
-            self.bound = (-int(counts[near[-1]]), int(pairs[near[-1]]))
-        columns = (counts[near], pairs[near], begins[near], ends[near])
+        ends = np.append(begins, len(at))[near + 1]
+        columns = (counts[near], pairs[near], begins[near], ends)
         for count, pair, begin, end in zip(*(column.tolist() for column in columns)):
-            self.places[pair] = at[begin:end].copy()
+            found = at[begin:end].copy()
+            left, right = divmod(pair, 1 << self.id_bits)
+            if left == right:
+                count = self.mergeable(left, right, found)[1]
+                if (-count, pair) > self.bound:
+                    continue
+            self.places[pair] = found
             heapq.heappush(self.heap, (-count, pair))
 
     def pop_best(self) -> tuple[int, int, np.ndarray]:
@@ -1021,7 +1050,7 @@ LATER_PUNCTUATION = """\
 61d 9fd a76 c77 c84 1b4e-1b4f 1b7d-1b7f 2e43-2e63 10d6e 10ead-10ed0 10f55-10f89 113d4-1144f
 1145a-1145d 11660-116b9 1183b 11944-11946 119e2-11be1 11c41-11c45 11c70-11c71 11ef7-11f4f 11fff
 12ff1-12ff2 16d6d-16d6f 16e97-16fe2 1e5ff 1e95e-1e95f"""
-EARLIER_PUNCTUATION = "166d 111c9"  # in other categories since then
+EARLIER_PUNCTUATION = "166d 111c9"  # has moved to other categories since
 LATER_NUMERALS = """\
 10d40-10d49 116d0-116e3 11bf0-11bf9 11de0-11de9 11f50-11f59 16130-16139 16d70-16d79
 16ff4-16ff6 1ccf0-1ccf9 1d2c0-1d2d3 1e4f0-1e4f9 1e5f1-1e5fa"""
