@@ -248,9 +248,9 @@ def pad_rows(x: Tensor, block: int) -> Tensor:
 
 
 class Linear(nn.Linear):
-    """x -> x @ weight.T, without a bias. In 16 bits on a CPU, oneDNN compiles a kernel for every new
-    number of rows, which takes longer than the product. So under autocast the rows are padded with
-    zeros to a multiple of ROW_BLOCK."""
+    """x -> x @ weight.T, without a bias. In 16 bits on a CPU, oneDNN compiles a kernel for every
+    new number of rows, which takes longer than the product. So under autocast the rows are padded
+    with zeros to a multiple of ROW_BLOCK."""
 
     def __init__(self, inputs: int, outputs: int, device=None, dtype=None):
         super().__init__(inputs, outputs, False, device, dtype)
@@ -617,7 +617,8 @@ class LinearLogProbs(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad: Tensor):
-        _, *gradients = head_gradients(ctx, *ctx.saved_tensors, ctx.dtype, -grad)
+        hidden, weight, labels = ctx.saved_tensors
+        _, *gradients = head_gradients(ctx, hidden, weight, labels, ctx.dtype, -grad)
         return *gradients, None
 
 
