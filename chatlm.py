@@ -230,7 +230,7 @@ class Dropout(nn.Module):
 
 
 def compute_dtype(weight: Tensor) -> torch.dtype:
-    """The dtype of matrix products with a weight."""
+    """The dtype of matrix products with a weight: autocast's if enabled, else the weight's."""
     device = weight.device.type
     enabled = torch.is_autocast_enabled(device)
     return torch.get_autocast_dtype(device) if enabled else weight.dtype
@@ -286,7 +286,8 @@ def relative_position_bucket(distance: Tensor, bidirectional: bool, num_buckets:
                              max_distance: int) -> Tensor:
     """Sort distances (key position - query position, int64, any shape) into num_buckets buckets.
     Half of them hold one near distance each. The others get wider with the logarithm of the
-    distance, up to max_distance. If bidirectional, half of all buckets look ahead.
+    distance; the last one holds everything beyond max_distance. If bidirectional, half of all
+    buckets look back and half ahead.
 
         num_buckets 32, not bidirectional:  0 -> 0, -1 -> 1, -15 -> 15, -17 -> 16, -200 -> 31
     """
@@ -597,8 +598,8 @@ class LinearCrossEntropy(torch.autograd.Function):
 
 
 class LinearLogProbs(torch.autograd.Function):
-    """log softmax(hidden_i @ weight.T)[labels_i] -> (N,) float32. The gradient of each row is known
-    only in backward, which computes the logits again."""
+    """log softmax(hidden_i @ weight.T)[labels_i] -> (N,) float32. Shapes as in LinearCrossEntropy.
+    The gradient of each row is known only in backward, which computes the logits again."""
 
     @staticmethod
     def forward(ctx, hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
@@ -789,7 +790,7 @@ def init_bigrams(model: ChatLM, before: Tensor, after: Tensor) -> None:
     ValueError for an untied head, and for gated or narrow feed-forward layers.
 
     Row v of the embedding, which is the head too, is [constant | log p(v) | a_v | b_v]. The last
-    feed-forward layer of the decoder gets the row of u, and moves two of its parts:
+    feed-forward layer of the decoder gets the row of u, and copies two parts to other places:
 
         row of u       constant    log p(u)    a_u    b_u
         its copy           0       constant     0     a_u
@@ -1091,7 +1092,7 @@ def write_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, st
     """Write a safetensors file atomically. Raises OSError if the disk is full or fails."""
     with atomic_write(path) as temporary, write_errors(path, SafetensorError):
         save_file(tensors, temporary, metadata)
-        with open(temporary, "rb+") as f:  # save_file writes the metadata in a random order
+        with open(temporary, "rb+") as f:  # save_file orders metadata at random
             size = int.from_bytes(f.read(8), "little")
             header = json.loads(f.read(size)) | {"__metadata__": metadata}
             f.seek(8)

@@ -272,7 +272,6 @@ EXAMPLES = """\
   python dpo.py reject --help; python dpo.py merge --help"""
 
 
-
 def reject(argv: list[str]) -> None:
     parser = ArgumentParser(prog="dpo.py reject", description="Let a model answer prompts. Its "
                             "answers become the rejected ones, the given responses the chosen.")
@@ -345,11 +344,12 @@ def merge(argv: list[str]) -> None:
     data.check_folder(args.out)
     tokenizer = Tokenizer.from_pretrained(args.model)
     model = ChatLM.from_pretrained(args.model)
-    weights_hash = train.hash_weights(model)
     load_adapter(model, Path(args.adapter))
-    if adapter_base(Path(args.adapter)) not in ("", weights_hash):
-        note_once(f"warning: {args.adapter} was trained on other weights than those of "
-                  f"{args.model}: the merged model may answer badly")
+    if base_hash := adapter_base(Path(args.adapter)):
+        # in float32, as training loads it
+        if base_hash != train.hash_weights(ChatLM.from_pretrained(args.model, torch.float32)):
+            note_once(f"warning: {args.adapter} was trained on other weights than those of "
+                      f"{args.model}: the merged model may answer badly")
     merge_lora(model)
     model.save_pretrained(args.out)
     tokenizer.save_pretrained(args.out)

@@ -101,7 +101,7 @@ class StepGraph(NamedTuple):
 
 
 def attend(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> Tensor:
-    """Attention in the dtype of keys and values."""
+    """Attention in the dtype of keys and values; the result has the dtype of q."""
     y = F.scaled_dot_product_attention(q.to(keys.dtype), keys, values, attn_mask=mask, scale=1.0)
     return y.to(q.dtype)
 
@@ -121,8 +121,8 @@ class Decoder:
     @torch.inference_mode()
     def __init__(self, model: ChatLM, input_ids: Tensor, attention_mask: Tensor | None = None,
                  rows_per_source: int = 1, static: bool | None = None):
-        """input_ids, attention_mask: (B, S). rows_per_source: N. static: attend as on a GPU; None:
-        if the model is on one."""
+        """input_ids, attention_mask: (B, S); None: no padding. rows_per_source: N. static: attend
+        as on a GPU; None: if the model is on one."""
         c, weight = model.config, model.shared.weight
         self.model, self.heads = model, (c.num_heads, c.d_kv)
         self.static = weight.is_cuda if static is None else static
@@ -238,7 +238,8 @@ class Decoder:
         return StepGraph(graph, ids, *result)
 
     def forward(self, ids: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
-        """A step for ids (rows,). bias (1, H, 1, L): they attend to L positions of the cache."""
+        """A step for ids (rows,). Their keys and values go to self.position of the cache, and they
+        attend to its first L positions. bias: (1, H, 1, L)."""
         rows = self.rows
         past, sources = self.cache[:, :rows, :, :bias.size(3)].unbind(), self.sources.unbind()
         x = self.model.shared(ids)  # (rows, D)
@@ -363,7 +364,7 @@ class GenerationConfig:
 
     def process(self, scores: Tensor, ids: Tensor, eos: int) -> Tensor:
         """Apply the options, in transformers' order, to the scores (N, V) of the next token after
-        ids (N, L), which include the start token."""
+        ids (N, L), which include the start token. scores may be changed in place."""
         if self.repetition_penalty != 1:
             seen = scores.gather(1, ids)
             lower = torch.where(seen < 0, seen * self.repetition_penalty,
@@ -438,7 +439,7 @@ def steps(model: ChatLM, input_ids: Tensor, attention_mask: Tensor | None,
           config: GenerationConfig, idle: list[Decoder] | None = None) -> Iterator[Tensor]:
     """Greedy decoding or sampling. Yields ids (B, L) after every new token.
 
-    idle: a list that keeps the Decoder between calls. Pass it again with the same weights.
+    idle: a list that keeps the Decoder between calls, for the same model with the same weights.
     """
     if idle:
         decoder = idle.pop()
@@ -528,8 +529,8 @@ class Beams:
 
     def unfinished(self, length: int) -> list[int]:
         """The prompts that go on. As in transformers, a prompt is done if N hypotheses have ended,
-        and early_stopping is True or no running one can become better than the worst: at this
-        length; with "never" and a positive penalty, at the greatest length."""
+        and early_stopping is True or no running one can beat the worst of them. A running one can
+        reach its score at this length; with "never" and a positive penalty, at the greatest."""
         config, limit = self.config, self.config.max_new_tokens
         if length == limit:
             return []
@@ -867,6 +868,10 @@ class Products:
             fast_norm(cross.layer_norm), self.concatenated(c.q), self.concatenated(c.o),
             self.feed(feed))
 
+    def __reduce__(self):
+        """A copy of a packed model is not packed: its weights may change."""
+        return type(None), ()
+
 
 def pack(model: ChatLM, dtype: torch.dtype | None = None) -> None:
     """Lay the decoder's weights out for a model that will not change. dtype: torch.float16,
@@ -910,7 +915,7 @@ def to_batch(tokenizer: Tokenizer, texts: list[str], max_len: int, device,
 def answer(model: ChatLM, tokenizer: Tokenizer, prompts: list[str], batch_size: int = 32,
            max_len: int = 512, progress: Progress | None = None, **options) -> list[str]:
     """The model's answers, num_return_sequences for each prompt in turn. max_len: tokens per
-    prompt. progress: of a longer task."""
+    prompt. progress: pass it if the prompts are a part of a longer task."""
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     per_prompt = options.get("num_return_sequences", 1)
     answers = [""] * (len(prompts) * per_prompt)
@@ -1138,7 +1143,8 @@ WINDOW = 256  # prompts of a file that are sorted by length, answered and writte
 
 
 def read_prompts(rows: Rows) -> Iterator[str]:
-    """The column prompt, or text without blank lines. Raises ValueError for a row without both."""
+    """Yield the column prompt, else text; blank lines of a .txt file are skipped. Raises ValueError
+    for a row that has neither."""
     for row in rows:
         prompt = row.get("prompt", row.get("text"))
         if type(prompt) is not str:
@@ -1250,8 +1256,8 @@ MAX_TURNS = 1000
 
 
 def known_turns(model: ChatLM) -> int:
-    """How many questions the model was trained to see: "turns" in generation_config.json. Raises
-    ValueError if it is not a number of turns."""
+    """How many questions the model was trained to see: "turns" in generation_config.json; 1: only
+    the last one. Raises ValueError if it is not a number of turns."""
     turns = model.generation.get("turns", 1)
     if type(turns) is not int or not 1 <= turns <= MAX_TURNS:
         raise ValueError(f"generation_config.json: turns {turns!r} is not a whole number from 1 to "
@@ -1674,7 +1680,8 @@ class ChatHandler(BaseHTTPRequestHandler):
             raise BadRequest(f"the body is not JSON: {e}") from None
 
     def read_prompt(self, request: ChatRequest) -> str:
-        """The question, with earlier ones that the model sees. Raises BadRequest."""
+        """The question, with earlier ones that the model sees. Raises BadRequest if it is too
+        long."""
         tokenizer, most = self.server.tokenizer, self.server.max_len
         prompt = with_history(tokenizer, request.texts, self.server.turns, most)
         if (tokens := len(tokenizer.encode(prompt))) > most:

@@ -164,7 +164,8 @@ class Objective:
         """Initialize the weights of a new run."""
 
     def export(self, folder: Path) -> None:
-        """Write a model folder, or with LoRA an adapter folder. The other kind of files goes."""
+        """Write a model folder, or with LoRA an adapter folder. Files of the other kind, of an
+        earlier run, are deleted."""
         if self.settings.lora_rank:
             save_adapter(self.model, folder, self.settings.init_from, self.init_hash or "")
             data.delete_files(folder, MODEL_FILES)
@@ -624,7 +625,7 @@ def keep_freed_memory() -> None:
 
 
 def peak_flops(device: torch.device) -> float:
-    """Per second, of dense bfloat16 products; 0 if unknown."""
+    """What one device can do in a second, in dense bfloat16 products; 0 if unknown."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
     if "Laptop" in name:  # slower chips of the same name
         return 0.0
@@ -859,8 +860,9 @@ def step_of(checkpoint: Path) -> int:
 
 
 def newest_checkpoint(out_dir: Path, resume: str) -> Path | None:
-    """The newest whole checkpoint that --resume means. Raises FileNotFoundError or ValueError for a
-    path that is no checkpoint, or one of another run."""
+    """The newest whole checkpoint that --resume means; damaged ones are reported and skipped.
+    Raises FileNotFoundError or ValueError for a path that is no checkpoint, for one of another run,
+    and if all are damaged."""
     own = found = list_checkpoints(out_dir / "checkpoint")
     if resume == "never":
         return None
@@ -1112,7 +1114,7 @@ class ResponseLoss(Objective):
 
     def initialize(self, stream: PairStream) -> None:
         """Initialize a new model from counts of the first window, if that beats random weights on
-        the first micro-batch: few tokens mislead."""
+        the first micro-batch: counts of few tokens mislead."""
         if self.settings.init_from or self.settings.freeze:
             return
         ids, offsets = stream.window(0, 0).columns[1]  # the responses
@@ -1418,9 +1420,11 @@ def check_out_dir(s: Settings, resumes: bool) -> None:
         raise ValueError(f"--init_from {s.init_from} would be overwritten: choose another "
                          "--out_dir")
     log = out / "log.jsonl"
-    if log.is_file() and not b'{"step"'.startswith(log.read_bytes()[:7]):
-        raise ValueError(f"{log} is not the log of a run: move it away, or choose another "
-                         "--out_dir")
+    if not resumes and log.is_file():
+        with open(log, "rb") as f:
+            if not b'{"step"'.startswith(f.read(7)):
+                raise ValueError(f"{log} is not the log of a run: move it away, or choose another "
+                                 "--out_dir")
     has_model = any((out / name).exists() for name in ("config.json", "adapter_config.json"))
     if s.resume == "auto" and not resumes and has_model:
         raise ValueError(f"{out} holds a model and no checkpoint to resume from: choose another "
@@ -1599,11 +1603,11 @@ def hash_tokenizer(tokenizer: Tokenizer) -> str:
 
 
 def hash_weights(model: ChatLM) -> str:
+    """A hash of all parameters."""
     digest = xxhash.xxh3_64()
     for name, p in model.named_parameters():
         digest.update(name.encode())
-        values = p.detach().float().cpu().contiguous()  # as training loads it
-        digest.update(values.view(-1).view(torch.uint8).numpy().data)
+        digest.update(p.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 

@@ -1,6 +1,7 @@
 """Decoding gives transformers' tokens; scores are sacrebleu's; the command serves people."""
 import argparse
 import contextlib
+import copy
 import dataclasses
 import gc
 import io
@@ -116,6 +117,13 @@ def test_a_packed_model_is_freed(tmp_path, dtype):
     _, ours = make_models(tmp_path, 0)
     pack(ours, dtype)
     generate(ours, *make_prompts(), max_new_tokens=3)
+    copied = copy.deepcopy(ours)  # is not packed: it answers with its own weights
+    for p in copied.parameters():
+        p.data.normal_(std=0.3)
+    plain = ChatLM(ours.config).eval()
+    plain.load_state_dict(copied.state_dict())
+    assert torch.equal(Decoder(copied, *make_prompts()).step(torch.zeros(6, dtype=torch.int64))[0],
+                       Decoder(plain, *make_prompts()).step(torch.zeros(6, dtype=torch.int64))[0])
     kept = weakref.ref(ours)
     del ours
     gc.collect()

@@ -904,6 +904,9 @@ def test_copies_of_checkpoints_and_odd_logs_are_not_in_the_way(base, straight, t
         f.write(b'{"step": 5, "loss": 1.0}\n\xff\n[]\n')
     done = call("--out_dir", str(out), "--max_steps", "25")
     assert done.returncode == 0 and f"resuming from {newest}" in done.stdout, done.stderr
+    (out / "log.jsonl").write_bytes(bytes(8) + (out / "log.jsonl").read_bytes()[8:])  # after a power cut
+    done = call("--out_dir", str(out), "--max_steps", "26")
+    assert done.returncode == 0 and [row["step"] for row in log(out) if "loss" in row] == list(range(2, 27)), done.stderr
     (out / "log.jsonl").unlink()
     done = call("--out_dir", str(out))
     assert done.returncode == 0 and "nothing is left to train" in done.stdout, done.stderr
@@ -1118,6 +1121,12 @@ def test_an_adapter_ends_with_the_command_that_merges_it(base, straight, tmp_pat
     for base_model, told in ((straight, False), (other, True)):
         done = run_script("dpo.py", "merge", "--model", base_model, "--adapter", out, "--out", tmp_path / "merged")
         assert done.returncode == 0 and ("was trained on other weights" in done.stderr) == told
+    # a model in two dtypes is hashed as training loads it
+    weights = {name: x if "wo" in name else x.half() for name, x in load_file(straight / "model.safetensors").items()}
+    save_file(weights, other / "model.safetensors", {"format": "pt"})
+    assert call(*flags[:-3], str(other), *flags[-2:], "--lora_rank", "2", "--out_dir", str(tmp_path / "mixed")).returncode == 0
+    done = run_script("dpo.py", "merge", "--model", other, "--adapter", tmp_path / "mixed", "--out", tmp_path / "merged")
+    assert done.returncode == 0 and not done.stderr, done.stderr
 
 
 def test_broken_weights_never_replace_good_checkpoints(base, tmp_path):
