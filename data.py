@@ -39,8 +39,9 @@ text, so rows are shuffled within a window, and rows of similar lengths share a 
             8,192 rows    65,536     micro_batch_tokens       input_ids  法 国 的 首 都 ... (3, S)
                           rows       with padding             labels     巴 黎 。 [EOS] ... (3, T)
 
-The sequence depends on the files, the seed and the epoch, not on the number of processes: a run can
-resume on another number of GPUs and still sees every row once per epoch.
+With the same settings, the sequence depends only on the files, the seed and the epoch, not on the
+number of processes: a run can resume on another number of GPUs and still sees every row once per
+epoch.
 
 Try next: run dedup with --threshold 0.5 and read what it drops; print the share of padding in a
 few batches of PairStream, and again with plan_batches replaced by a random order.
@@ -251,9 +252,9 @@ def turns_of(row: dict) -> list[tuple[str, Any]]:
 
 def read_file(path: Path, problems: Problems, skip: bool = True, is_only: bool = True,
               parse: Callable | None = None) -> Iterator[dict]:
-    """The rows of one file. Bad lines are noted in problems; without skip they raise ValueError, as
-    do damaged files, and a JSON file without any good line if it is the only file. parse: reads a
-    text file of another form, with the arguments of read_csv."""
+    """The rows of one file. Bad lines are noted in problems; without skip they raise ValueError. A
+    damaged file always does, and a JSON file without any good line if it is the only file. parse:
+    reads a text file of another form, with the arguments of read_csv."""
     def bad(reason: str, line: int, detail: str) -> None:
         if not skip:
             raise ValueError(f"line {line:,}: {detail}")
@@ -424,7 +425,7 @@ def read_parquet(path: Path, problems: Problems) -> Iterator[dict]:
                     continue
                 columns.append(name)
                 has_bytes |= pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
-            rows = int((1 << 23) / max(1, *sizes, 1))  # 8 MB at a time
+            rows = int((1 << 23) / max([1, *sizes]))  # 8 MB at a time
             for batch in file.iter_batches(max(1, min(1024, rows)), columns=columns):
                 share += len(batch) / file.metadata.num_rows
                 found = batch.to_pylist()
@@ -691,12 +692,13 @@ def write_errors(path, *kinds: Any) -> Iterator[None]:
 
 
 def write_file(path, text: str) -> None:
+    """Write a text file atomically. Raises OSError, naming path and cause."""
     with atomic_write(path) as temporary, write_errors(path):
         temporary.write_text(text, "utf-8")
 
 
 def delete_files(folder, names: Iterable[str]) -> None:
-    """Files that are not there are passed over."""
+    """Delete files of a folder; those that are missing are ignored."""
     for name in names:
         Path(folder, name).unlink(missing_ok=True)
 
@@ -876,8 +878,8 @@ class Progress:
     """One line on stderr, updated in a terminal, otherwise printed anew every 10 seconds:
     "1,200 rows, 40 %, 0m30s left".
 
-    Call show, or add if the total is known, or iterate over it: it yields the rows (a Rows or
-    Texts). passes: how many times they will be iterated over.
+    Call show; or add, if the total is known; or iterate over Progress(text, rows), which yields the
+    rows of a Rows or Texts. passes: how many times they will be iterated over.
     """
 
     def __init__(self, text: str = "", rows: Any = (), passes: int = 1, total: int = 0):
@@ -1460,8 +1462,8 @@ class Cleaner:
                              f"{shown(rows[0])}{hint if self.name == 'pairs' else ''}")
 
     def clean_rows(self, job: tuple[Path, int, list[dict]]) -> tuple[list, list, list]:
-        """(file, number of the first row, rows) -> the cleaned rows; (reason, where) of rows that
-        were dropped; and of what was left out of rows."""
+        """job: a file, the number of its first row, and rows. Returns three lists: the cleaned
+        rows; (reason, where) of each dropped row; (reason, where) of what was left out of a row."""
         path, first, rows = job
         kept, dropped, left_out = [], [], []
         for i, row in enumerate(map(without_nan, rows), first):
@@ -1842,7 +1844,8 @@ def compare(jobs: Iterable[list[tuple[str, Any]]], first: np.ndarray, later: np.
 def dedup_indices(texts: Iterable[str], threshold: float = 0.85, against: Iterable[str] = (),
                   workers: int | None = None) -> np.ndarray:
     """Sorted indices (int64) of the texts to drop: near-duplicates of an earlier one that stays, or
-    of a text of `against`. threshold: see dedup. workers: threads (default: one per core)."""
+    of a text of `against`. threshold: Jaccard similarity of character 5-grams, above 0, up to 1.
+    workers: threads (default: one per core)."""
     texts = texts if isinstance(texts, list) else list(texts)
     found = find_duplicates(texts, str, threshold, list(against), workers or os.cpu_count() or 1)
     return np.flatnonzero(np.fromiter((reason != "" for _, reason in found), bool, len(texts)))
@@ -1893,7 +1896,8 @@ def dedup(inputs: list[str], out: str, threshold: float, against: str | None, wo
 
 def split(inputs: list[str], out: str, valid: float, test: float) -> None:
     """Split by a hash of the prompt: equal prompts are on the same side, and a row stays on its
-    side when data is added. valid, test: shares, 0 to 1."""
+    side when data is added. valid, test: shares, 0 to 1. Raises ValueError if nothing is left to
+    train on, or no row can be used."""
     if valid + test >= 1:
         raise ValueError(f"--valid {valid} and --test {test} leave nothing to train on")
     shares = {"train": 1.0, "valid": valid, "test": test}
@@ -2203,7 +2207,7 @@ class PairStream:
         self.read = functools.partial(read_window, columns=columns, tokenizer=tokenizer,
                                       max_len=max_len, micro_batch_tokens=micro_batch_tokens,
                                       round_to=round_to)
-        self.warns = rank == 0  # not yet about a row without text
+        self.warns = rank == 0  # about the first row without text
         self.planned: tuple[int, list] = (-1, [])  # an epoch and its windows
         self.loaded: dict[tuple[int, int], Window] = {}
         self.ahead: Iterator[Window] = iter(())  # the windows from self.next on
@@ -2383,7 +2387,9 @@ class ParallelMap:
         """After ChildProcessError: whether processes were ended by SIGTERM only, not for lack of
         memory."""
         processes = list((getattr(self.pool, "_processes", None) or {}).values())
-        self.pool.shutdown()  # waits: the pool ends the others
+        deadline_s = time.monotonic() + 5
+        while any(p.exitcode is None for p in processes) and time.monotonic() < deadline_s:
+            time.sleep(0.01)  # the pool ends the others
         return all(p.exitcode == -signal.SIGTERM for p in processes)
 
     def close(self) -> None:
@@ -2417,9 +2423,10 @@ main_module_lock = threading.Lock()
 @contextlib.contextmanager
 def starting_workers(function: Callable) -> Iterator[None]:
     """Processes that are started here never see Ctrl-C, not even while they import modules; this
-    one sees it at the end. They do not import the main program, such as train.py, and with it
-    torch, which takes two seconds; unless it is where `function` is from."""
+    one sees it at the end. They do not import the main program (train.py would load torch, which
+    takes two seconds), unless `function` is defined in it."""
     main = vars(sys.modules["__main__"])
+    function = getattr(function, "func", function)  # of a functools.partial
     is_main = getattr(function, "__module__", "__main__") == "__main__"
     names = () if is_main else ("__file__", "__spec__")
     can_block = hasattr(signal, "pthread_sigmask")  # not on Windows: see start_worker
@@ -2547,11 +2554,12 @@ def prepare_output(name: str) -> None:
         setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
     elif stream is getattr(sys, f"__{name}__") and isinstance(stream, io.TextIOWrapper):
         stream.reconfigure(errors="backslashreplace")
-        if isinstance(getattr(stream.buffer, "raw", stream.buffer), io.FileIO):
+        is_buffered = isinstance(stream.buffer, io.BufferedWriter)
+        if isinstance(stream.buffer.raw if is_buffered else stream.buffer, io.FileIO):
             raw: Any = Output(stream.fileno(), "w", closefd=False)
             setattr(sys, name, io.TextIOWrapper(
-                io.BufferedWriter(raw), stream.encoding, stream.errors,
-                line_buffering=stream.line_buffering or stream.write_through))
+                io.BufferedWriter(raw) if is_buffered else raw, stream.encoding, stream.errors,
+                line_buffering=stream.line_buffering, write_through=stream.write_through))
 
 
 def run(main: Callable) -> None:

@@ -345,11 +345,11 @@ def merge(argv: list[str]) -> None:
     tokenizer = Tokenizer.from_pretrained(args.model)
     model = ChatLM.from_pretrained(args.model)
     load_adapter(model, Path(args.adapter))
-    if base_hash := adapter_base(Path(args.adapter)):
-        # in float32, as training loads it
-        if base_hash != train.hash_weights(ChatLM.from_pretrained(args.model, torch.float32)):
-            note_once(f"warning: {args.adapter} was trained on other weights than those of "
-                      f"{args.model}: the merged model may answer badly")
+    base_hash = adapter_base(Path(args.adapter))
+    if base_hash and base_hash != train.hash_weights(
+            ChatLM.from_pretrained(args.model, torch.float32)):  # as training loads it
+        note_once(f"warning: {args.adapter} was trained on other weights than those of "
+                  f"{args.model}: the merged model may answer badly")
     merge_lora(model)
     model.save_pretrained(args.out)
     tokenizer.save_pretrained(args.out)

@@ -24,7 +24,8 @@ Learning, with the three pieces 天气好, 天气 and 好天 as an example:
 
 Ties go to the smaller (left id, right id). The alphabet is the most frequent characters. All others
 are written as their UTF-8 bytes, € as <0xE2> <0x82> <0xAC>, so every text has ids. decode returns
-the text, without special tokens ("[EOS]"), and with --nfkc, normalized.
+the text, except that a literal "[EOS]" becomes that special token, which decode leaves out, and
+that --nfkc normalizes.
 
     ids   0-6 special tokens | 7-262 bytes | characters, by frequency | merged tokens, as learned
 
@@ -276,7 +277,7 @@ class Tokenizer:
         return [flat[a:b] for a, b in zip([0] + ends, ends)]
 
     def encode_arrays(self, texts: Iterable[str]) -> tuple[np.ndarray, np.ndarray]:
-        """The ids of all texts in one array (int32), and the number of each text's ids (int64)."""
+        """The ids of all texts in one array (int32), and how many ids each text has (int64)."""
         if isinstance(texts, str):
             raise TypeError("texts is a list of strings; use encode for one string")
         parts = [self._encode_chunk(chunk) for chunk in batches(texts, CHUNK_CHARS)]
@@ -302,7 +303,7 @@ class Tokenizer:
         where each text begins."""
         whole = "".join(texts)
         part_begins = text_begins = np.cumsum([0] + [len(text) for text in texts])[:-1]
-        places, ids = np.empty((2, 0), dtype=np.int64)  # of added tokens
+        added_at, ids = np.empty((2, 0), dtype=np.int64)  # of added tokens
         if self.nfkc or self.special_pattern.search(whole) or self.other_pattern.search(whole):
             cut = [list(self._cut(text)) for text in texts]
             parts = [part for text in cut for part in text]
@@ -310,10 +311,10 @@ class Tokenizer:
             part_begins = np.cumsum([0] + [len(part) for part, _ in parts])
             text_begins = part_begins[np.cumsum([0] + [len(text) for text in cut])[:-1]]
             ids = np.array([i for _, i in parts], dtype=np.int64)
-            places, ids = part_begins[:-1][ids >= 0], ids[ids >= 0]
+            added_at, ids = part_begins[:-1][ids >= 0], ids[ids >= 0]
         codes = to_codepoints(whole)
         symbols, starts = self.char_ids[codes], piece_starts(codes, part_begins, self.classes)
-        symbols[places] = ids
+        symbols[added_at] = ids
         unknown = symbols < 0
         if not self.spaced and not unknown.any():
             return symbols, starts, text_begins
@@ -321,17 +322,17 @@ class Tokenizer:
         prefixed = np.zeros(len(codes), dtype=bool)
         if self.spaced:
             prefixed = starts & (codes != ord(" ")) & (codes != ord("▁"))
-            prefixed[places] = False
+            prefixed[added_at] = False
         sizes = 1 + prefixed
         sizes[unknown] += np.searchsorted([0x80, 0x800, 0x10000], codes[unknown], side="right")
         ends = np.cumsum(sizes)
-        places = ends - sizes
+        begins = ends - sizes
         symbols = np.repeat(symbols, sizes)
-        symbols[places[prefixed]] = self.char_ids[ord("▁")]
+        symbols[begins[prefixed]] = self.char_ids[ord("▁")]
         spelled = codes[unknown].tobytes().decode("utf-32-le").encode()
         symbols[symbols < 0] = np.frombuffer(spelled, np.uint8) + np.int32(FIRST_BYTE)
         first = np.zeros(len(symbols), dtype=bool)
-        first[places[starts]] = True
+        first[begins[starts]] = True
         return symbols, first, np.append(0, ends)[text_begins]
 
     def _encode_chunk(self, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
@@ -415,8 +416,8 @@ class Tokenizer:
 
     @classmethod
     def from_pretrained(cls, folder, append_eos: bool | None = None) -> "Tokenizer":
-        """Read folder/tokenizer.json. append_eos None: as the file says. Raises FileNotFoundError,
-        or ValueError for a damaged file or an unsupported form."""
+        """Read folder/tokenizer.json. append_eos: end texts with [EOS] or not; None: as the file
+        says. Raises FileNotFoundError, or ValueError for a damaged file or an unsupported form."""
         path = Path(folder) / "tokenizer.json"
         if not path.is_file():
             raise FileNotFoundError(f"{folder} has no tokenizer.json")
@@ -474,8 +475,9 @@ class MergeLearner:
             replace `best` by a new token in all pieces, from the left
 
     All pieces are in one array, with -1 around each. A token has its id in the cell of its first
-    character and ~id in that of its last one, so both neighbors of a token are found at once. A
-    merge changes only its own cells:
+    character and ~id in that of its last one. So both neighbors are found at once: the next token
+    begins after its length, and the cell before it holds ~id of the previous one. A merge changes
+    only its own cells:
 
         -1 天 气 预 报 -1    merge (天, 气):   -1 [天气] ~[天气] 预 报 -1
 
@@ -740,7 +742,7 @@ def count_chunk(job: tuple[list[str], bool]) -> ChunkCounts:
     sizes = np.diff(begins, append=len(units)).astype(np.int32)
     # hash of a piece: the sum of (random number of the unit) * factor^(offset in the piece)
     offsets = joined_ranges(np.zeros_like(begins), sizes)
-    powers = np.uint64(HASH_FACTOR) ** np.arange(sizes.max(), dtype=np.uint64)
+    powers = np.uint64(HASH_FACTOR) ** np.arange(sizes.max(initial=0), dtype=np.uint64)
     hashes = np.add.reduceat(HASH_UNITS[units] * powers[offsets], begins)
     long = sizes > 1
     block = Block(hashes[long], sizes[long], np.ones(np.count_nonzero(long), np.int64),
@@ -780,7 +782,8 @@ class Pieces:
     def peak_bytes(self, vocab_size: int) -> int:
         """Combine all blocks; return the peak bytes of counting or learning, whichever is more.
         The factors are measured, and a test checks the bound."""
-        self.parts = [[combine(part)] for part in self.parts]
+        for part in self.parts:  # one after the other: only one is held twice
+            part[:] = [combine(part)]
         held = repeated = 0
         for [block] in self.parts:
             held += sum(array.nbytes for array in block)
@@ -849,9 +852,8 @@ class Sample:
 
     def __init__(self, texts: Iterable[str], share: float):
         self.texts, self.share, self.chars_read, self.chars_counted = texts, share, 0, 0
-        self.parts = self.read()
 
-    def read(self) -> Iterator[str]:
+    def __iter__(self) -> Iterator[str]:
         for text in self.texts:
             for i in range(0, len(text), MAX_TEXT_CHARS):
                 part = text[i:i + MAX_TEXT_CHARS]
@@ -876,11 +878,12 @@ def count_pieces(texts: Iterable[str], vocab_size: int, nfkc: bool, workers: int
     share = 1.0
     while True:
         sample = Sample(texts, share)
-        pieces = count_sample(sample, max_bytes, vocab_size, nfkc, workers, progress)
+        parts = iter(sample)
+        pieces = count_sample(sample, parts, max_bytes, vocab_size, nfkc, workers, progress)
         if pieces:
             return pieces
         if share == 1:
-            deque(sample.parts, maxlen=0)  # read the rest, to know its size
+            deque(parts, maxlen=0)  # read the rest, to know its size
             share = 0.95 * sample.chars_counted / sample.chars_read
         else:
             share *= 0.8
@@ -888,14 +891,14 @@ def count_pieces(texts: Iterable[str], vocab_size: int, nfkc: bool, workers: int
                   f"of {100 * share:.1f} % of its texts")
 
 
-def count_sample(sample: Sample, max_bytes: float, vocab_size: int, nfkc: bool, workers: int,
-                 progress: bool) -> Pieces | None:
-    """The pieces of a sample, or None as soon as they do not fit in max_bytes."""
+def count_sample(sample: Sample, parts: Iterator[str], max_bytes: float, vocab_size: int,
+                 nfkc: bool, workers: int, progress: bool) -> Pieces | None:
+    """The pieces of the parts of a sample, or None as soon as they do not fit in max_bytes."""
     pieces, need_bytes, cells_then = Pieces(), 0, 0
     cell_bytes = 12 + id_type(vocab_size).itemsize  # what a new cell takes at most
     limit = max_cells(vocab_size) if max_bytes < math.inf else math.inf
     shown = Progress()
-    jobs = ((chunk, nfkc) for chunk in batches(sample.parts, LEARNING_CHUNK_CHARS))
+    jobs = ((chunk, nfkc) for chunk in batches(parts, LEARNING_CHUNK_CHARS))
     for found in ordered_map(count_chunk, jobs, workers):
         pieces.add(found)
         sample.chars_counted += found.chars
@@ -1023,8 +1026,9 @@ def check_added_tokens(folder: Path, tokenizer: Tokenizer) -> None:
     for path in [folder / name for name in names if (folder / name).is_file()]:
         try:
             config = json.loads(path.read_text("utf-8"))
-            tokens: list = list(config)
-            if path.name != "added_tokens.json":
+            if path.name == "added_tokens.json":
+                tokens: list = list(config)
+            else:
                 tokens = list((config.get("added_tokens_decoder") or {}).values())
                 tokens += [config[name] for name in SPECIAL_NAMES if config.get(name)]
             for name in ("additional_special_tokens", "extra_special_tokens"):

@@ -136,6 +136,18 @@ def test_it_goes_on_from_any_state_with_any_number_of_workers(demo, monkeypatch)
             break
 
 
+@pytest.mark.quick
+def test_workers_import_the_main_program_only_for_its_own_functions():
+    def own():
+        pass
+    own.__module__ = "__main__"
+    main = sys.modules["__main__"]
+    for function, hidden in ((own, False), (functools.partial(own), False), (data.read_window, True), (functools.partial(data.read_window), True)):
+        with data.starting_workers(function):
+            assert (main.__spec__ is None and getattr(main, "__file__", None) is None) == hidden
+    assert main.__spec__ or main.__file__
+
+
 def test_a_worker_does_not_run_the_program_again(demo, tmp_path, monkeypatch):
     """So one without `if __name__ == "__main__"` may have workers, and they do not wait for its imports."""
     path, tokenizer = demo
