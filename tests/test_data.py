@@ -137,15 +137,16 @@ def test_it_goes_on_from_any_state_with_any_number_of_workers(demo, monkeypatch)
 
 
 @pytest.mark.quick
-def test_workers_import_the_main_program_only_for_its_own_functions():
+def test_workers_import_the_main_program_only_for_its_own_functions(monkeypatch):
     def own():
         pass
     own.__module__ = "__main__"
     main = sys.modules["__main__"]
+    monkeypatch.setattr(main, "__file__", "program.py", raising=False)
     for function, hidden in ((own, False), (functools.partial(own), False), (data.read_window, True), (functools.partial(data.read_window), True)):
         with data.starting_workers(function):
-            assert (main.__spec__ is None and getattr(main, "__file__", None) is None) == hidden
-    assert main.__spec__ or main.__file__
+            assert (main.__file__ is None) == hidden
+        assert main.__file__ == "program.py"
 
 
 def test_a_worker_does_not_run_the_program_again(demo, tmp_path, monkeypatch):
