@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 import time
+import tracemalloc
 from collections import Counter
 from pathlib import Path
 
@@ -28,7 +29,10 @@ from tokenizer import (
     CLASSES,
     ENDS,
     SPECIAL_TOKENS,
+    Block,
+    Pieces,
     Tokenizer,
+    count_chunk,
     normalize,
     piece_starts,
 )
@@ -139,6 +143,21 @@ def test_memory_is_a_promise(tmp_path, mark):
     assert running.returncode == 0, said
     assert "learning from a sample of" in said[1]
     assert 200e6 < peak < 600e6
+
+
+def test_combining_pieces_takes_no_more_memory_than_was_counted():
+    pieces, rng = Pieces(), np.random.default_rng(0)
+    for _ in range(6):
+        codes = rng.integers(0x4E00, 0x6E00, size=500_000).astype("<u4")
+        codes[3::4] = ord("，")
+        pieces.add(count_chunk(([codes.tobytes().decode("utf-32-le")], False)))
+    tracemalloc.start()
+    try:
+        pieces.parts = [[Block(*map(np.copy, block)) for block in part] for part in pieces.parts]
+        limit = pieces.peak_bytes(29298)
+        assert tracemalloc.get_traced_memory()[1] < limit
+    finally:
+        tracemalloc.stop()
 
 
 def test_a_sample_is_the_same_for_any_number_of_workers(capsys, monkeypatch):
