@@ -128,7 +128,7 @@ class ChatLMConfig:
             raise ValueError(f"feed_forward_proj {self.feed_forward_proj!r} is not supported: "
                              "relu or gated-gelu")
         for field in dataclasses.fields(self):
-            kind: Any = (*get_args(field.type), field.type)[0]  # int of "int | None"
+            kind: Any = (get_args(field.type) or [field.type])[0]  # of int | None: int
             self.check_field(field.name, kind)
 
     def check_field(self, name: str, kind: type) -> None:
@@ -1092,7 +1092,7 @@ def write_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, st
     """Write a safetensors file atomically. Raises OSError if the disk is full or fails."""
     with atomic_write(path) as temporary, write_errors(path, SafetensorError):
         save_file(tensors, temporary, metadata)
-        with open(temporary, "rb+") as f:  # save_file orders metadata at random
+        with open(temporary, "rb+") as f:  # save_file orders it at random; all orders are as long
             size = int.from_bytes(f.read(8), "little")
             header = json.loads(f.read(size)) | {"__metadata__": metadata}
             f.seek(8)

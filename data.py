@@ -1464,13 +1464,13 @@ class Cleaner:
     def clean_rows(self, job: tuple[Path, int, list[dict]]) -> tuple[list, list, list]:
         """job: a file, the number of its first row, and rows. Returns three lists: the cleaned
         rows; (reason, where) of each dropped row; (reason, where) of what was left out of a row."""
-        path, first, rows = job
+        source, (path, first, rows) = self.source, job
         kept, dropped, left_out = [], [], []
         for i, row in enumerate(map(without_nan, rows), first):
             where = f"{path}, row {i:,}"
             has_turns = self.turns > 1 and is_conversation(row)
-            pairs = self.split_turns(row) if has_turns else [(self.source.convert(row), False)]
-            roles = [role for role, _ in turns_of(row) if CONVERSATION[0] in self.source.fields]
+            pairs = self.split_turns(row) if has_turns else [(source.convert(row), False)]
+            roles = [role for role, _ in turns_of(row) if CONVERSATION[0] in source.fields]
             if roles[:1] == ["system"]:
                 left_out.append(("system turn, left out", where))
             if not isinstance(pairs[0][0], str) and ROLES.get(roles[-1] if roles else "") == "user":
@@ -1487,11 +1487,10 @@ class Cleaner:
 
     def clean_texts(self, prompt, *responses) -> tuple[str, ...] | str:
         """What a source returned, cleaned, or why the row is dropped."""
-        prompt, cleaned = self.convert(prompt), []
-        shortest = 1 if self.source.verbatim else self.min_chars
+        prompt, cleaned, verbatim = self.convert(prompt), [], self.source.verbatim
+        shortest = 1 if verbatim else self.min_chars
         for i, response in enumerate(responses):
-            pair = clean_pair(prompt, self.convert(response), shortest, self.max_chars,
-                              self.source.verbatim)
+            pair = clean_pair(prompt, self.convert(response), shortest, self.max_chars, verbatim)
             if isinstance(pair, str):
                 return f"rejected: {pair}" if i else pair
             prompt, response = pair
@@ -2241,7 +2240,7 @@ class PairStream:
             epoch, window = self.after(epoch, window)
 
     def read_ahead(self, epoch: int, window: int) -> Iterator[Window]:
-        """This window and the next ones, without end, read by background processes."""
+        """This window and the next ones, without end. Background processes read ahead, if any."""
         jobs = self.jobs(epoch, window)
         if not self.workers:
             yield from map(self.read, jobs)

@@ -37,7 +37,7 @@ import contextlib
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
@@ -110,8 +110,7 @@ def pair_logps(model: ChatLM, batch: dict) -> tuple[Tensor, Tensor]:
 @dataclass(frozen=True, kw_only=True)
 class Settings(train.Settings):
     """train.py's settings, with those of DPO."""
-    optimizer: str = field(
-        default="adamw", metadata=train.Settings.__dataclass_fields__["optimizer"].metadata)
+    optimizer: str = train.flag("adamw", **train.OPTIMIZER)
     data: Sequence[str] = train.flag(
         (), "triples (prompt, chosen, rejected): files or folders", group="data", nargs="+",
         metavar="A.parquet")

@@ -139,7 +139,7 @@ class Decoder:
         self.sources = self.mask = self.cache.new_empty(0)
         # (1, H, 1, capacity); masked_bias has the lowest number at empty positions
         self.bias = self.masked_bias = self.cache.new_empty(0)
-        # of the newest keys and values
+        # where in the cache the newest keys and values are
         self.position = torch.zeros(1, dtype=torch.int64, device=weight.device)
         self.begin(input_ids, attention_mask, rows_per_source)
 
@@ -869,7 +869,7 @@ class Products:
             self.feed(feed))
 
     def __reduce__(self):
-        """A copy of a packed model is not packed: its weights may change."""
+        """Copied or pickled, this becomes None: the weights of the copy may change."""
         return type(None), ()
 
 

@@ -893,7 +893,8 @@ def count_pieces(texts: Iterable[str], vocab_size: int, nfkc: bool, workers: int
 
 def count_sample(sample: Sample, parts: Iterator[str], max_bytes: float, vocab_size: int,
                  nfkc: bool, workers: int, progress: bool) -> Pieces | None:
-    """The pieces of the parts of a sample, or None as soon as they do not fit in max_bytes."""
+    """The pieces of a sample, or None as soon as they do not fit in max_bytes. parts: iter(sample);
+    what is left of it then has not been read."""
     pieces, need_bytes, cells_then = Pieces(), 0, 0
     cell_bytes = 12 + id_type(vocab_size).itemsize  # what a new cell takes at most
     limit = max_cells(vocab_size) if max_bytes < math.inf else math.inf

@@ -1166,6 +1166,8 @@ def flag(default: Any, help: str, group: str = "", fixed: bool = False, **how) -
 
 COUNT, SHARE = number(int, 1), number(float, 0, 1)
 POSITIVE, NOT_NEGATIVE = number(float, 0, above=True), number(float, 0)
+OPTIMIZER: dict[str, Any] = {"help": "muon is for the hidden matrices, with AdamW for the rest",
+                             "fixed": True, "choices": ["adamw", "adafactor", "muon"]}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -1233,9 +1235,7 @@ class Settings:
     warmup_steps: int = flag(
         100, "ramp the learning rate up over N steps, at most a tenth of the training",
         type=number(int, 0))
-    optimizer: str = flag(
-        "adafactor", "muon is for the hidden matrices, with AdamW for the rest", fixed=True,
-        choices=["adamw", "adafactor", "muon"])
+    optimizer: str = flag("adafactor", **OPTIMIZER)
     weight_decay: float = flag(
         0.01, "weight decay of matrices, not of norms and embeddings", type=NOT_NEGATIVE)
     grad_clip: float = flag(1.0, "largest norm of the gradient", type=POSITIVE)
