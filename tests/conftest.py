@@ -55,8 +55,8 @@ class Script:
     loaded torch: that saves three to four seconds. The methods are those of subprocess.Popen."""
 
     def __init__(self, path: str | Path, *args, cwd: str | Path = ".", **env):
-        """path: of the script, from the repository's folder; env: more environment variables."""
-        self.args = [str(ROOT / path), *map(str, args)]
+        """path: of the script, from the repository's folder, or "torchrun"; env: more environment variables."""
+        self.args = [str(path if path == "torchrun" else ROOT / path), *map(str, args)]
         self.folder = tempfile.TemporaryDirectory()
         self.process = FORKS.Process(target=run_as_main, args=(self.args, str(cwd), env, self.folder.name))
         self.process.start()
@@ -81,14 +81,17 @@ class Script:
 
 
 def run_as_main(argv: list[str], cwd: str, env: dict[str, str], folder: str) -> None:
-    """In the new process: run the script argv[0] in the folder cwd. What it prints goes to files in `folder`."""
+    """In the new process: run argv[0], a script or torchrun, in the folder cwd. What it prints goes to files in `folder`."""
     os.chdir(cwd)
     os.environ.update(env)
     for number, name in ((1, "stdout"), (2, "stderr")):
         os.dup2(os.open(f"{folder}/{name}", os.O_CREAT | os.O_WRONLY | os.O_APPEND), number)
     sys.argv = argv
     try:
-        runpy.run_path(argv[0], run_name="__main__")
+        if argv[0] == "torchrun":
+            runpy.run_module("torch.distributed.run", run_name="__main__", alter_sys=True)
+        else:
+            runpy.run_path(argv[0], run_name="__main__")
     finally:  # end pools of processes first, as Python does; multiprocessing ends them in another order, and may wait forever
         threading._shutdown()
 

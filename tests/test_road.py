@@ -120,20 +120,14 @@ def road(tmp_path_factory) -> Path:
     return folder
 
 
-def launch(start: list[str], more: str, folder: Path) -> tuple[list[str], dict]:
-    """Arguments of subprocess.Popen for a command that starts so, with more flags."""
-    argv = {"python": [sys.executable], "torchrun": [sys.executable, "-m", "torch.distributed.run"]}[start[0]]
-    return [*argv, *start[1:], *more.split()], {"cwd": folder, "text": True}
-
-
 def go(folder: Path, start: str | list[str], more: str = "") -> str:
     """Run the README's command that starts so, with more flags; what it printed."""
     start = words(start) if isinstance(start, str) else start
-    if start[1] in ("train.py", "dpo.py", "sample.py"):  # which take seconds to load torch
-        done = Script(*start[1:], *more.split(), cwd=folder).completed()
+    start = start[start[0] == "python":]
+    if start[0] in ("torchrun", "train.py", "dpo.py", "sample.py"):  # which take seconds to load torch
+        done = Script(*start, *more.split(), cwd=folder).completed()
     else:
-        argv, options = launch(start, more, folder)
-        done = subprocess.run(argv, capture_output=True, timeout=100, **options, check=False)
+        done = subprocess.run([sys.executable, *start, *more.split()], cwd=folder, capture_output=True, text=True, timeout=100, check=False)
     assert done.returncode == 0, (start, more, done.stderr)
     return done.stdout
 
@@ -175,8 +169,7 @@ def test_pretraining_in_two_processes_survives_a_kill(road):
     assert PROCESSES in printed()
     more, log = f"{TINY} --max_steps 320 --save_every 40 --lr 2e-2", road / "out" / "pre" / "log.jsonl"
     pretrain = pretrain[:pretrain.index("--epochs")] + pretrain[pretrain.index("--epochs") + 2:]
-    argv, options = launch(pretrain, more, road)
-    running = subprocess.Popen(argv, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, **options)
+    running = Script(*pretrain, *more.split(), cwd=road)
     while running.poll() is None and not (log.exists() and len(log.read_text().splitlines()) > 60):
         time.sleep(0.1)
     running.kill()  # the launcher; its two processes notice

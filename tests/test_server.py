@@ -51,7 +51,7 @@ def server() -> Iterator[ChatServer]:
     model, tokenizer = make_model()
     options = vars(GenerationConfig(max_new_tokens=12, min_new_tokens=12))
     server = ChatServer(("127.0.0.1", 0), model, tokenizer, "tiny", 64, options, None)
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread = threading.Thread(target=server.serve_forever, args=[0.02], daemon=True)
     thread.start()
     yield server
     server.shutdown()
@@ -180,7 +180,7 @@ def test_an_ipv6_address(server):
         other = ChatServer(("::1", 0), server.model, server.tokenizer, "tiny", 64, server.options, None)
     except OSError:
         pytest.skip("this machine has no IPv6")
-    threading.Thread(target=other.serve_forever, daemon=True).start()
+    threading.Thread(target=other.serve_forever, args=[0.02], daemon=True).start()
     assert urllib.request.urlopen(f"http://[::1]:{other.server_port}/health", timeout=60).status == 200
     other.shutdown()
     other.server_close()

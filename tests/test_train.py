@@ -46,9 +46,13 @@ def base(tmp_path_factory) -> list[str]:
             "--batch_tokens", "512", "--micro_batch_tokens", "256", "--dropout", "0.1", "--workers", "0", "--device", "cpu", "--dtype", "float32", "--warmup_steps", "5"]
 
 
-def command(*args: str, ranks: int = 1) -> list[str]:
-    launch = [sys.executable] if ranks == 1 else [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
-    return [*launch, str(ROOT / "train.py"), *args]
+def command(*args: str) -> list[str]:
+    return [sys.executable, str(ROOT / "train.py"), *args]
+
+
+def start_torchrun(*args: str, restarts: int = 0) -> Script:
+    """Two processes of train.py on this machine."""
+    return Script("torchrun", "--standalone", "--nproc_per_node=2", f"--max-restarts={restarts}", ROOT / "train.py", *args)
 
 
 def call(*args: str, ranks: int = 1, **options) -> subprocess.CompletedProcess:
@@ -148,10 +152,7 @@ def test_validation_loss_is_transformers(straight, base):
 
 def run_and_kill(args: list[str], out: Path, step: int, how: int, ranks: int = 1) -> int:
     """Start, and send a signal once log.jsonl has reached a step, at some moment within the next one."""
-    if ranks == 1:
-        process = Script("train.py", *args)
-    else:  # torchrun passes the signal on
-        process = subprocess.Popen(command(*args, ranks=ranks), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=ENV)
+    process = Script("train.py", *args) if ranks == 1 else start_torchrun(*args)  # which passes the signal on
     end_s = time.monotonic() + 60
     while time.monotonic() < end_s and process.poll() is None:
         if (out / "log.jsonl").exists() and (out / "log.jsonl").read_text().count('"loss"') >= step:
@@ -233,15 +234,13 @@ def ranks_below(pid: int) -> list[int]:
 def test_a_killed_rank_is_started_again(base, straight, tmp_path):
     out = tmp_path / "out"
     args = [*base, "--out_dir", str(out), "--max_steps", "24", "--eval_every", "10", "--save_every", "4"]
-    launch = command(*args, ranks=2)
-    launch.insert(launch.index("--standalone"), "--max-restarts=3")
-    process = subprocess.Popen(launch, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=ENV)
+    process = start_torchrun(*args, restarts=3)
     end_s = time.monotonic() + 50
     while time.monotonic() < end_s and process.poll() is None and not ((out / "log.jsonl").exists() and len(log_lines(out)) >= 9):
         time.sleep(0.01)
     os.kill(ranks_below(process.pid)[-1], signal.SIGKILL)
-    said = process.communicate(timeout=60)[0]
-    assert process.returncode == 0 and "resuming from" in said, said
+    done = process.completed()
+    assert done.returncode == 0 and "resuming from" in done.stdout, done.stderr
     assert [r[0] for r in curve(out)] == [r[0] for r in curve(straight)]
     for a, b in zip(curve(out), curve(straight), strict=True):
         assert a[1] is None or math.isclose(a[1], b[1], rel_tol=2e-3)
@@ -257,11 +256,10 @@ def test_two_machines_take_the_same_steps(base, straight, tmp_path):
     with socket.socket() as s:
         s.bind(("localhost", 0))
         port = s.getsockname()[1]
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=1", "--rdzv_backend=c10d", f"--rdzv_endpoint=localhost:{port}",
-              str(ROOT / "train.py"), *base, "--out_dir", str(out), "--max_steps", "8", "--schedule", "constant"]
-    agents = [subprocess.Popen(launch, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=ENV) for _ in range(2)]
-    said = [agent.communicate(timeout=100)[0] for agent in agents]
-    assert [agent.returncode for agent in agents] == [0, 0], said
+    agents = [Script("torchrun", "--nnodes=2", "--nproc_per_node=1", "--rdzv_backend=c10d", f"--rdzv_endpoint=localhost:{port}",
+                     ROOT / "train.py", *base, "--out_dir", out, "--max_steps", "8", "--schedule", "constant") for _ in range(2)]
+    ends = [agent.completed() for agent in agents]
+    assert [end.returncode for end in ends] == [0, 0], ends
     done = call(*base, "--out_dir", str(tmp_path / "one"), "--max_steps", "8", "--schedule", "constant")
     assert done.returncode == 0, done.stderr
     for a, b in zip(curve(out), curve(tmp_path / "one"), strict=True):

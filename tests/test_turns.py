@@ -55,7 +55,7 @@ def taught(tmp_path_factory) -> Path:
     said = run("data.py", "clean", "--source", "sharegpt", "--turns", "2", folder / "talks.jsonl", "--out", folder / "pairs.parquet")
     assert "3,000  kept" in said, said
     run("train.py", "--data", folder / "pairs.parquet", "--out_dir", folder / "out", "--preset", "demo", "--vocab_size", "512", "--max_len", "48",
-        "--max_steps", "140", "--batch_tokens", "1536", "--micro_batch_tokens", "1536", "--dtype", "float32", "--device", "cpu")
+        "--max_steps", "130", "--batch_tokens", "768", "--micro_batch_tokens", "768", "--dtype", "float32", "--device", "cpu")
     return folder / "out"
 
 
@@ -97,7 +97,7 @@ def test_the_chat_remembers_until_it_is_told_to_forget(taught, monkeypatch, caps
 def test_the_server_answers_by_the_turn_before(taught):
     model, tokenizer = ChatLM.from_pretrained(taught), Tokenizer.from_pretrained(taught, append_eos=True)
     server = ChatServer(("127.0.0.1", 0), model, tokenizer, "x", 64, vars(GenerationConfig(max_new_tokens=16)), None)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+    threading.Thread(target=server.serve_forever, args=[0.02], daemon=True).start()
     client = openai.OpenAI(base_url=f"http://127.0.0.1:{server.server_port}/v1", api_key="any", max_retries=0)
     talk = [("user", "游泳是我的爱好。"), ("assistant", "知道了，谢谢你。"), ("user", "你还记得我的爱好吗？")]
     answered = client.chat.completions.create(model="x", messages=[{"role": role, "content": text} for role, text in talk])
