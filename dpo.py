@@ -343,9 +343,10 @@ def merge(argv: list[str]) -> None:
     data.check_folder(args.out)
     tokenizer = Tokenizer.from_pretrained(args.model)
     model = ChatLM.from_pretrained(args.model)
-    found_hash = train.hash_weights(model)
     load_adapter(model, Path(args.adapter))
-    if adapter_base(Path(args.adapter)) not in ("", found_hash):
+    base_hash = adapter_base(Path(args.adapter))
+    if base_hash and base_hash != train.hash_weights(
+            ChatLM.from_pretrained(args.model, torch.float32)):  # as training loads it
         note_once(f"warning: {args.adapter} was trained on other weights than those of "
                   f"{args.model}: the merged model may answer badly")
     merge_lora(model)

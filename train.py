@@ -1608,11 +1608,11 @@ def hash_tokenizer(tokenizer: Tokenizer) -> str:
 
 
 def hash_weights(model: ChatLM) -> str:
-    """A hash of all parameters in float32, as training loads them."""
+    """A hash of all parameters."""
     digest = xxhash.xxh3_64()
     for name, p in model.named_parameters():
         digest.update(name.encode())
-        digest.update(p.detach().float().cpu().contiguous().numpy().data)
+        digest.update(p.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
