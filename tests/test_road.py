@@ -170,7 +170,7 @@ def test_pretraining_in_two_processes_survives_a_kill(road):
     more, log = f"{TINY} --max_steps 320 --save_every 40 --lr 2e-2", road / "out" / "pre" / "log.jsonl"
     pretrain = pretrain[:pretrain.index("--epochs")] + pretrain[pretrain.index("--epochs") + 2:]
     running = Script(*pretrain, *more.split(), cwd=road)
-    while running.poll() is None and not (log.exists() and len(log.read_text().splitlines()) > 60):
+    while running.poll() is None and not (log.exists() and len(log.read_text().splitlines()) > 45):
         time.sleep(0.1)
     running.kill()  # the launcher; its two processes notice
     running.wait()

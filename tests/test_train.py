@@ -1006,7 +1006,7 @@ def test_compiled_training_has_few_graphs_and_no_breaks(base, tmp_path):
     data.write_pairs(tmp_path / "x.parquet", [{"prompt": rng.choice(texts), "response": t} for t in texts])
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
-    model = ChatLM(ChatLMConfig.preset("demo", vocab_size=len(tokenizer), num_layers=2, num_decoder_layers=2)).train()
+    model = ChatLM(ChatLMConfig.preset("demo", vocab_size=len(tokenizer), d_model=32, d_ff=64)).train()
     train.compile_blocks(model, "aot_eager")
     shapes = set()
     for i, batch in enumerate(itertools.islice(data.PairStream(tmp_path / "x.parquet", tokenizer, 1024, 64, round_to=8).one_epoch(), 40)):
