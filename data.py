@@ -1722,10 +1722,15 @@ def unpack(packed: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
             (packed & np.uint64(0xFFFFFFFF)).view(np.int64))
 
 
+def run_begins(values: np.ndarray) -> np.ndarray:
+    """Where runs of equal values begin: [5, 5, 7, 9, 9] -> [0, 2, 3]"""
+    return np.flatnonzero(np.append(True, values[1:] != values[:-1])[:len(values)])
+
+
 def place_in_run(values: np.ndarray) -> np.ndarray:
     """Sorted values -> how many equal ones come before each: [7, 7, 7, 9] -> [0, 1, 2, 0]"""
-    begins = np.flatnonzero(np.append(True, values[1:] != values[:-1])[:len(values)])
-    return np.arange(len(values)) - np.repeat(begins, np.diff(np.append(begins, len(values))))
+    begins = run_begins(values)
+    return np.arange(len(values)) - np.repeat(begins, np.diff(begins, append=len(values)))
 
 
 def bucket_pairs(keys: np.ndarray, rows: np.ndarray) -> np.ndarray:

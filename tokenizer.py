@@ -68,6 +68,7 @@ from data import (
     ordered_map,
     refuse_pointer,
     run,
+    run_begins,
     to_codepoints,
     write_file,
 )
@@ -672,11 +673,6 @@ class MergeLearner:
         self.push(np.concatenate([
             self.pack(before, np.full(len(before), new), at[has_before] - self.length[before]),
             self.pack(np.full(len(after), new), after, at[has_after])]))
-
-
-def run_begins(values: np.ndarray) -> np.ndarray:
-    """Where runs of equal values begin: [5, 5, 7, 9, 9] -> [0, 2, 3]"""
-    return np.flatnonzero(np.append(True, values[1:] != values[:-1])[:len(values)])
 
 
 def every_other(positions: np.ndarray, step: int) -> np.ndarray:
