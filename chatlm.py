@@ -12,7 +12,7 @@ so far, and the encoder's output. Each layer adds its result to one stream of ve
        |  shared: (V, D), one row per token            |  shared
       x (B, S, D)                                     x (B, T, D)
        |  num_layers times:                            |  num_decoder_layers times:
-       |    x += attention(norm(x), all of x)          |    x += attention(norm(x), x up to here)
+       |    x += attention(norm(x), all positions)     |    x += attention(norm(x), those so far)
        |    x += feed_forward(norm(x))                 |    x += attention(norm(x), encoded)  <--+
        |  norm                                         |    x += feed_forward(norm(x))           |
       encoded (B, S, D) -------------------------------|-----------------------------------------+
@@ -29,6 +29,9 @@ each head learns it: near distances have a number each, far ones share buckets t
     distance  0 1 2 3 4 5 6 7  8-11  12-15  16-22  23-31  32-45  46-63  64-90  91 and more
     bucket    0 1 2 3 4 5 6 7   8     9      10     11     12     13     14     15
 
+These are the encoder's buckets for looking back; looking ahead has 16 more. The decoder, which only
+looks back, has a bucket for each distance up to 15, and 16 wider ones.
+
 The loss is the mean of -log p(token) over the answer's tokens. With three tokens, logits [2, 1, 0]
 and the first token correct: p = [0.67, 0.24, 0.09], the loss is -log 0.67 = 0.41, and its gradient
 with respect to the logits is p - [1, 0, 0] = [-0.33, 0.24, 0.09]. See LinearCrossEntropy.
@@ -43,8 +46,9 @@ compare the loss after the same number of steps.
 Raffel et al. 2020, "Exploring the Limits of Transfer Learning with a Unified Text-to-Text
 Transformer" (arXiv:1910.10683).
 
-Shapes in comments: B batch, S source length, T target length, D d_model, H heads, K head width
-(d_kv), F feed-forward width (d_ff), V vocabulary.
+Shapes in comments: B batch, S source length, T target length, L either of them, D d_model, H heads,
+K head width (d_kv), F feed-forward width (d_ff), V vocabulary, N rows, I inputs and O outputs of a
+linear layer.
 """
 import dataclasses
 import importlib.util
@@ -73,6 +77,7 @@ from data import (
     check_name,
     read_json,
     refuse_pointer,
+    round_up,
     write_errors,
     write_file,
 )
@@ -154,7 +159,7 @@ class ChatLMConfig:
         """One of PRESETS, with any field changed. Raises ValueError for an unknown name."""
         if name not in PRESETS:
             raise ValueError(f"no preset {name!r}: choose from {', '.join(PRESETS)}")
-        return cls(**{**PRESETS[name], **changes})
+        return cls(**PRESETS[name] | changes)
 
     @classmethod
     def from_pretrained(cls, folder) -> "ChatLMConfig":
@@ -175,7 +180,7 @@ class ChatLMConfig:
         fields = {T5_ALIASES.get(name, name): value for name, value in fields.items()}
         known = {field.name for field in dataclasses.fields(cls)}
         values = T5_DEFAULTS | {name: value for name, value in fields.items() if name in known}
-        if "scale_decoder_outputs" in values:
+        if "scale_decoder_outputs" in values:  # null is false there, but "when tied" in our config
             values["scale_decoder_outputs"] = bool(values["scale_decoder_outputs"])
         for name in ("pad_token_id", "eos_token_id", "decoder_start_token_id"):
             if (preferred := generation.get(name)) is not None:
@@ -188,7 +193,8 @@ class ChatLMConfig:
         try:
             config = cls(**values)
         except ValueError as e:
-            is_in_other = generation.get(str(e).split()[0]) is not None
+            field = str(e).split()[0]  # with which every message of check_field begins
+            is_in_other = generation.get(field) is not None
             shown = path.with_name("generation_config.json") if is_in_other else path
             raise ValueError(f"{shown}: {e}") from None
         derived = config.derived()
@@ -569,7 +575,7 @@ class ChatLM(nn.Module):
     @classmethod
     def from_pretrained(cls, folder, dtype: torch.dtype | None = None, device=None) -> "ChatLM":
         """See load_model. dtype None keeps the file's."""
-        return load_model(cls, folder, dtype, device)
+        return load_model(folder, dtype, device)
 
     def save_pretrained(self, folder) -> None:
         """Write config.json, generation_config.json and model.safetensors, each atomically."""
@@ -656,7 +662,7 @@ def logit_chunks(hidden: Tensor, weight: Tensor) -> Iterator[tuple[slice, Tensor
     n, block = len(hidden), row_block(weight)
     rows = LOSS_CHUNK_BYTES // (weight.element_size() * len(weight)) // block * block or block
     # rows of the buffer begin on a cache line: a third faster
-    hidden, width = pad_rows(hidden, block), -(-len(weight) // 64) * 64
+    hidden, width = pad_rows(hidden, block), round_up(len(weight), 64)
     buffer = weight.new_empty(min(rows, len(hidden)), width)
     buffer[:, len(weight):] = 0  # bfloat16 kernels on CPUs also read the padding: no NaN there
     for i in range(0, n, rows):
@@ -684,8 +690,7 @@ def logits_to_gradient(logits: Tensor, labels: Tensor) -> Tensor:
 def cache_parts(logits: Tensor) -> Iterator[slice]:
     """Slices of the rows of logits (N, V). On a CPU, a slice fits the cache as float32; on a GPU,
     one slice has all rows."""
-    rows = CACHE_BYTES // (4 * logits.size(1)) if logits.is_cpu else len(logits)
-    rows = max(1, rows)
+    rows = max(1, CACHE_BYTES // (4 * logits.size(1)) if logits.is_cpu else len(logits))
     for i in range(0, len(logits), rows):
         yield slice(i, i + rows)
 
@@ -752,10 +757,10 @@ class Bigrams:
     """How much likelier v is after u than elsewhere, the positive pointwise mutual information, and
     its best approximation of low rank (Levy and Goldberg 2014; see tests/COUNTS.md):
 
-        M[u, v] = max(0, log p(u, v) / (p(u) p(v)))  ~  a_u . b_v
+        M[u, v] = max(0, log p(u, v) / (p(u) p(v)))  ~  spread * a_u . b_v
 
     a and b (V, R) are the singular value decomposition of M, with weight p(u) p(v) for each pair.
-    Both are scaled to mean square 1 under p; M is `spread` times their product.
+    Both are scaled to mean square 1 under p, so `spread` is the typical size of an entry.
     """
 
     def __init__(self, before: Tensor, after: Tensor, vocab_size: int, rank: int):
@@ -784,7 +789,7 @@ class Bigrams:
 def init_bigrams(model: ChatLM, before: Tensor, after: Tensor) -> None:
     """Initialize from unigram and bigram counts, so that at first about
 
-        logits[v after u] = log p(v) + a_u . b_v            (see Bigrams for a and b)
+        logits[v after u] = log p(v) + spread * a_u . b_v            (see Bigrams)
 
     before, after: (N,) int64 on a CPU, from answers: each token and the one that follows it. Raises
     ValueError for an untied head, and for gated or narrow feed-forward layers.
@@ -799,7 +804,7 @@ def init_bigrams(model: ChatLM, before: Tensor, after: Tensor) -> None:
     (up to constant factors). The layer also subtracts the row of u itself; otherwise each token
     would predict tokens like itself. As relu(x) - relu(-x) = x, the ReLU layer is linear here. The
     other layers start smaller, by 1/sqrt(their number) as in GPT-2. Tokens that were not counted
-    keep random values.
+    keep random values, except for the first two.
     """
     c, last = model.config, model.decoder.block[-1].layer[-1].DenseReluDense
     tied = c.tie_word_embeddings and c.scale_decoder_outputs
@@ -881,8 +886,9 @@ def add_lora(model: ChatLM, rank: int, alpha: float, targets: str | Iterable[str
         found.pop("lm_head", None)
     if "lm_head" in found:
         raise ValueError("LoRA for lm_head is not supported")
-    missing = [] if isinstance(targets, str) else [
-        target for target in targets if not any(is_target(name, [target]) for name in found)]
+    missing: list[str] = []
+    if not isinstance(targets, str):
+        missing = [t for t in targets if not any(is_target(name, [t]) for name in found)]
     if missing or not found:
         raise ValueError(f"the model has no linear layer {', '.join(missing) or targets}")
     for name, module in found.items():
@@ -926,7 +932,7 @@ def save_adapter(model: ChatLM, folder: Path, base: str, base_hash: str = "") ->
     write_file(folder / "generation_config.json", json.dumps(generation) + "\n")
 
 
-def adapter_base(folder: Path) -> str:
+def adapter_base_hash(folder: Path) -> str:
     """The hash of the weights that an adapter was trained on; "" if its file does not say."""
     with safe_open(folder / "adapter_model.safetensors", "pt") as f:
         return (f.metadata() or {}).get("base_hash", "")
@@ -1001,7 +1007,7 @@ def check_adapter(config: dict, path: Path) -> None:
 # --- weights in and out ---------------------------------------------------------------------------
 
 
-def load_model(cls: type[ChatLM], folder, dtype: torch.dtype | None, device) -> ChatLM:
+def load_model(folder, dtype: torch.dtype | None, device) -> ChatLM:
     """A model in evaluation mode, from a Hugging Face T5 folder: config.json and model.safetensors,
     in one file or in shards. Raises FileNotFoundError or ValueError naming what is missing or does
     not fit."""
@@ -1021,6 +1027,7 @@ def load_model(cls: type[ChatLM], folder, dtype: torch.dtype | None, device) -> 
     stored = common_dtype(weights, folder)
     dtype = dtype or stored
     head = weights.get("lm_head.weight")
+    # the weights decide: a file may hold a copy of the tied head, or leave it out
     config.tie_word_embeddings = head is None or torch.equal(head, shared)
     weights["shared.weight"] = shared
     copies += ["decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight"]
@@ -1028,7 +1035,7 @@ def load_model(cls: type[ChatLM], folder, dtype: torch.dtype | None, device) -> 
     weights = {name: w.to(dtype).to(device)  # cast first, or a GPU holds both
                for name, w in weights.items() if name not in copies}
     with torch.device("meta"):
-        model = cls(config)
+        model = ChatLM(config)
     if wrong := first_misfit(dict(model.named_parameters()), weights):
         raise ValueError(f"{folder}: config.json and the weights do not fit, first at {wrong}")
     check_finite(weights, folder)
@@ -1092,7 +1099,8 @@ def write_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, st
     """Write a safetensors file atomically. Raises OSError if the disk is full or fails."""
     with atomic_write(path) as temporary, write_errors(path, SafetensorError):
         save_file(tensors, temporary, metadata)
-        with open(temporary, "rb+") as f:  # save_file orders it at random; all orders are as long
+        # save_file writes metadata in random order: order it, so that equal tensors are equal files
+        with open(temporary, "rb+") as f:  # every order has the same length
             size = int.from_bytes(f.read(8), "little")
             header = json.loads(f.read(size)) | {"__metadata__": metadata}
             f.seek(8)

@@ -21,8 +21,9 @@ dedup   drops near-duplicates: a text that is repeated a thousand times is memor
         今天天气很好 has the 5-grams 今天天气很 and 天天气很好; 今天天气很差 shares the first of
         them. Together they have 3, so J = 1/3. Ten million texts have too many pairs to compare.
         MinHash (Broder 1997) finds candidates: a text's 5-grams are hashed into 128 bins, and each
-        bin keeps its smallest value. The share of bins with equal values estimates J. Eight bins
-        make a band, and only texts that agree in a whole band are compared exactly:
+        bin keeps its smallest value. The share of bins with equal values estimates J. At the
+        default threshold, eight bins make a band (four in this picture). Only texts that agree in a
+        whole band are compared exactly:
 
             a   12 7 30 5 | 9 41 3 8 | ...      the first band is equal: compare a and b
             b   12 7 30 5 | 9 16 3 8 | ...      P(compared) = 1 - (1 - J^8)^16
@@ -76,7 +77,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
-from itertools import chain, compress, islice
+from itertools import chain, compress, islice, zip_longest
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -110,7 +111,8 @@ def arrow():
 
 
 class Problems(Counter):
-    """Problems in files that are read anyway: reason -> count. first: where each occurred first."""
+    """Problems in files that are read anyway: reason -> count. first: where each occurred first.
+    Also how much of the files has been read (share)."""
 
     def __init__(self, files: Iterable[Path] = ()):
         super().__init__()
@@ -143,7 +145,7 @@ def note_once(text: str) -> None:
     print(f"{Path(sys.argv[0]).name}: {text}", file=sys.stderr)
 
 
-def shown(names: Iterable) -> str:
+def list_columns(names: Iterable) -> str:
     """Column names for a message: at most 20, of 40 characters each; unusual ones are quoted."""
     texts = [str(name)[:40] for name in names]
     plain = [text if text == text.strip() and text.isprintable() else repr(text)
@@ -184,15 +186,14 @@ class Rows:
             is_only = len(self.files) == 1
             for i, row in enumerate(read_file(path, self.problems, self.skip, is_only), 1):
                 self.path, self.row = path, i
-                missing = [c for c in self.columns if not isinstance(row.get(c), str)]
-                if not missing:
+                missing = next((c for c in self.columns if not isinstance(row.get(c), str)), None)
+                if missing is None:
                     yield row
-                    continue
-                is_wrong_file = i == 1 and missing[0] not in row
-                if is_wrong_file or not self.skip:
-                    raise ValueError(f"{self.place()} has no text in {missing[0]!r}; its columns "
-                                     f"are {shown(row)}")
-                self.problems.note(f"row without text in {missing[0]!r}, skipped", self.place())
+                elif not self.skip or i == 1 and missing not in row:  # the wrong file
+                    raise ValueError(f"{self.place()} has no text in {missing!r}; its columns are "
+                                     f"{list_columns(row)}")
+                else:
+                    self.problems.note(f"row without text in {missing!r}, skipped", self.place())
         for path, version in zip(self.files, self.versions):
             if version != file_version(path):
                 raise ValueError(f"{path} changed while it was being read: run the command again")
@@ -250,7 +251,7 @@ def turns_of(row: dict) -> list[tuple[str, Any]]:
     return found
 
 
-def read_file(path: Path, problems: Problems, skip: bool = True, is_only: bool = True,
+def read_file(path: Path, problems: Problems, skip: bool, is_only: bool,
               parse: Callable | None = None) -> Iterator[dict]:
     """The rows of one file. Bad lines are noted in problems; without skip they raise ValueError. A
     damaged file always does, and a JSON file without any good line if it is the only file. parse:
@@ -383,7 +384,7 @@ def read_csv(f, bad: Callable) -> Iterator[dict]:
             bad("record with more fields than the header, skipped", begin,
                 f"{len(fields)} fields, and the header has {len(header)}")
         elif fields:
-            row: dict = dict(zip(header, fields)) | dict.fromkeys(header[len(fields):])
+            row: dict = dict(zip_longest(header, fields))  # missing fields become None
             row.pop("", None)  # a column without a name: an index, or commas at the end of lines
             yield row
 
@@ -849,10 +850,11 @@ def write_pairs(path, rows: Iterable[dict], columns: tuple[str, ...] = PAIR) -> 
     return writer.total
 
 
-def refuse_empty(rows: int, inputs: list[str], problems: Problems) -> None:
+def refuse_empty(rows: int, inputs: list[str], problems: Problems | None = None) -> None:
     """Raise ValueError if there is nothing to write."""
     if not rows:
-        problems.warn()
+        if problems:
+            problems.warn()
         names = ", ".join(map(str, inputs))
         raise ValueError(f"{names}: no row can be used, and nothing was written")
 
@@ -1058,6 +1060,7 @@ def make_demo(seed: int = 0) -> tuple[list[tuple[str, str]], list[tuple[str, str
     train, valid = [], []
     for i, (wordings, answer) in enumerate(demo_facts()):
         for j, wording in enumerate(wordings):
+            # not "你好，你好": no opening with which the wording begins; the empty one stays
             openings = [o for o in OPENINGS if not wording.startswith(o.rstrip("，") or " ")]
             if j == i % len(wordings):
                 valid.append((rng.choice(openings) + wording, answer))
@@ -1092,9 +1095,9 @@ MIN_CHARS = 5  # of a response, by default
 
 def drop_controls(text: str) -> str:
     """Line ends become \\n; other control characters, zero-width marks, lone surrogates go."""
-    text = text.replace("\r\n", "\n").replace("\r", "\n").replace("\u2028", "\n")
-    text = text.replace("\u2029", "\n").replace("\x0b", " ").replace("\x0c", " ")
-    return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200b\u200e\u200f\u202a-\u202e\u2060\ufeff"
+    text = re.sub("\r\n?|[\u2028\u2029]", "\n", text)
+    text = re.sub("[\x0b\x0c]", " ", text)
+    return re.sub(r"[\x00-\x08\x0e-\x1f\x7f-\x9f\u200b\u200e\u200f\u202a-\u202e\u2060\ufeff"
                   r"\ud800-\udfff]", "", text)
 
 
@@ -1157,7 +1160,7 @@ def clean_pair(prompt, response, min_chars: int, max_chars: int,
     """The cleaned pair, or the reason why it is dropped. verbatim: do not change the response."""
     if not isinstance(prompt, str) or not isinstance(response, str):
         return "a field is missing or not text"
-    if max(len(prompt), len(response)) > 100 * max_chars:
+    if max(len(prompt), len(response)) > 100 * max_chars:  # no rule shortens it enough
         return f"over {max_chars} characters"
     prompt, response = clean_text(prompt), drop_controls(response)
     if not verbatim:
@@ -1193,6 +1196,11 @@ def joined(first, second) -> str | None:
     if not isinstance(first, str) or not isinstance(second or "", str):
         return None
     return first if not second or dice(first, second) >= 0.9 else f"{first}\n{second}"
+
+
+def from_columns(first: str, second: str, response: str) -> Callable:
+    """A function for a source whose prompt is in two columns."""
+    return lambda row: (joined(row.get(first), row.get(second)), row.get(response))
 
 
 def from_webtext(row: dict):
@@ -1308,29 +1316,31 @@ class Source(NamedTuple):
     fields: tuple[tuple[str, ...], ...]
     verbatim: bool = False  # do not change responses, however short
 
+    @property
+    def has_conversations(self) -> bool:
+        return CONVERSATION[0] in self.fields
+
     def fits(self, row: dict) -> bool:
         return any(set(names) <= row.keys() for names in self.fields)
 
     def needs(self) -> str:
         """"instruction and output, or title, content and star" """
-        return ", or ".join(" and ".join(shown(names).rsplit(", ", 1)) for names in self.fields)
+        forms = [" and ".join(list_columns(names).rsplit(", ", 1)) for names in self.fields]
+        return ", or ".join(forms)
 
 
 CONVERSATION = tuple((column,) for column in TURNS)
 SOURCES = {
     "webtext2019zh": Source(from_webtext, (("title", "content", "star"),)),
-    "baike_qa2019": Source(lambda row: (joined(row.get("title"), row.get("desc")),
-                                        row.get("answer")), (("title", "answer"),)),
-    "chinese_medical": Source(lambda row: (joined(row.get("title"), row.get("ask")),
-                                           row.get("answer")), (("title", "answer"),)),
+    "baike_qa2019": Source(from_columns("title", "desc", "answer"), (("title", "answer"),)),
+    "chinese_medical": Source(from_columns("title", "ask", "answer"), (("title", "answer"),)),
     "zhihu_kol": Source(lambda row: (row.get("INSTRUCTION"), row.get("RESPONSE")),
                         (("INSTRUCTION", "RESPONSE"),)),
     "belle": Source(from_belle, (("instruction", "output"), ("input", "output"),
                                  ("input", "target"), CONVERSATION[0])),
     "sharegpt": Source(from_belle, CONVERSATION),
     "wiki": Source(from_wiki, (("title", "text"),)),
-    "alpaca": Source(lambda row: (joined(row.get("instruction"), row.get("input")),
-                                  row.get("output")), (("instruction", "output"),)),
+    "alpaca": Source(from_columns("instruction", "input", "output"), (("instruction", "output"),)),
     "duie": Source(from_duie, (("text", "spo_list"),), verbatim=True),
     "preference": Source(from_preference, (PREFERENCE, ("prompt", "chosen", "reject"))),
 }
@@ -1341,7 +1351,7 @@ def read_wiki(f, bad: Callable) -> Iterator[dict]:
     </doc>, a line of JSON, or "title:", the text and a blank line."""
     head = f.peek(1 << 16)
     is_tagged = "<doc " in head or head.lstrip().startswith("{")
-    return (tagged_entries if is_tagged else titled_entries)(f, bad)
+    return tagged_entries(f, bad) if is_tagged else titled_entries(f, bad)
 
 
 def titled_entries(lines: Iterable[str], bad: Callable) -> Iterator[dict]:
@@ -1459,7 +1469,7 @@ class Cleaner:
         if not any(map(self.source.fits, rows)):
             hint = " (name them with --prompt_field and --response_field)"
             raise ValueError(f"{path}: {self.name} needs {self.source.needs()}; found "
-                             f"{shown(rows[0])}{hint if self.name == 'pairs' else ''}")
+                             f"{list_columns(rows[0])}{hint if self.name == 'pairs' else ''}")
 
     def clean_rows(self, job: tuple[Path, int, list[dict]]) -> tuple[list, list, list]:
         """job: a file, the number of its first row, and rows. Returns three lists: the cleaned
@@ -1470,7 +1480,7 @@ class Cleaner:
             where = f"{path}, row {i:,}"
             has_turns = self.turns > 1 and is_conversation(row)
             pairs = self.split_turns(row) if has_turns else [(source.convert(row), False)]
-            roles = [role for role, _ in turns_of(row) if CONVERSATION[0] in source.fields]
+            roles = [role for role, _ in turns_of(row)] if source.has_conversations else []
             if roles[:1] == ["system"]:
                 left_out.append(("system turn, left out", where))
             if not isinstance(pairs[0][0], str) and ROLES.get(roles[-1] if roles else "") == "user":
@@ -1528,6 +1538,7 @@ class Cleaner:
                 pairs.append(((question, answer), False))  # clean_texts drops and counts it
                 history = []
                 continue
+            # turns > 1 here: the last turns - 1 questions and answers, then this question
             whole = asked = [*history[2 - 2 * self.turns:], question]
             while len(asked) > 1 and len(SEP.join(asked)) > self.max_chars:
                 asked = asked[2:]
@@ -1563,13 +1574,13 @@ def clean(inputs: list[str], source: str, out: str, fields: tuple[str, ...], min
     problems = Problems(files)
     if to_simplified:
         opencc()  # fails early
-    if turns > 1 and CONVERSATION[0] not in cleaner.source.fields:
+    if turns > 1 and not cleaner.source.has_conversations:
         raise ValueError("--turns is for sources with conversations: belle and sharegpt")
 
     def jobs() -> Iterator[tuple[Path, int, list[dict]]]:
         for path in files:
             first = 1
-            raw = read_file(path, problems, is_only=len(files) == 1,
+            raw = read_file(path, problems, skip=True, is_only=len(files) == 1,
                             parse=PARSERS.get((source, file_kind(path))))
             for rows in batches(raw, CLEAN_CHARS, row_chars):
                 if first == 1:
@@ -1604,7 +1615,7 @@ def clean(inputs: list[str], source: str, out: str, fields: tuple[str, ...], min
 # --- dedup ----------------------------------------------------------------------------------------
 
 SHINGLE, BINS = 5, 128  # characters per shingle, values per signature
-EMPTY_BIN, FACTOR = np.uint32(0xFFFFFFFF), 0x9E3779B97F4A7C15
+EMPTY_BIN, HASH_FACTOR = np.uint32(0xFFFFFFFF), 0x9E3779B97F4A7C15
 # 64 permutations of the bins: from which bin an empty one copies
 DONORS = np.random.default_rng(1).permuted(np.tile(np.arange(BINS), (64, 1)), axis=1)
 BATCH_CHARS = 1 << 18  # texts are compared in batches of about this many characters
@@ -1618,6 +1629,11 @@ def to_codepoints(text: str) -> np.ndarray:
     codes = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype="<u4")
     surrogate = codes - np.uint32(0xD800) < 0x800
     return np.where(surrogate, np.uint32(0xFFFD), codes) if surrogate.any() else codes
+
+
+def round_up(n: Any, multiple: int) -> Any:
+    """The next multiple that is at least n, a number or an array: 17, 8 -> 24"""
+    return -(-n // multiple) * multiple
 
 
 def joined_ranges(begins: np.ndarray, sizes: np.ndarray) -> np.ndarray:
@@ -1652,7 +1668,7 @@ def shingles(texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
     sizes = gaps[:, 0] - begins
     counts = np.where(sizes > 0, np.maximum(sizes - SHINGLE + 1, 1), 0)
     # a polynomial in the factor, of the 5 characters from each position on
-    factor, square = np.uint64(FACTOR), np.uint64(FACTOR * FACTOR % 2 ** 64)
+    factor, square = np.uint64(HASH_FACTOR), np.uint64(HASH_FACTOR ** 2 % 2 ** 64)
     pair = codes[:-1] * factor + codes[1:]
     hashes = (pair[:-3] * square + pair[2:-1]) * factor + codes[4:]
     hashes = hashes[joined_ranges(begins, counts)]
@@ -1705,7 +1721,7 @@ def sketch(texts: list[str], bands: int, rows: int) -> tuple[np.ndarray, np.ndar
     signatures, counts = minhash(texts)
     keys = np.zeros((len(texts), bands), dtype=np.uint64)
     for i in range(rows):  # band k has the values k, k + bands, k + 2 bands, ...
-        keys = (keys ^ signatures[:, i * bands:(i + 1) * bands]) * np.uint64(FACTOR)
+        keys = (keys ^ signatures[:, i * bands:(i + 1) * bands]) * np.uint64(HASH_FACTOR)
         keys ^= keys >> np.uint64(32)
     keys[counts == 0] = exact[counts == 0, None]  # no shingles: only an equal text matches
     return exact, keys.T.astype(np.uint32)
@@ -1788,8 +1804,8 @@ def jaccard(left: list[np.ndarray], right: list[np.ndarray]) -> np.ndarray:
     return common / (sizes - common)
 
 
-def find_duplicates(items: Iterable, text_of: Callable, threshold: float = 0.85,
-                    against: Sequence[str] = (), workers: int = 1) -> Iterator[tuple[Any, str]]:
+def find_duplicates(items: Iterable, text_of: Callable, threshold: float,
+                    against: Sequence[str], workers: int) -> Iterator[tuple[Any, str]]:
     """Yield every item with "" if it stays, else the reason: its text equals an earlier one, or has
     at least the Jaccard similarity `threshold` to an earlier one that stays. MinHash finds
     candidates, and their exact similarity decides. The texts of `against` come before all items.
@@ -1838,8 +1854,7 @@ def compare(jobs: Iterable[list[tuple[str, Any]]], first: np.ndarray, later: np.
             near = (similar >= threshold).tolist()
             for i, j in compress(zip(left, right), near):  # by j, so keep[i] is final
                 keep[j] &= ~keep[i]
-        for i in [i for i in sets if last_use[i] < end or not keep[i]]:
-            del sets[i]
+        sets = {i: found for i, found in sets.items() if last_use[i] >= end and keep[i]}
         reasons = np.select([keep[begin:end], first[begin:end]], ["", NEAR], EQUAL).tolist()
         yield from ((item, reason) for (_, item), reason in zip(batch, reasons))
         begin = end
@@ -1863,7 +1878,7 @@ def pair_rows(paths: list[str], outputs: list[Path], made_of: str) -> Rows:
     rows.columns = PREFERENCE if set(PREFERENCE) <= set(columns) else PAIR
     others = [column for column in columns if column not in rows.columns]
     if others and set(rows.columns) <= set(columns):
-        note_once(f"note: only {', '.join(rows.columns)} are kept, not {shown(others)}")
+        note_once(f"note: only {', '.join(rows.columns)} are kept, not {list_columns(others)}")
     return rows
 
 
@@ -1985,7 +2000,7 @@ def open_parquet(path, columns: tuple[str, ...]):
     names = file.schema_arrow.names
     for column in columns:
         if column not in names:
-            raise ValueError(f"{path} has no column {column!r}; it has {shown(names)}")
+            raise ValueError(f"{path} has no column {column!r}; it has {list_columns(names)}")
         if names.count(column) > 1:
             raise ValueError(f"{path} has the column {column!r} twice")
         kind = file.schema_arrow.field(column).type
@@ -2038,7 +2053,8 @@ def read_slice(piece: Slice, columns: tuple[str, ...]):
                                            columns=list(columns), use_threads=False)
     taken, end = [], piece.begin + piece.rows
     while at < end and (batch := next(batches, None)) is not None:
-        taken += [batch] if at >= piece.begin else []
+        if at >= piece.begin:
+            taken.append(batch)
         at += len(batch)
     readers.clear()  # one is enough: slices of a row group are read in order
     readers[key] = at, batches
@@ -2071,8 +2087,8 @@ def read_window(job: tuple[list[Slice], list[int]], columns: tuple[str, ...], to
     texts = pa.concat_tables(tables).columns
     ids = [tokenize_column(column, tokenizer, max_len) for column in texts]
     lengths = np.stack([np.diff(offsets) for _, offsets in ids], axis=1)
-    rounded = -(-lengths // round_to) * round_to
-    plan = plan_batches(rounded, micro_batch_tokens, np.random.default_rng(seed))
+    plan = plan_batches(round_up(lengths, round_to), micro_batch_tokens,
+                        np.random.default_rng(seed))
     return Window(ids, np.concatenate(numbers), plan, unusable)
 
 
@@ -2105,8 +2121,8 @@ def plan_batches(lengths: np.ndarray, budget: int, rng: np.random.Generator) -> 
           |  . .  |- . -
           +------------- S
     """
-    found, halves = [], [rng.permutation(len(lengths))] if len(lengths) else []
-    while halves:
+    found, halves = [], [rng.permutation(len(lengths))]
+    while halves and len(lengths):
         rows = halves.pop()
         if len(rows) * lengths[rows].max(0).sum() <= budget:
             found.append(rows)
@@ -2126,6 +2142,7 @@ def cut_rows(rows: np.ndarray, lengths: np.ndarray, budget: int) -> tuple[np.nda
         cost = np.zeros(len(below))
         for count, widest in ((below, from_left), (below[::-1], from_right)):
             cells = widest.sum(1)
+            # padded cells, and 0.3 of a full batch for every batch that this half needs
             cost += count * cells + 0.3 * budget * -(-count // (budget // cells))
         least = np.flatnonzero(cost == cost.min())
         at = least[np.abs(least - len(rows) // 2).argmin()]  # of equal ones the most even
@@ -2142,7 +2159,8 @@ def slice_row_groups(files: list[str], columns: tuple[str, ...]) -> list[list[Sl
         for g in range(file.num_row_groups):
             rows = file.metadata.row_group(g).num_rows
             share = max(rows / WINDOW_ROWS, text_bytes(file, g, columns) / WINDOW_BYTES)
-            step = -(-rows // max(1, math.ceil(share) * SLICE_ROWS)) * SLICE_ROWS or 1
+            parts = max(1, math.ceil(share))
+            step = max(1, math.ceil(rows / parts / SLICE_ROWS)) * SLICE_ROWS
             slices = []
             for at in range(0, rows, step):
                 n = min(step, rows - at)
@@ -2192,7 +2210,7 @@ class PairStream:
         files = [str(f) for f in ([files] if isinstance(files, (str, Path)) else files)]
         if max_len < 1:
             raise ValueError(f"max_len is {max_len}, and must be at least 1")
-        if micro_batch_tokens < len(columns) * -(-max_len // round_to) * round_to:
+        if micro_batch_tokens < len(columns) * round_up(max_len, round_to):
             raise ValueError(f"micro_batch_tokens {micro_batch_tokens} cannot hold one row of "
                              f"{len(columns)} x max_len {max_len} tokens")
         if not 0 <= rank < world_size:
@@ -2249,9 +2267,10 @@ class PairStream:
         jobs = self.jobs(epoch, window)
         if not self.workers:
             yield from map(self.read, jobs)
+            return
         first = next(jobs)
         self.pool = ParallelMap(self.read, jobs, self.workers)
-        yield self.read(first)  # here: the workers are still starting
+        yield self.read(first)  # in this process, while the workers start
         yield from self.pool
 
     def window(self, epoch: int, window: int) -> Window:
@@ -2267,7 +2286,7 @@ class PairStream:
         except ChildProcessError:
             if not (self.pool and self.pool.is_terminated()):
                 raise
-            # by a SIGTERM to all processes of a run, which asks this one to save and stop
+            # a SIGTERM to all processes of a run asks this one to save and stop
             note_once("note: the background processes were terminated; from now on this process "
                       "tokenizes alone")
             self.close()
@@ -2311,8 +2330,7 @@ class PairStream:
         arrays: dict[str, np.ndarray] = {}
         for name, (ids, offsets) in zip(self.names, window.columns):
             lengths = offsets[rows + 1] - offsets[rows]
-            width = -(-lengths.max() // self.round_to) * self.round_to
-            inside = np.arange(width) < lengths[:, None]
+            inside = np.arange(round_up(lengths.max(), self.round_to)) < lengths[:, None]
             arrays[name] = np.full(inside.shape, IGNORED if arrays else PAD)
             arrays[name][inside] = ids[joined_ranges(offsets[rows], lengths)]
             arrays.setdefault("attention_mask", inside)
@@ -2490,7 +2508,7 @@ class ArgumentParser(argparse.ArgumentParser):
         for action in self._actions:  # an empty value may be a shell variable that is not set
             value = getattr(found, action.dest, None)
             is_empty = "" in (value if isinstance(value, list) else [value])
-            if is_empty and action.dest not in ("prompt", "freeze"):
+            if is_empty and action.dest not in ("prompt", "freeze"):  # where it has a meaning
                 self.error(f"{'/'.join(action.option_strings) or action.dest} is empty")
         return found, rest
 
@@ -2645,8 +2663,10 @@ def parse_args() -> argparse.Namespace:
 
     add, _ = command("split", "write train.parquet, valid.parquet and test.parquet, by a hash of "
                      "the prompt", "DIR")
-    add("--valid", type=number(float, 0, 1), default=0.01, help="share of the pairs, 0 to 1")
-    add("--test", type=number(float, 0, 1), default=0.0, help="share of the pairs, 0 to 1")
+    add("--valid", type=number(float, 0, 1), default=0.01,
+        help="share of the pairs that go to valid.parquet, 0 to 1")
+    add("--test", type=number(float, 0, 1), default=0.0,
+        help="share of the pairs that go to test.parquet, 0 to 1")
 
     add, _ = command("stats", "rows, characters, lengths and tokens")
     add("--tokenizer", metavar="DIR", help="also count tokens of the tokenizer in this folder")

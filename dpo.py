@@ -14,8 +14,8 @@ the model that training starts from, the reference:
 log pi(y|x) is the sum of the answer's token log-probabilities. At the start the model is the
 reference, so h = 0 and L = log 2 = 0.693. For example, with beta 0.1, when y_w has become e^3 times
 as likely and y_l e^-2 times: h = 3 + 2 = 5, sigmoid(0.5) = 0.62 and L = 0.47. The gradient,
-beta * sigmoid(-beta * h), gets smaller as h grows: well separated pairs matter less. So a high beta
-keeps the model close to the reference.
+beta * sigmoid(-beta * h), gets smaller as h grows: well separated pairs matter less. With a higher
+beta it vanishes at a smaller h, so the model stays closer to the reference.
 
     prompt ---- encoder ---- encoded -+- decoder(chosen)   -> log pi(y_w|x) -+
                              (once)   |                                      +- h -> loss
@@ -25,8 +25,8 @@ The loop is train.py's, with another objective. The reference's log-probabilitie
 they are computed once, before the first step, and stored: no second model is ever in memory.
 
 The log shows the margin (the mean of beta * h), the accuracy (the share of pairs with h > 0) and
-log_ratio (the mean of log pi(y|x) / ref(y|x): far below 0, the model has moved away from both
-answers).
+log_ratio (the mean of log pi(y|x) / ref(y|x); far below 0, both answers have become unlikely).
+
 Try next: plot chosen_logp and rejected_logp. Only their difference is trained, so both may fall;
 --sft_alpha 1 keeps the chosen answers likely.
 
@@ -53,7 +53,7 @@ import train
 from chatlm import (
     ADAPTER_FILES,
     ChatLM,
-    adapter_base,
+    adapter_base_hash,
     load_adapter,
     merge_lora,
     write_tensors,
@@ -132,7 +132,7 @@ class Settings(train.Settings):
 
     script: ClassVar[str] = "dpo.py"
     columns: ClassVar[tuple[str, ...]] = COLUMNS
-    without: ClassVar[tuple[str, ...]] = ("preset", "vocab_size", "bleu_every")
+    no_flags: ClassVar[tuple[str, ...]] = ("preset", "vocab_size", "bleu_every")
     cpu_batch_tokens: ClassVar[int] = 2 * train.CPU_BATCH_TOKENS  # a row has two answers
 
     def default_lr(self) -> float:
@@ -207,7 +207,7 @@ class Preference(train.Objective):
         return (mean * pairs, pairs, margins.sum(), (margins > 0).sum(), chosen.sum(),
                 rejected.sum(), log_ratio.sum())
 
-    def report(self, state: train.State, report: train.Report) -> None:
+    def report_results(self, state: train.State, report: train.Report) -> None:
         s = self.settings
         print(f"finished: {s.out_dir} ({state.step:,} steps, {data.duration(state.elapsed_s)}); "
               "loss.svg in it is the curve")
@@ -243,7 +243,9 @@ def find_triples(paths: Sequence[str], ranks: train.Ranks, out_dir: Path) -> lis
             if ranks.is_main and not Path(target).is_file():
                 rows = Rows(path, COLUMNS, outputs=[out_dir])
                 written = data.write_pairs(target, rows, COLUMNS)
-                data.refuse_empty(written, [path], data.Problems())
+                if not written:
+                    Path(target).unlink()  # or the next run would take it
+                data.refuse_empty(written, [path])
             ranks.barrier()
             ranks.check(Path(target).is_file(), f"{target} is not on this machine: --out_dir "
                         f"{train.MUST_BE_SHARED}")
@@ -304,7 +306,7 @@ def reject(argv: list[str]) -> None:
         if candidates and row["prompt"].strip() and row["response"].strip():
             worst = min(candidates, key=lambda a: sample.bleu4([a], [row["response"]]))
             triples.append({"prompt": row["prompt"], "chosen": row["response"], "rejected": worst})
-    data.refuse_empty(len(triples), [args.data], data.Problems())
+    data.refuse_empty(len(triples), [args.data])
     data.write_pairs(args.out, triples, COLUMNS)
     print(f"{args.out}: {len(triples):,} triples; {len(rows) - len(triples):,} rows dropped, "
           "because of an empty prompt or response, or no answer that differs from the response")
@@ -344,7 +346,7 @@ def merge(argv: list[str]) -> None:
     tokenizer = Tokenizer.from_pretrained(args.model)
     model = ChatLM.from_pretrained(args.model)
     load_adapter(model, Path(args.adapter))
-    base_hash = adapter_base(Path(args.adapter))
+    base_hash = adapter_base_hash(Path(args.adapter))
     if base_hash and base_hash != train.hash_weights(
             ChatLM.from_pretrained(args.model, torch.float32)):  # as training loads it
         note_once(f"warning: {args.adapter} was trained on other weights than those of "

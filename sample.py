@@ -78,19 +78,22 @@ from data import (
     Rows,
     hash_files,
     input_files,
+    list_columns,
     locked,
     memory_hint,
     note_once,
     number,
     read_json,
     run,
-    shown,
     write_errors,
     write_file,
 )
 from tokenizer import Tokenizer
 
 # --- the decoder, one token at a time -------------------------------------------------------------
+
+EAGER_STEPS = 9  # steps before a CUDA graph is captured, which pays only if more follow
+
 
 class StepGraph(NamedTuple):
     """A captured step, its input and its output."""
@@ -127,7 +130,7 @@ class Decoder:
         self.model, self.heads = model, (c.num_heads, c.d_kv)
         self.static = weight.is_cuda if static is None else static
         self.products = getattr(model, "packed", None) or Products(model)
-        # by number of rows: steps on this cache and these sources, and the graph
+        # by number of rows: steps since the cache or the sources changed, and the graph
         self.step_counts: Counter = Counter()
         self.graphs: dict[int, StepGraph] = {}
         self.stream: torch.cuda.Stream | None = None  # of captures
@@ -165,7 +168,8 @@ class Decoder:
                     self.sources[2 * i + j, :, :, :length] = x
         # what is masked must be finite, too: 0 * NaN is NaN
         self.sources[..., length:, :], self.mask[..., length:] = 0, lowest
-        self.mask[..., :length] = mask.double().clamp(min=lowest)  # bfloat16 ends before float32
+        # float32's lowest number would be -inf in bfloat16
+        self.mask[..., :length] = mask.double().clamp(min=lowest)
         self.rows, self.length = len(input_ids) * rows_per_source, 0
         if self.rows > self.cache.size(1):
             layers, _, heads, _, width = self.cache.shape
@@ -175,8 +179,8 @@ class Decoder:
             self.masked_bias.fill_(lowest)
 
     def grow_cache(self, rows: int, length: int) -> None:
-        """Make room for so many rows and positions: a power of two, at least 32; with static at
-        least 320, because empty positions cost less than another graph."""
+        """Make room for so many rows, and for positions: the next power of two, or 32 if that is
+        more; 320 with static, because empty positions cost less than another graph."""
         old = self.cache
         least = 320 if self.static else 32
         capacity = max(least, old.size(3), 1 << (length - 1).bit_length())
@@ -204,7 +208,7 @@ class Decoder:
             return self.forward(ids, bias)
         self.masked_bias[..., :self.length] = bias
         self.step_counts[self.rows] += 1
-        if ids.is_cuda and self.step_counts[self.rows] > 9 and self.can_capture:
+        if ids.is_cuda and self.step_counts[self.rows] > EAGER_STEPS and self.can_capture:
             return self.replay(ids)
         return self.forward(ids, self.masked_bias)
 
@@ -228,7 +232,7 @@ class Decoder:
     def capture(self, ids: Tensor) -> StepGraph:
         """Record the kernels of a step as a CUDA graph, without running them."""
         graph, current = torch.cuda.CUDAGraph(), torch.cuda.current_stream(ids.device)
-        if self.stream is None:  # cuBLAS's memory belongs to a stream, and goes with its graphs
+        if self.stream is None:  # one for all captures: cuBLAS has a workspace per stream
             self.stream = torch.cuda.Stream(ids.device)
         # the outer stream() restores the current stream even if the capture fails;
         # thread_local: other threads, such as TensorBoard's, may use the GPU meanwhile
@@ -284,7 +288,7 @@ class Decoder:
 
 # --- strategies -----------------------------------------------------------------------------------
 
-FINISHED = -1e9  # added to the score of a beam that may not go on: finite, as in transformers
+IMPOSSIBLE = -1e9  # the score of a beam that may not be chosen: finite, as in transformers
 # options of transformers that change answers and that we do not have; None, 0, 1 and [] are off
 UNSUPPORTED = """
     max_length min_length min_p typical_p epsilon_cutoff eta_cutoff suppress_tokens bad_words_ids
@@ -308,12 +312,14 @@ class GenerationConfig:
     temperature: float = option(1.0, "sampling: below 1 likely tokens become likelier; 0: greedy",
                                 1e-3, 1e3)
     top_k: int = option(0, "sampling: only from the k likeliest tokens; 0: from all", 0, 1 << 31)
-    top_p: float = option(1.0, "sampling: only from the likeliest tokens with this probability "
-                          "together")
+    top_p: float = option(1.0, "sampling: only from the likeliest tokens whose probabilities add "
+                          "up to p")
     num_beams: int = option(1, "beams of a beam search; 1: none", 1, 1000)
     length_penalty: float = option(1.0, "beam search: above 0 favors longer answers", -100, 100)
     early_stopping: bool | str = option(False, "beam search: true: stop when num_beams answers "
-                                        "have ended; never: when none can become better")
+                                        "have ended; false: when the best running beam scores "
+                                        "less, at its present length; never: when none can become "
+                                        "better")
     penalty_alpha: float = option(0.0, "above 0, with --top_k: contrastive search, likely tokens "
                                   "that are unlike earlier ones", 0, 1)
     repetition_penalty: float = option(1.0, "above 1: tokens that occurred become less likely",
@@ -420,7 +426,7 @@ def generate(model: ChatLM, input_ids: Tensor, attention_mask: Tensor | None = N
                 input_ids = input_ids.repeat_interleave(n, 0)
                 if attention_mask is not None:
                     attention_mask = attention_mask.repeat_interleave(n, 0)
-            ids = deque(steps(model, input_ids, attention_mask, config), maxlen=1)[0]
+            *_, ids = deque(steps(model, input_ids, attention_mask, config), maxlen=1)
     return ids.clone()  # an ordinary tensor, usable outside of inference mode
 
 
@@ -490,9 +496,9 @@ class Beams:
         self.running = input_ids.new_full((prompts, n, config.max_new_tokens + 1), eos)
         self.running[:, :, 0] = start
         self.scores = torch.zeros(prompts, n, device=device)
-        self.scores[:, 1:] = FINISHED  # all beams are equal at first: go on from one
+        self.scores[:, 1:] = IMPOSSIBLE  # all beams are equal at first: go on from one
         self.ended = self.running.clone()
-        self.ended_scores = torch.full((prompts, n), FINISHED, device=device)
+        self.ended_scores = torch.full((prompts, n), IMPOSSIBLE, device=device)
         self.is_ended = torch.zeros(prompts, n, dtype=torch.bool, device=device)
 
     def extend(self, scores: Tensor, length: int) -> Tensor:
@@ -514,14 +520,14 @@ class Beams:
         continued = take_rows(self.running, beam)
         continued[:, :, length] = token
         stops = token == self.eos if length < limit else torch.ones_like(token, dtype=torch.bool)
-        self.scores, kept = (best + stops * FINISHED).topk(n)
+        self.scores, kept = (best + stops * IMPOSSIBLE).topk(n)
         self.running = take_rows(continued, kept)
         first = n * torch.arange(prompts, device=beam.device)[:, None]
         source = (beam.gather(1, kept) + first).flatten()
         ends = stops & (torch.arange(2 * n, device=beam.device) < n)
         full = self.is_ended.all(1, keepdim=True) & (config.early_stopping is True)
         weighted = best / length ** config.length_penalty
-        weighted = weighted + (full.float() + (~ends).float()) * FINISHED
+        weighted = weighted + (full.float() + (~ends).float()) * IMPOSSIBLE
         self.ended_scores, kept = torch.cat([self.ended_scores, weighted], 1).topk(n)
         self.ended = take_rows(torch.cat([self.ended, continued], 1), kept)
         self.is_ended = torch.cat([self.is_ended, ends], 1).gather(1, kept)
@@ -529,14 +535,15 @@ class Beams:
 
     def unfinished(self, length: int) -> list[int]:
         """The prompts that go on. As in transformers, a prompt is done if N hypotheses have ended,
-        and early_stopping is True or no running one can beat the worst of them. A running one can
-        reach its score at this length; with "never" and a positive penalty, at the greatest."""
+        and early_stopping is True or no running one can beat the worst of them. The score of a
+        running one is that at its present length; with "never" and a positive length_penalty, at
+        the greatest length."""
         config, limit = self.config, self.config.max_new_tokens
         if length == limit:
             return []
         is_far = config.early_stopping == "never" and config.length_penalty > 0
         best = self.scores[:, :1] / (limit if is_far else length) ** config.length_penalty
-        worst = torch.where(self.is_ended, self.ended_scores.min(1, keepdim=True)[0], FINISHED)
+        worst = torch.where(self.is_ended, self.ended_scores.min(1, keepdim=True)[0], IMPOSSIBLE)
         is_full = self.is_ended.all(1) & (config.early_stopping is True)
         going = (best > worst).any(1) & ~is_full
         return [i for i, goes_on in enumerate(going.tolist()) if goes_on]  # the only sync
@@ -557,7 +564,7 @@ def beam_search(model: ChatLM, input_ids: Tensor, attention_mask: Tensor | None,
     c, n = model.config, config.num_beams
     decoder = Decoder(model, input_ids, attention_mask, rows_per_source=n)
     beams = Beams(input_ids, config, c.decoder_start_token_id, c.eos_token_id)
-    prompts = list(range(len(input_ids)))  # the decoder's
+    prompts = list(range(len(input_ids)))  # of the decoder's sources
     results: dict[int, Tensor] = {}  # of those that are done
     for length in range(1, config.max_new_tokens + 1):
         ids = beams.running[:, :, :length].flatten(0, 1)  # (P * N, length)
@@ -568,9 +575,10 @@ def beam_search(model: ChatLM, input_ids: Tensor, attention_mask: Tensor | None,
         for i, prompt in enumerate(prompts):
             if i not in unfinished:
                 results.setdefault(prompt, beams.ended[i, :config.num_return_sequences])
-        going, alive = [i for i in unfinished if prompts[i] not in results], None
+        going = [i for i in unfinished if prompts[i] not in results]
         if not going:
             break
+        alive = None  # the sources that stay, if some are dropped
         if decoder.should_drop_rows(n * len(going)):
             prompts = [prompts[i] for i in going]
             alive = torch.tensor(going, device=ids.device)
@@ -889,7 +897,7 @@ def pack(model: ChatLM, dtype: torch.dtype | None = None) -> None:
 # --- text in, text out ----------------------------------------------------------------------------
 
 
-def batches(rows: list, size: int, progress: Progress) -> Iterator[list]:
+def in_batches(rows: list, size: int, progress: Progress) -> Iterator[list]:
     """Parts of `size` rows. Shows the progress."""
     for begin in range(0, len(rows), size):
         part = rows[begin:begin + size]
@@ -920,7 +928,7 @@ def answer(model: ChatLM, tokenizer: Tokenizer, prompts: list[str], batch_size: 
     per_prompt = options.get("num_return_sequences", 1)
     answers = [""] * (len(prompts) * per_prompt)
     progress = progress or Progress("prompts answered", total=len(prompts))
-    for rows in batches(order, batch_size, progress):
+    for rows in in_batches(order, batch_size, progress):
         texts = [prompts[i] for i in rows]
         batch = to_batch(tokenizer, texts, max_len, model.shared.weight.device)
         for k, ids in enumerate(generate(model, *batch, **options).tolist()):
@@ -974,7 +982,7 @@ def losses(model: ChatLM, tokenizer: Tokenizer, rows: list[dict],
     """Nats, tokens and characters of the responses, each cut to max_len tokens, summed."""
     nats, tokens, chars = 0.0, 0, 0
     device = model.shared.weight.device
-    for part in batches(rows, 16, Progress("losses", total=len(rows))):
+    for part in in_batches(rows, 16, Progress("losses", total=len(rows))):
         batch = to_batch(tokenizer, [row["prompt"] for row in part], max_len, device)
         labels, mask = to_batch(tokenizer, [row["response"] for row in part], max_len, device,
                                 "for the loss, responses")
@@ -1048,7 +1056,7 @@ def score_choices(model: ChatLM, tokenizer: Tokenizer, rows: list[dict[str, str]
     """The numbers of right answers by letter (the likeliest after question and choices) and by text
     (the choice with the highest log-probability per character after the question alone)."""
     by_letter = by_text = 0
-    for part in batches(rows, batch_size, Progress("questions", total=len(rows))):
+    for part in in_batches(rows, batch_size, Progress("questions", total=len(rows))):
         questions = [row["question"] for row in part]
         listed = ["\n".join([row["question"], *(f"{c}. {row[c.lower()]}" for c in CHOICES), "答案："])
                   for row in part]
@@ -1057,10 +1065,9 @@ def score_choices(model: ChatLM, tokenizer: Tokenizer, rows: list[dict[str, str]
         scores = response_logps(model, tokenizer, questions, texts, max_len)
         scores = [score / len(text) for score, text in zip(scores, texts)]
         for i, row in enumerate(part):
-            right = CHOICES.index(row["answer"])
-            four = slice(4 * i, 4 * i + 4)
-            by_letter += letters[four].index(max(letters[four])) == right
-            by_text += scores[four].index(max(scores[four])) == right
+            four, right = range(4 * i, 4 * i + 4), 4 * i + CHOICES.index(row["answer"])
+            by_letter += max(four, key=letters.__getitem__) == right
+            by_text += max(four, key=scores.__getitem__) == right
     return by_letter, by_text
 
 
@@ -1090,7 +1097,7 @@ def score_subjects(model: ChatLM, tokenizer: Tokenizer, files: list[Path], max_l
 def pick_device(name: str | None) -> torch.device:
     """A device by name: "cpu", "cuda" or "cuda:N"; None: a GPU if there is one. A GPU becomes the
     current device. Raises ValueError for a device that is not there."""
-    # segments that grow are shared by blocks of many sizes; read at the first allocation
+    # expandable segments fragment less; torch reads this at its first allocation
     if sys.platform == "linux" and "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:
         os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     try:
@@ -1103,7 +1110,8 @@ def pick_device(name: str | None) -> torch.device:
                 raise RuntimeError(f"this machine has {count} GPUs that torch can use")
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as e:
-        raise ValueError(f"--device {name or 'cuda'}: {str(e).partition(chr(10))[0]}") from None
+        reason = str(e).partition("\n")[0]
+        raise ValueError(f"--device {name or 'cuda'}: {reason}") from None
     if device.type == "cuda":
         torch.cuda.set_device(device)
         # cuDNN's attention has given NaN gradients with a mask, and plans anew for every shape
@@ -1149,7 +1157,7 @@ def read_prompts(rows: Rows) -> Iterator[str]:
         prompt = row.get("prompt", row.get("text"))
         if type(prompt) is not str:
             raise ValueError(f"{rows.place()} has no text in prompt; its columns are "
-                             f"{shown(row)}")
+                             f"{list_columns(row)}")
         if prompt.strip() or row.keys() != {"text"}:
             yield prompt
 
@@ -1373,7 +1381,8 @@ def print_answer(model: ChatLM, tokenizer: Tokenizer, prompt: str, max_len: int,
 # --- server ---------------------------------------------------------------------------------------
 
 MAX_BODY_BYTES = 1 << 20
-STREAMING = {"num_beams": 1, "num_return_sequences": 1, "penalty_alpha": 0.0}  # one path
+# options of --serve, which decodes one answer at a time, token by token
+STREAMING = {"num_beams": 1, "num_return_sequences": 1, "penalty_alpha": 0.0}
 MAX_WAITING = 16  # requests that wait for the model; others are told to come back
 PAGE = """<!doctype html><html lang="zh"><meta charset="utf-8"><title>ChatLM</title>
 <meta name="viewport" content="width=device-width"><style>
@@ -1481,7 +1490,7 @@ def read_messages(messages: Any) -> list[str]:
         raise BadRequest(f"the role {unknown[0]!r} is not supported")
     if set(roles[:-1]) & set(SYSTEM_ROLES):
         note_once("note: system messages have no effect: the model was not trained on them")
-    texts: list[str] = []
+    texts: list[str] = []  # from the end: question, answer, question, ...
     for message in reversed(messages):
         text, role = text_of(message), message.get("role")
         if texts and not (text and role == ROLES[len(texts) % 2]):
@@ -1810,17 +1819,20 @@ REFERENCE_SETTINGS = {"num_beams": 5, "do_sample": True, "top_k": 50, "top_p": 0
 
 
 def early_stopping(text: str) -> bool | str:
-    if text.lower() not in ("true", "false", "never"):
+    choices: dict[str, bool | str] = {"true": True, "false": False, "never": "never"}
+    if text.lower() not in choices:
         raise ValueError(text)
-    return {"true": True, "false": False}.get(text.lower(), "never")
+    return choices[text.lower()]
 
 
 def decoding_options(args: argparse.Namespace, model: ChatLM) -> dict:
     """The fields of GenerationConfig: from flags, else from --reference_settings, else from the
     model's generation_config.json. Prints what has no effect."""
+    def chosen(values: dict) -> dict:
+        return {name: values[name] for name in OPTION_NAMES if values.get(name) is not None}
+
     stored = model.generation
-    options, given = ({name: values[name] for name in OPTION_NAMES if values.get(name) is not None}
-                      for values in (stored, vars(args)))
+    options, given = chosen(stored), chosen(vars(args))
     if args.reference_settings:
         options |= REFERENCE_SETTINGS
     off: tuple = (None, 0, 1, [], {})

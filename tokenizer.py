@@ -24,8 +24,8 @@ Learning, with the three pieces 天气好, 天气 and 好天 as an example:
 
 Ties go to the smaller (left id, right id). The alphabet is the most frequent characters. All others
 are written as their UTF-8 bytes, € as <0xE2> <0x82> <0xAC>, so every text has ids. decode returns
-the text, except that a literal "[EOS]" becomes that special token, which decode leaves out, and
-that --nfkc normalizes.
+the text, with two exceptions: a literal "[EOS]" becomes that special token, which decode leaves
+out, and with --nfkc the text is normalized.
 
     ids   0-6 special tokens | 7-262 bytes | characters, by frequency | merged tokens, as learned
 
@@ -56,6 +56,7 @@ import xxhash
 
 from data import (
     EOS,
+    HASH_FACTOR,
     READABLE,
     ArgumentParser,
     Progress,
@@ -74,6 +75,7 @@ from data import (
 )
 
 SPECIAL_TOKENS = ["[PAD]", "[EOS]", "[SEP]", "[BOS]", "[CLS]", "[MASK]", "[UNK]"]  # ids 0 to 6
+# {"pad_token": "[PAD]", ...}
 SPECIAL_NAMES = {f"{token[1:-1].lower()}_token": token for token in SPECIAL_TOKENS}
 UNK = 6
 BYTE_TOKENS = [f"<0x{b:02X}>" for b in range(256)]  # ids 7 to 262
@@ -120,7 +122,7 @@ class Merger:
         self.ranks = {pair: rank for rank, pair in enumerate(merges)}
         self.merged = np.array(merged, dtype=np.int32)
         pairs = sorted((left << 32 | right, rank) for (left, right), rank in self.ranks.items())
-        pairs.append((2 ** 63 - 1, int(NO_MERGE)))
+        pairs.append((2 ** 63 - 1, int(NO_MERGE)))  # a last one, so that every search finds a place
         self.pairs = np.array([pair for pair, _ in pairs], np.int64)
         self.pair_ranks = np.array([rank for _, rank in pairs], np.int32)
         first = list(range(len(vocab)))  # the first symbol of each token
@@ -173,13 +175,13 @@ class Merger:
         ranks = np.full((len(ids), width - 1), NO_MERGE)  # of each symbol and the next one
         is_pair = inside[:, 1:]
         ranks[is_pair] = self.lookup(ids[:, :-1][is_pair], ids[:, 1:][is_pair])
-        done, rows = ids, np.arange(len(ids))
+        results, rows = ids, np.arange(len(ids))  # results: filled as rows finish
         while True:
             at = ranks.argmin(1)
             rank = ranks[np.arange(len(rows)), at]
             going = np.flatnonzero(rank != NO_MERGE)
             if len(going) < len(rows):
-                done[rows] = ids
+                results[rows] = ids
                 if not len(going):
                     break
                 rows, ids, ranks = rows[going], ids[going], ranks[going]
@@ -196,7 +198,7 @@ class Merger:
             right, left = np.flatnonzero(ids[row, at + 1] >= 0), np.flatnonzero(at)
             row, at = np.concatenate([right, left]), np.concatenate([at[right], at[left] - 1])
             ranks[row, at] = self.lookup(ids[row, at], ids[row, at + 1])
-        symbols[places] = done[inside]
+        symbols[places] = results[inside]
 
     def merge_long(self, symbols: np.ndarray) -> None:
         """Merge one long run in place, O(n log n): a heap of (rank, position), and links between
@@ -208,7 +210,7 @@ class Merger:
         ids.append(-1)  # behind the last one; it is in no pair
         while heap:
             rank, i = heapq.heappop(heap)
-            j = after[i] if ids[i] >= 0 else -1
+            j = after[i] if ids[i] >= 0 else -1  # -1: the entry behind the last one
             if ranks.get((ids[i], ids[j])) != rank:
                 continue  # one of the two has been merged since
             ids[i], ids[j] = int(self.merged[rank]), -1
@@ -304,7 +306,7 @@ class Tokenizer:
         where each text begins."""
         whole = "".join(texts)
         part_begins = text_begins = np.cumsum([0] + [len(text) for text in texts])[:-1]
-        added_at, ids = np.empty((2, 0), dtype=np.int64)  # of added tokens
+        added_at = ids = np.empty(0, dtype=np.int64)  # of added tokens
         if self.nfkc or self.special_pattern.search(whole) or self.other_pattern.search(whole):
             cut = [list(self._cut(text)) for text in texts]
             parts = [part for text in cut for part in text]
@@ -566,8 +568,9 @@ class MergeLearner:
         return True
 
     def next_min_count(self, slots: np.ndarray) -> int | None:
-        """The smallest count that enters the heap this time; None if no pair is left. It at most
-        halves the last one, unless that heap was stale. slots: see count_pairs."""
+        """The smallest count that enters the heap this time; None if no pair is left. At most half
+        of the last one; if the heap was full, at most the last one; if it was stale, any. slots:
+        see count_pairs."""
         ranked = np.sort(slots[slots >= self.min_frequency])
         is_done = self.bound == (-self.min_frequency, self.last_pair) and not self.stale
         if not len(ranked) or is_done:
@@ -696,7 +699,6 @@ class Block(NamedTuple):
 
 
 NO_PIECES = Block(*(np.empty(0, kind) for kind in (np.uint64, np.int32, np.int64, np.uint16)))
-HASH_FACTOR = 0x9E3779B97F4A7C15
 HASH_UNITS = np.random.default_rng(0).integers(0, 1 << 64, size=1 << 16, dtype=np.uint64)
 
 
@@ -843,8 +845,8 @@ def divide_memory(memory_bytes: int, vocab_size: int, workers: int) -> tuple[int
 
 
 class Sample:
-    """The texts whose hash is below a share of all hashes. Its seed is not that of data.py split.
-    """
+    """The texts whose hash is below a share of all hashes. The hash has another seed than that of
+    data.py split: the sample does not depend on the split."""
 
     def __init__(self, texts: Iterable[str], share: float):
         self.texts, self.share, self.chars_read, self.chars_counted = texts, share, 0, 0
@@ -890,9 +892,10 @@ def count_pieces(texts: Iterable[str], vocab_size: int, nfkc: bool, workers: int
 def count_sample(sample: Sample, parts: Iterator[str], max_bytes: float, vocab_size: int,
                  nfkc: bool, workers: int, progress: bool) -> Pieces | None:
     """The pieces of a sample, or None as soon as they do not fit in max_bytes. parts: iter(sample);
-    what is left of it then has not been read."""
+    after None, its rest is unread."""
     pieces, need_bytes, cells_then = Pieces(), 0, 0
     cell_bytes = 12 + id_type(vocab_size).itemsize  # what a new cell takes at most
+    # without a memory limit nothing is sampled: MergeLearner raises ValueError instead
     limit = max_cells(vocab_size) if max_bytes < math.inf else math.inf
     shown = Progress()
     jobs = ((chunk, nfkc) for chunk in batches(parts, LEARNING_CHUNK_CHARS))
@@ -1133,8 +1136,8 @@ def print_stats(tokenizer: Tokenizer, corpus: Texts) -> None:
 def parse_args() -> argparse.Namespace:
     parser = ArgumentParser(description="Train a BPE tokenizer, or measure one.")
     commands = parser.add_subparsers(dest="command", required=True)
-    inputs = (f"files ({READABLE}) or folders of them; of rows with prompt and response these, "
-              "otherwise all text")
+    inputs = (f"files ({READABLE}) or folders of them; from rows with prompt and response these "
+              "two, from others all text")
 
     sub = commands.add_parser("train", help="learn a tokenizer from files of text or pairs")
     add = sub.add_argument

@@ -118,7 +118,8 @@ os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "256")
 
 
 class Objective:
-    """What is trained: ResponseLoss here, Preference in dpo.py."""
+    """The loss of a run, its validation and its final report: ResponseLoss here, Preference in
+    dpo.py."""
     extra: tuple[str, ...] = ()  # names of the extra sums; their means are logged
     shown: tuple[str, ...] = ("loss",)  # in the progress line
 
@@ -158,7 +159,7 @@ class Objective:
         """Scores of answers to held-out prompts, on the first rank."""
         raise NotImplementedError
 
-    def report(self, state: "State", report: "Report") -> None:
+    def report_results(self, state: "State", report: "Report") -> None:
         """Print the results of a finished run, on the first rank."""
 
     def initialize(self, stream: PairStream) -> None:
@@ -379,7 +380,7 @@ class Trainer:
 
     def fail(self) -> None:
         """Raise ValueError: no finite loss, or no finite weights, any more."""
-        last_step = self.state.step - self.bad_in_a_row  # with these weights, the next steps failed
+        last_step = self.state.step - self.bad_in_a_row  # it made these weights; later ones failed
         before = [path for path in list_checkpoints(self.out_dir / "checkpoint")
                   if step_of(path) < last_step]
         kept = f"; resume from an earlier checkpoint with --resume {before[0]}" if before else ""
@@ -414,8 +415,8 @@ class Trainer:
     def save(self, stopping: bool) -> None:
         """Save a checkpoint, then export: a model without a checkpoint could not be resumed.
 
-        After a bad step the weights may be broken, so nothing is saved; when stopping, only a
-        checkpoint is, and older ones stay."""
+        After a bad step the weights may be broken. Then nothing is saved, unless the run stops:
+        then a checkpoint is, nothing is exported, and older checkpoints stay."""
         is_bad = self.bad_in_a_row > 0
         if not self.has_finite_weights() or is_bad and not stopping:
             self.report.say("not saved, because the loss or the weights are not finite")
@@ -446,7 +447,7 @@ def to_device(batch: dict, device: torch.device) -> dict:
 
 class Stop:
     """The first Ctrl-C or SIGTERM asks for an end after the running step; the same one again ends
-    at once. (Some launchers send both.)"""
+    at once. A launcher may send one of each, which is one request."""
 
     DEFAULTS: ClassVar[dict] = {signal.SIGINT: signal.default_int_handler,
                                 signal.SIGTERM: signal.SIG_DFL}
@@ -626,7 +627,7 @@ def keep_freed_memory() -> None:
 
 
 def peak_flops(device: torch.device) -> float:
-    """What one device can do in a second, in dense bfloat16 products; 0 if unknown."""
+    """Peak dense bfloat16 FLOP/s of one device; 0 if unknown."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
     if "Laptop" in name:  # slower chips of the same name
         return 0.0
@@ -678,7 +679,7 @@ class Adafactor(torch.optim.Adafactor):
     It divides the gradient G by the root of a running mean of its squares V. Of V (O, I), only the
     means of rows and columns are kept:
 
-        V ~ row (O, 1) @ col (1, I) / mean(row)         update = G / sqrt(V), at most 1 on average
+        V ~ row (O, 1) @ col (1, I) / mean(row)         update = G / sqrt(V), of RMS 1 at most
 
     The state is torch's, per parameter, so checkpoints fit both.
     """
@@ -746,7 +747,7 @@ class Adafactor(torch.optim.Adafactor):
 def clip_gradient(gradient: Tensor, divisor: Tensor | float, max_norm: float) -> Tensor:
     """Divide the flat gradient (P,) in place, then scale it down if its norm exceeds max_norm.
     Returns the norm before clipping, (), on the device: there is no sync here."""
-    parts = gradient.split(1 << 22)  # rounding of one float32 sum over all would add up
+    parts = gradient.split(1 << 22)  # one float32 sum over all numbers would lose precision
     norm = torch.stack([part.dot(part) for part in parts]).sum().sqrt() / divisor
     gradient.mul_((max_norm / norm).clamp(max=1) / divisor)  # one pass over memory
     return norm
@@ -986,9 +987,9 @@ class Report:
 
 def read_log(path: Path, last_step: int) -> list[str]:
     """The whole lines of log.jsonl up to a step; a power cut may leave half a line."""
-    lines = []
     if not path.exists() or not last_step:
         return []
+    lines = []
     for line in path.read_text("utf-8", "replace").splitlines():
         with contextlib.suppress(ValueError, KeyError, TypeError):
             row = json.loads(line)
@@ -1071,7 +1072,8 @@ class ResponseLoss(Objective):
         """The pairs of --valid on which answers are scored: all of the demo's, else about 200."""
         rows = [row for row in data.Rows(self.settings.valid_files)
                 if row.get("prompt") and row.get("response")]
-        return rows if self.settings.demo else rows[::-(-len(rows) // 200) or 1]
+        step = 1 if self.settings.demo else max(1, math.ceil(len(rows) / 200))
+        return rows[::step]
 
     def score_answers(self, rows: list[dict]) -> tuple[dict, list[str]]:
         """See sample.score."""
@@ -1086,7 +1088,7 @@ class ResponseLoss(Objective):
             return contextlib.nullcontext()
         return torch.compiler.set_stance("force_eager")
 
-    def report(self, state: "State", report: "Report") -> None:
+    def report_results(self, state: "State", report: "Report") -> None:
         """Print scores on held-out pairs, and a few answers."""
         s, answers, references = self.settings, [], []
         parts: dict[str, list[dict]] = {}
@@ -1157,7 +1159,7 @@ BYTES_PER_TOKEN = 4.5  # of Chinese: 3 per character, 1.5 characters per token
 LIMITS = ("max_steps", "epochs", "time_limit")
 PATHS = ("data", "valid", "tokenizer", "init_from")  # may differ between machines
 EARLY = ("out_dir", "resume")  # needed before settings are resolved
-TRAINED = Path("checkpoint", "tokenizer")  # where a new tokenizer is saved
+TOKENIZER_DIR = Path("checkpoint", "tokenizer")  # where a new tokenizer is saved
 DEMO = {"preset": "demo", "micro_batch_tokens": 512, "max_len": 64, "vocab_size": 2048}
 DEMO_STEPS, DEMO_BATCH_TOKENS = 1000, 1024
 
@@ -1178,7 +1180,8 @@ OPTIMIZER: dict[str, Any] = {"help": "muon is for the hidden matrices, with Adam
 @dataclass(frozen=True, kw_only=True)
 class Settings:
     """The settings of a run, and the flags of train.py and dpo.py. They are resolved once, when it
-    starts, and kept in its checkpoints. 0, "", () or None: see choose_defaults, or off."""
+    starts, and kept in its checkpoints. 0, "", () and None mean off, or a default
+    that choose_defaults sets."""
     given: frozenset[str] = frozenset()  # names of the flags in this call
     demo: bool = False
     data_files: tuple[str, ...] = ()
@@ -1257,7 +1260,8 @@ class Settings:
         False, "recompute activations in backward: less memory, a quarter slower",
         action=argparse.BooleanOptionalAction)
     dtype: str = flag(
-        "auto", "of the matrix products; auto: what the device is fast at",
+        "auto", "dtype of the matrix products; auto: bfloat16 if the device has it, else float16 "
+        "on a GPU, float32 on a CPU",
         choices=["auto", "float32", "bfloat16", "float16"])
     compile: bool = flag(False, "torch.compile the model", action=argparse.BooleanOptionalAction)
 
@@ -1277,9 +1281,14 @@ class Settings:
     device: str = flag("", "cpu, cuda or cuda:N (default: a GPU if there is one)")
 
     columns: ClassVar[tuple[str, ...]] = PAIR
-    without: ClassVar[tuple[str, ...]] = ()  # fields that have no flag in this command
+    no_flags: ClassVar[tuple[str, ...]] = ()  # fields that have no flag in this command
     cpu_batch_tokens: ClassVar[int] = CPU_BATCH_TOKENS
     script: ClassVar[str] = "train.py"
+
+    @property
+    def group(self) -> int:
+        """Micro-batches of a step."""
+        return max(1, round(self.batch_tokens / self.micro_batch_tokens))
 
     def stored(self) -> dict:
         """What a checkpoint keeps."""
@@ -1332,8 +1341,8 @@ class Settings:
 def resolve(kind: type[Settings], args: argparse.Namespace, ranks: Ranks,
             saved: dict | None) -> Settings:
     """Decide every setting, the same on every rank: by its flag, else by the checkpoint that the
-    run resumes from, else by default. Raises ValueError for what cannot work, before anything but
-    data (the demo's, or converted triples) is written."""
+    run resumes from, else by default. Raises ValueError before anything is written, except
+    for data (the demo's, or converted triples)."""
     stored = saved["settings"] if saved else {}
     names = {f.name for f in fields(kind)}
     given = {k: v for k, v in vars(args).items() if k in names and v is not None}
@@ -1341,7 +1350,8 @@ def resolve(kind: type[Settings], args: argparse.Namespace, ranks: Ranks,
     if flags & set(LIMITS):  # a new limit replaces the stored one
         stored = stored | dict.fromkeys(LIMITS, 0)
     values = {k: v for k, v in stored.items() if k in names} | given
-    demo = not values.get("data") or stored.get("demo", False) and "data" not in flags
+    resumes_demo = stored.get("demo", False) and "data" not in flags
+    demo = resumes_demo or not values.get("data")
     s = kind(**{**(DEMO if demo else {}), **values, "demo": demo, "given": flags})
     s.check()
     if s.init_from:
@@ -1389,8 +1399,7 @@ def choose_defaults(s: Settings, ranks: Ranks) -> Settings:
         fits = default_micro_batch(s, ranks.device, len(s.columns), ranks.world_size)
         s = replace(s, micro_batch_tokens=min(ranks.all_gather(fits)))
     if not is_given:
-        group = max(1, round(s.batch_tokens / s.micro_batch_tokens))
-        group = -(-group // ranks.world_size) * ranks.world_size  # equal shares
+        group = data.round_up(s.group, ranks.world_size)  # equal shares
         s = replace(s, batch_tokens=group * s.micro_batch_tokens)
     return s
 
@@ -1454,8 +1463,7 @@ def default_micro_batch(s: Settings, device: torch.device, columns: int, ranks: 
     into as few parts as fit; at least one row of max_len tokens in every column. What fits: on a
     CPU 1,280 over all ranks, on a GPU by the free memory. Raises ValueError if that is too little.
     """
-    step = max(1, s.round_to)
-    one_row = columns * -(-s.max_len // step) * step
+    one_row = columns * data.round_up(s.max_len, max(1, s.round_to))
     fits = max(1, CPU_BATCH_TOKENS // ranks)
     if device.type == "cuda":
         if s.init_from:
@@ -1561,7 +1569,7 @@ def find_tokenizer(s: Settings, ranks: Ranks, saved: dict | None) -> Tokenizer:
     out = Path(s.out_dir)
     if saved:
         before = saved["path"].parent.parent
-        folders = [out, out / TRAINED, before, before / TRAINED]
+        folders = [out, out / TOKENIZER_DIR, before, before / TOKENIZER_DIR]
     else:
         folder = train_tokenizer(s, out) if ranks.is_main else None
         folders = [out / ranks.all_gather(folder)[0]]
@@ -1578,13 +1586,13 @@ def find_tokenizer(s: Settings, ranks: Ranks, saved: dict | None) -> Tokenizer:
 
 def train_tokenizer(s: Settings, out: Path) -> Path:
     """Train a tokenizer, unless there is one of the same data and size, or one that the user has
-    put into out. Returns its folder, relative to out: TRAINED, since out may still hold an older
-    model with its own tokenizer. Every export copies it to out."""
+    put into out. Returns its folder, relative to out: TOKENIZER_DIR, since out may still hold an
+    older model with its own tokenizer. Every export copies it to out."""
     source = {"data": hash_files(s.data_files), "vocab_size": s.vocab_size}
-    folder, record = out / TRAINED, out / TRAINED / "source.json"
+    folder, record = out / TOKENIZER_DIR, out / TOKENIZER_DIR / "source.json"
     if record.is_file():
         if data.read_json(record) == source:
-            return TRAINED
+            return TOKENIZER_DIR
         print(f"the tokenizer in {folder} was trained on other data or for another --vocab_size",
               flush=True)
     elif (out / "tokenizer.json").is_file():
@@ -1600,7 +1608,7 @@ def train_tokenizer(s: Settings, out: Path) -> Path:
     record.unlink(missing_ok=True)
     tokenizer.save_pretrained(folder)
     write_file(record, json.dumps(source))
-    return TRAINED
+    return TOKENIZER_DIR
 
 
 def hash_tokenizer(tokenizer: Tokenizer) -> str:
@@ -1660,9 +1668,10 @@ def compile_blocks(model: ChatLM, backend: str = "inductor") -> None:
 
 
 def count_turns(files: Iterable[str]) -> int:
-    """The most questions that at least one prompt in a thousand has. [SEP] separates them."""
+    """The largest N for which one prompt in a thousand has N questions or more."""
     counts: Counter[int] = Counter()
     for part in prompts(files):
+        # question [SEP] answer [SEP] question
         counts.update((n or 0) // 2 + 1 for n in pc.count_substring(part, data.SEP).to_pylist())
     reached = 0  # prompts of so many turns or more
     for turns in sorted(counts, reverse=True):
@@ -1706,14 +1715,13 @@ def make_stream(s: Settings, ranks: Ranks, tokenizer: Tokenizer, files: Iterable
 
 def training_stream(s: Settings, ranks: Ranks, tokenizer: Tokenizer) -> PairStream:
     """The training batches."""
-    group = max(1, round(s.batch_tokens / s.micro_batch_tokens))
-    stream = make_stream(s, ranks, tokenizer, s.data_files, seed=s.seed, group=group,
+    stream = make_stream(s, ranks, tokenizer, s.data_files, seed=s.seed, group=s.group,
                          workers=s.workers)
-    if ranks.is_main and group % ranks.world_size:
-        even = -(-group // ranks.world_size) * ranks.world_size * s.micro_batch_tokens
-        idle = max(0, ranks.world_size - group)
+    if ranks.is_main and s.group % ranks.world_size:
+        even = data.round_up(s.group, ranks.world_size) * s.micro_batch_tokens
+        idle = max(0, ranks.world_size - s.group)
         effect = f"of which {idle} have none: they wait" if idle else "which cannot share evenly"
-        note_once(f"note: a step has {group} micro-batches for {ranks.world_size} processes, "
+        note_once(f"note: a step has {s.group} micro-batches for {ranks.world_size} processes, "
                   f"{effect}; --batch_tokens {even} or a smaller --micro_batch_tokens gives all "
                   "of them work")
     return stream
@@ -1732,7 +1740,7 @@ def parser_for(kind: type[Settings], description: str, examples: str) -> Argumen
             group = parser.add_argument_group(about["group"])
             if about["group"] == "length":
                 group = group.add_mutually_exclusive_group()
-        if "help" in about and f.name not in kind.without:
+        if "help" in about and f.name not in kind.no_flags:
             help_text = about["help"]
             default = f.default if f.name in EARLY else None
             if f.default and not default and "(default:" not in help_text:
@@ -1793,7 +1801,7 @@ def run_training(args: argparse.Namespace, kind: type[Settings],
         trainer.fit(saved)
         ranks.leave()  # the others need not wait while the first one reports
         if ranks.is_main:
-            objective.report(trainer.state, trainer.report)
+            objective.report_results(trainer.state, trainer.report)
 
 
 if __name__ == "__main__":
