@@ -1098,7 +1098,10 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
 def write_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
     """Write a safetensors file atomically. Raises OSError if the disk is full or fails."""
     with atomic_write(path) as temporary, write_errors(path, SafetensorError):
+        temporary.touch()
+        mode = temporary.stat().st_mode
         save_file(tensors, temporary, metadata)
+        temporary.chmod(mode)  # save_file makes it readable for its owner only
         # save_file writes metadata in random order: order it, so that equal tensors are equal files
         with open(temporary, "rb+") as f:  # every order has the same length
             size = int.from_bytes(f.read(8), "little")

@@ -169,6 +169,7 @@ class Rows:
                  outputs: Iterable[str | Path] = ()):
         paths = [paths] if isinstance(paths, (str, Path)) else list(paths)
         self.columns, self.skip = columns, skip
+        self.others: dict[str, None] = {}  # columns besides these, in order
         self.files = input_files(paths, outputs)
         self.versions = list(map(file_version, self.files))
         self.problems = Problems()
@@ -188,6 +189,8 @@ class Rows:
                 self.path, self.row = path, i
                 missing = next((c for c in self.columns if not isinstance(row.get(c), str)), None)
                 if missing is None:
+                    if self.columns and len(row) > len(self.columns):
+                        self.others |= dict.fromkeys(c for c in row if c not in self.columns)
                     yield row
                 elif not self.skip or i == 1 and missing not in row:  # the wrong file
                     raise ValueError(f"{self.place()} has no text in {missing!r}; its columns are "
@@ -199,6 +202,13 @@ class Rows:
                 raise ValueError(f"{path} changed while it was being read: run the command again")
         if not self.skip:
             self.problems.warn()
+
+
+    def note_columns(self) -> None:
+        """Print a note if a pass has found more columns."""
+        if self.others:
+            note_once(f"note: only {', '.join(self.columns)} are kept, not "
+                      f"{list_columns(self.others)}")
 
 
 def file_version(path: Path) -> tuple[int, int]:
@@ -421,11 +431,11 @@ def read_parquet(path: Path, problems: Problems) -> Iterator[dict]:
             for name, kind in zip(schema.names, schema.types):
                 if schema.names.count(name) > 1:
                     raise ValueError(f"it has the column {name!r} twice")
-                if holds_times(kind):
+                if contains(kind, pa.types.is_temporal):  # Python lacks some of these
                     problems.note("column of dates or times, not read", f"{path}, {name}")
                     continue
                 columns.append(name)
-                has_bytes |= pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
+                has_bytes |= contains(kind, is_bytes)
             rows = int((1 << 23) / max([1, *sizes]))  # 8 MB at a time
             for batch in file.iter_batches(max(1, min(1024, rows)), columns=columns):
                 share += len(batch) / file.metadata.num_rows
@@ -435,19 +445,28 @@ def read_parquet(path: Path, problems: Problems) -> Iterator[dict]:
             raise ValueError(str(e)) from None
 
 
-def decode_bytes(row: dict) -> dict:
-    """Turn values that are bytes into text; those that are not UTF-8 stay bytes."""
-    for name, value in row.items():
-        if isinstance(value, bytes):
-            with contextlib.suppress(UnicodeDecodeError):
-                row[name] = value.decode()
-    return row
+def decode_bytes(value: Any) -> Any:
+    """Turn bytes, also inside of lists and dicts, into text; those that are not UTF-8 stay."""
+    if isinstance(value, bytes):
+        with contextlib.suppress(UnicodeDecodeError):
+            return value.decode()
+    elif isinstance(value, dict):
+        return {name: decode_bytes(part) for name, part in value.items()}
+    elif isinstance(value, list):
+        return list(map(decode_bytes, value))
+    return value
 
 
-def holds_times(kind: Any) -> bool:
-    """Whether an Arrow type is or contains a date or time. Python lacks some of these."""
-    parts = [kind.field(i).type for i in range(kind.num_fields)]
-    return arrow().types.is_temporal(kind) or any(map(holds_times, parts))
+def contains(kind: Any, test: Callable) -> bool:
+    """Whether a test is true for an Arrow type, or for a type inside of it."""
+    if arrow().types.is_dictionary(kind):
+        kind = kind.value_type
+    return test(kind) or any(contains(kind.field(i).type, test) for i in range(kind.num_fields))
+
+
+def is_bytes(kind: Any) -> bool:
+    types = arrow().types
+    return types.is_binary(kind) or types.is_large_binary(kind) or types.is_binary_view(kind)
 
 
 class TextFile(io.TextIOWrapper):
@@ -480,6 +499,9 @@ def open_text(path: Path, problems: Problems) -> Iterator[TextFile]:
         problems.tell = getattr(raw, "fileobj", raw).tell
         head = raw.read(1 << 16)
         refuse_other_kinds(path, head)
+        read = len(head)
+        while head.isascii() and read < 1 << 26 and (more := raw.read(1 << 16)):
+            head, read = more, read + len(more)  # the first that is not only ASCII
         encoding = encoding_of(path, head)
         raw.seek(0)
         f = TextFile(raw, encoding, errors="replace", newline="")
@@ -516,8 +538,8 @@ BYTE_ORDER_MARKS = {codecs.BOM_UTF32_LE: "utf-32", codecs.BOM_UTF32_BE: "utf-32"
 
 
 def encoding_of(path: Path, head: bytes) -> str:
-    """The encoding of a text file, from its first bytes: that of a byte-order mark, else UTF-8, or
-    GB18030 if that fits better."""
+    """The encoding of a text file, from some of its bytes: that of a byte-order mark, else UTF-8,
+    or GB18030 if that fits better and much is not UTF-8."""
     def undecodable(encoding: str) -> int:
         text = codecs.getincrementaldecoder(encoding)("replace").decode(head)
         in_file = head.count("\ufffd".encode(encoding.removesuffix("-sig")))
@@ -526,8 +548,9 @@ def encoding_of(path: Path, head: bytes) -> str:
     for mark, encoding in BYTE_ORDER_MARKS.items():
         if head.startswith(mark):
             return encoding
-    if file_kind(path) in (".json", ".jsonl") and undecodable("utf-8-sig") <= 10:
-        return "utf-8-sig"  # as JSON should be: a few errors are damage
+    beyond_ascii = len(head.translate(None, bytes(range(128))))
+    if undecodable("utf-8-sig") < max(2, beyond_ascii / 4):
+        return "utf-8-sig"  # a few errors are damage; GB18030 has one for every one or two bytes
     encoding = min(("utf-8-sig", "gb18030"), key=undecodable)
     if encoding == "gb18030":
         note_once(f"note: {path} is not UTF-8, and is read as GB18030")
@@ -558,9 +581,6 @@ def input_files(paths: Iterable[str | Path], outputs: Iterable[str | Path] = ())
     writes. Raises FileNotFoundError, or ValueError for a file that cannot be an input."""
     written, files = {os.path.realpath(output) for output in outputs}, []
     given = list(map(Path, paths))
-    for name, times in Counter(map(os.path.realpath, given)).items():
-        if times > 1:
-            note_once(f"note: {name} is given {times} times, and its rows are read {times} times")
     for path in given:
         if not path.exists():
             raise FileNotFoundError(f"no such file or folder: {path}")
@@ -575,8 +595,13 @@ def input_files(paths: Iterable[str | Path], outputs: Iterable[str | Path] = ())
             raise ValueError(f"{path} is both input and output: write to another file")
         else:
             files.append(path)
+    numbers: Counter[tuple[int, int]] = Counter()
     for path in files:
         refuse_pointer(path)
+        stat = path.stat()
+        numbers[stat.st_dev, stat.st_ino] += 1
+        if numbers[stat.st_dev, stat.st_ino] == 2:
+            note_once(f"note: {path} is given more than once, and its rows are read again")
     return files
 
 
@@ -1268,8 +1293,18 @@ def unescaped(text):
 
 
 def from_preference(row: dict):
-    rejected = row.get("rejected", row.get("reject"))
-    return tuple(map(unescaped, (row.get("prompt"), row.get("chosen"), rejected)))
+    """Texts, or lists of messages: then chosen and rejected may repeat the prompt."""
+    texts = []
+    for name, most in (("prompt", 1), ("chosen", 2), ("rejected", 2)):
+        text = row.get(name)
+        if name == "rejected" and text is None:
+            text = row.get("reject")
+        if turns := turns_of({TURNS[0]: text}):
+            if len(turns) > most:
+                return f"{name} is a conversation of several turns"
+            text = turns[-1][1]
+        texts.append(unescaped(text))
+    return tuple(texts)
 
 
 def from_duie(row: dict):
@@ -1415,12 +1450,16 @@ def read_medical(f, bad: Callable) -> Iterator[dict]:
     if header != MEDICAL and set(MEDICAL[1:]) <= set(header):  # another order
         yield from read_csv(f, bad)
         return
+    lines = enumerate(chain(f, [""]), 1)  # "": the end
+    if header == MEDICAL:
+        next(lines)
     record, first_line, departments = "", 1, set()
-    for i, line in enumerate(chain(f, [""]), 1):  # "": the end
+    for i, line in lines:
         head = line.split(",", 3)
-        looks_new = len(head) == 4 and 0 < len(head[0].strip()) <= 12
-        quotes_closed = record.count('"') % 2 == 0
-        begins = not line or head[0] in departments or looks_new and quotes_closed
+        opens_quote = ',"' in line and line.count('"') % 2 == 1  # the record goes on
+        looks_new = (0 < len(head[0].strip()) <= 12 and (len(head) == 4 or opens_quote)
+                     and record.count('"') % 2 == 0)
+        begins = not line or not record or head[0] in departments or looks_new
         if not begins:
             record += line
             continue
@@ -1483,6 +1522,9 @@ class Cleaner:
             roles = [role for role, _ in turns_of(row)] if source.has_conversations else []
             if roles[:1] == ["system"]:
                 left_out.append(("system turn, left out", where))
+            if self.name != "pairs":
+                left_out += [(f"column {name}, left out", where)
+                             for name in ("system", "history") if row.get(name)]
             if not isinstance(pairs[0][0], str) and ROLES.get(roles[-1] if roles else "") == "user":
                 dropped.append(("last question has no answer", where))
             for texts, is_shortened in pairs:
@@ -1876,9 +1918,6 @@ def pair_rows(paths: list[str], outputs: list[Path], made_of: str) -> Rows:
     rows = Rows(paths, skip=True, outputs=outputs)
     columns = list(next(iter(rows), {}))
     rows.columns = PREFERENCE if set(PREFERENCE) <= set(columns) else PAIR
-    others = [column for column in columns if column not in rows.columns]
-    if others and set(rows.columns) <= set(columns):
-        note_once(f"note: only {', '.join(rows.columns)} are kept, not {list_columns(others)}")
     return rows
 
 
@@ -1906,8 +1945,12 @@ def dedup(inputs: list[str], out: str, threshold: float, against: str | None, wo
             counts[reason or "kept"] += 1
             if not reason:
                 writer.write(row)
-        refuse_empty(counts["kept"], inputs, rows.problems)
+        refuse_empty(counts.total(), inputs, rows.problems)
+        if not counts["kept"]:
+            report(counts, rows.problems)
+            raise ValueError(f"every row is in --against {against}, or nearly: nothing was written")
     report(counts, rows.problems)
+    rows.note_columns()
 
 
 # --- split, stats ---------------------------------------------------------------------------------
@@ -1936,6 +1979,7 @@ def split(inputs: list[str], out: str, valid: float, test: float) -> None:
             counts[str(writer.path)] = writer.total
         refuse_empty(counts.total(), inputs, rows.problems)
     report(counts, rows.problems)
+    rows.note_columns()
     for side in ("valid", "test"):
         if side not in writers and paths[side].exists():
             note_once(f"warning: {paths[side]} is of an earlier split, and its rows may be in "
@@ -1950,10 +1994,12 @@ def stats(inputs: list[str], tokenizer=None) -> None:
     rows, total = Rows(inputs, skip=True), 0
     lengths: dict[str, Counter[int]] = {}
     tokens: Counter[str] = Counter()
+    known, others = (*PREFERENCE, "response", "text"), dict[str, None]()
     for batch in batches(Progress("rows", rows), CLEAN_CHARS, row_chars):
         total += len(batch)
-        known = (*PREFERENCE, "response", "text")
-        for column in dict.fromkeys(c for row in batch for c in row if c in known):
+        columns = dict.fromkeys(c for row in batch for c in row)
+        others |= dict.fromkeys(c for c in columns if c not in known)
+        for column in [c for c in columns if c in known]:
             texts = [row[column] for row in batch if isinstance(row.get(column), str)]
             lengths.setdefault(column, Counter()).update(map(len, texts))
             if tokenizer and texts:
@@ -1975,6 +2021,8 @@ def stats(inputs: list[str], tokenizer=None) -> None:
             bars[next(edge for edge in edges if edge <= n)] += c
         for edge, bar in sorted(bars.items()):
             print(f"{edge:>7}+ {bar:>11,} {'█' * max(1, round(50 * bar / max(bars.values())))}")
+    if others:
+        note_once(f"note: only {', '.join(known)} are counted, not {list_columns(others)}")
     rows.problems.warn()
 
 
@@ -2295,8 +2343,8 @@ class PairStream:
         self.loaded[place], self.next = found, self.after(*place)
         if found.first_unusable and self.warns:
             self.warns = False
-            print(f"warning: rows without text in {' or '.join(self.columns)} are skipped (first: "
-                  f"{found.first_unusable})", file=sys.stderr)
+            note_once(f"warning: rows without text in {' or '.join(self.columns)} are skipped "
+                      f"(first: {found.first_unusable})")
         return found
 
     def forget_before(self, epoch: int, window: int) -> None:
@@ -2513,7 +2561,8 @@ class ArgumentParser(argparse.ArgumentParser):
         return found, rest
 
     def error(self, message: str):
-        print(f"{self.prog}: error: {message} (see --help)", file=sys.stderr)
+        if os.environ.get("LOCAL_RANK", "0") == "0":  # under torchrun, all processes have the same
+            print(f"{self.prog}: error: {message} (see --help)", file=sys.stderr)
         sys.exit(2)
 
 
@@ -2675,6 +2724,8 @@ def parse_args() -> argparse.Namespace:
     has_fields = args.command == "clean" and (args.prompt_field or args.response_field)
     if has_fields and args.source != "pairs":
         error("--prompt_field and --response_field are for --source pairs")
+    if args.command == "clean" and args.source != "duie" and args.min_chars > args.max_chars:
+        error(f"--min_chars {args.min_chars} is above --max_chars {args.max_chars}")
     if args.command == "clean" and args.source == "duie" and args.min_chars != MIN_CHARS:
         note_once("note: --min_chars has no effect with --source duie: any triple is long enough")
     return args

@@ -182,14 +182,19 @@ class Preference(train.Objective):
     def compute_reference(self, stream: PairStream, logps: Tensor) -> None:
         """Fill this rank's rows of logps, (rows, 2)."""
         progress = data.Progress("reference log-probabilities", total=stream.rows)
+        equal = torch.zeros((), dtype=torch.int64, device=self.ranks.device)
         self.model.eval()
         for batch in stream.one_epoch():
             batch = train.to_device(batch, self.ranks.device)
             with self.autocast():
                 logps[batch["rows"]] = torch.stack(pair_logps(self.model, batch), 1)
+            equal += equal_answers(batch)
             if self.ranks.is_main:
                 progress.add(len(batch["rows"]) * self.ranks.world_size)
         progress.clear()
+        if (n := int(self.ranks.all_reduce(equal))) and self.ranks.is_main:
+            note_once(f"warning: in {n:,} rows, the first {self.settings.max_len} tokens of chosen "
+                      "and rejected are the same: they teach nothing (raise --max_len)")
 
     def loss(self, batch: dict, part: str = "data") -> tuple[Tensor, ...]:
         """Loss sum, number of pairs, and the sums of METRICS; () each."""
@@ -213,6 +218,15 @@ class Preference(train.Objective):
               "loss.svg in it is the curve")
         if s.lora_rank:
             print(s.merge_command())
+
+
+def equal_answers(batch: dict) -> Tensor:
+    """The number of rows, (), whose answers are the same, perhaps because they are cut."""
+    chosen, rejected = batch["chosen_labels"], batch["rejected_labels"]
+    width = max(chosen.size(1), rejected.size(1))
+    chosen, rejected = (F.pad(x, (0, width - x.size(1)), value=data.IGNORED)
+                        for x in (chosen, rejected))
+    return (chosen == rejected).all(1).sum()
 
 
 def read_reference(path: Path, identity: dict[str, str], logps: Tensor) -> bool:
@@ -336,7 +350,7 @@ def merge(argv: list[str]) -> None:
     add("--adapter", required=True, metavar="DIR", help="folder of the adapter")
     add("--out", required=True, metavar="DIR", help="folder of the merged model")
     args = parser.parse_args(argv)
-    if Path(args.out).resolve() in (Path(args.model).resolve(), Path(args.adapter).resolve()):
+    if any(train.overwrites(Path(args.out), source) for source in (args.model, args.adapter)):
         raise ValueError(f"--out {args.out} is --model or --adapter, which would be overwritten: "
                          "choose another")
     if (Path(args.out) / "checkpoint").is_dir():

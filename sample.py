@@ -71,6 +71,7 @@ from torch import Tensor
 from chatlm import ChatLM, ChatLMConfig, Linear, RMSNorm, pad_rows
 from data import (
     IGNORED,
+    KINDS,
     PAIR,
     SEP,
     ArgumentParser,
@@ -294,7 +295,9 @@ UNSUPPORTED = """
     max_length min_length min_p typical_p epsilon_cutoff eta_cutoff suppress_tokens bad_words_ids
     begin_suppress_tokens force_words_ids forced_bos_token_id forced_eos_token_id num_beam_groups
     diversity_penalty encoder_repetition_penalty encoder_no_repeat_ngram_size sequence_bias
-    guidance_scale exponential_decay_length_penalty stop_strings max_time dola_layers"""
+    guidance_scale exponential_decay_length_penalty stop_strings max_time dola_layers top_h
+    watermarking_config renormalize_logits constraints"""
+NEVER_OFF = ("forced_bos_token_id", "forced_eos_token_id", "max_time")  # unless they are None
 
 
 def option(default: Any, help: str, low: float = 0, high: float = 1) -> Any:
@@ -315,7 +318,7 @@ class GenerationConfig:
     top_p: float = option(1.0, "sampling: only from the likeliest tokens whose probabilities add "
                           "up to p")
     num_beams: int = option(1, "beams of a beam search; 1: none", 1, 1000)
-    length_penalty: float = option(1.0, "beam search: above 0 favors longer answers", -100, 100)
+    length_penalty: float = option(1.0, "beam search: above 0 favors longer answers", -20, 20)
     early_stopping: bool | str = option(False, "beam search: true: stop when num_beams answers "
                                         "have ended; false: when the best running beam scores "
                                         "less, at its present length; never: when none can become "
@@ -410,7 +413,7 @@ OPTION_NAMES = [f.name for f in fields(GenerationConfig)]
 def generate(model: ChatLM, input_ids: Tensor, attention_mask: Tensor | None = None,
              **options) -> Tensor:
     """Answers to prompts: input_ids (B, S) int64 -> ids (B * num_return_sequences, L) int64, with
-    the start token. After an answer's [EOS] comes padding (0), or [EOS] after beam search.
+    the start token. After an answer's [EOS] comes padding; after beam search [EOS] if padding is 0.
 
     attention_mask: (B, S), 0 for padding. options: fields of GenerationConfig. Raises ValueError
     for one out of range.
@@ -489,12 +492,14 @@ class Beams:
     A score is the sum of log-probabilities; of an ended one, divided by length^length_penalty.
     """
 
-    def __init__(self, input_ids: Tensor, config: GenerationConfig, start: int, eos: int):
-        self.config, self.eos = config, eos
+    def __init__(self, input_ids: Tensor, config: GenerationConfig, c: ChatLMConfig):
+        self.config, self.eos = config, c.eos_token_id
         prompts, n, device = len(input_ids), config.num_beams, input_ids.device
-        # ids (P, N, max length); after an answer's [EOS] comes [EOS], as in transformers
-        self.running = input_ids.new_full((prompts, n, config.max_new_tokens + 1), eos)
-        self.running[:, :, 0] = start
+        # ids (P, N, max length); after an answer comes padding, or [EOS] if its id is 0, as in
+        # transformers
+        self.running = input_ids.new_full((prompts, n, config.max_new_tokens + 1),
+                                          c.pad_token_id or c.eos_token_id)
+        self.running[:, :, 0] = c.decoder_start_token_id
         self.scores = torch.zeros(prompts, n, device=device)
         self.scores[:, 1:] = IMPOSSIBLE  # all beams are equal at first: go on from one
         self.ended = self.running.clone()
@@ -526,7 +531,7 @@ class Beams:
         source = (beam.gather(1, kept) + first).flatten()
         ends = stops & (torch.arange(2 * n, device=beam.device) < n)
         full = self.is_ended.all(1, keepdim=True) & (config.early_stopping is True)
-        weighted = best / length ** config.length_penalty
+        weighted = best / float(length) ** config.length_penalty
         weighted = weighted + (full.float() + (~ends).float()) * IMPOSSIBLE
         self.ended_scores, kept = torch.cat([self.ended_scores, weighted], 1).topk(n)
         self.ended = take_rows(torch.cat([self.ended, continued], 1), kept)
@@ -542,7 +547,7 @@ class Beams:
         if length == limit:
             return []
         is_far = config.early_stopping == "never" and config.length_penalty > 0
-        best = self.scores[:, :1] / (limit if is_far else length) ** config.length_penalty
+        best = self.scores[:, :1] / float(limit if is_far else length) ** config.length_penalty
         worst = torch.where(self.is_ended, self.ended_scores.min(1, keepdim=True)[0], IMPOSSIBLE)
         is_full = self.is_ended.all(1) & (config.early_stopping is True)
         going = (best > worst).any(1) & ~is_full
@@ -563,7 +568,7 @@ def beam_search(model: ChatLM, input_ids: Tensor, attention_mask: Tensor | None,
     """The num_return_sequences best hypotheses of each prompt. See Beams."""
     c, n = model.config, config.num_beams
     decoder = Decoder(model, input_ids, attention_mask, rows_per_source=n)
-    beams = Beams(input_ids, config, c.decoder_start_token_id, c.eos_token_id)
+    beams = Beams(input_ids, config, c)
     prompts = list(range(len(input_ids)))  # of the decoder's sources
     results: dict[int, Tensor] = {}  # of those that are done
     for length in range(1, config.max_new_tokens + 1):
@@ -586,7 +591,8 @@ def beam_search(model: ChatLM, input_ids: Tensor, attention_mask: Tensor | None,
             source = source.view(-1, n)[alive].flatten()
         decoder.select(source, alive)
     ids = torch.cat([results[prompt] for prompt in range(len(input_ids))])
-    return ids[:, :(ids != c.eos_token_id).sum(1).max() + 1]
+    before_end = (ids[:, 1:] == c.eos_token_id).cumsum(1) == 0
+    return ids[:, :2 + before_end.sum(1).max()]
 
 
 def contrastive_search(model: ChatLM, input_ids: Tensor, attention_mask: Tensor | None,
@@ -1005,7 +1011,8 @@ def score(model: ChatLM, tokenizer: Tokenizer, rows: list[dict], max_len: int = 
     result = {"rows": len(rows), "loss": nats / tokens, "ppl": math.exp(min(nats / tokens, 700.0)),
               "nats_per_char": nats / max(1, chars), "bleu4": bleu4(answers, references),
               "exact_match": exact / len(rows)}
-    if all(r.startswith("[(") and r.endswith(")]") for r in references):
+    is_list = [r.startswith("[(") and r.endswith(")]") for r in references]
+    if any(is_list) and all(x or r == "[]" for x, r in zip(is_list, references)):
         ours, theirs = (list(map(triples, texts)) for texts in (answers, references))
         right = sum(len(a & r) for a, r in zip(ours, theirs))
         precision = right / max(1, sum(map(len, ours)))
@@ -1029,7 +1036,9 @@ def read_choices(path: Path) -> list[dict[str, str]]:
                if value is not None}
         missing = [name for name in CHOICE_COLUMNS if not row.get(name)]
         if missing:
-            raise ValueError(f"{path}, row {i:,} has no {missing[0]}")
+            hint = " (files named test may have none: take val or dev)"
+            raise ValueError(f"{path}, row {i:,} has no {missing[0]}"
+                             + hint * (missing[0] == "answer"))
         row["answer"] = row["answer"].upper()
         if row["answer"] not in list(CHOICES):
             raise ValueError(f"{path}, row {i:,}: answer {row['answer']!r} is not A, B, C or D")
@@ -1295,6 +1304,8 @@ def chat(model: ChatLM, tokenizer: Tokenizer, max_len: int, options: dict) -> No
     config = GenerationConfig(**options)
     texts: list[str] = []  # question, answer, question, ...
     idle: list[Decoder] = []  # see steps
+    if hasattr(sys.stdin, "reconfigure"):
+        sys.stdin.reconfigure(errors="surrogateescape")  # a bad line must not end the chat
     while True:
         try:
             prompt = input("\n> ").strip()
@@ -1305,6 +1316,7 @@ def chat(model: ChatLM, tokenizer: Tokenizer, max_len: int, options: dict) -> No
         if words[0] == "/quit":
             return
         try:
+            refuse_undecodable(prompt, "the input")
             if words[0] == "/new":
                 texts.clear()
                 print("the conversation is forgotten")
@@ -1318,6 +1330,13 @@ def chat(model: ChatLM, tokenizer: Tokenizer, max_len: int, options: dict) -> No
             print(" (stopped)")
         except (ValueError, TypeError) as e:
             print(f"error: {e}")
+
+
+def refuse_undecodable(text: str, name: str) -> None:
+    """Raise ValueError for a text with bytes of another encoding, which Python reads as lone
+    surrogates."""
+    if re.search("[\ud800-\udfff]", text):
+        raise ValueError(f"{name} is not in this terminal's encoding: convert it to UTF-8")
 
 
 def chat_command(words: list[str], config: GenerationConfig, options: dict) -> GenerationConfig:
@@ -1669,14 +1688,13 @@ class ChatHandler(BaseHTTPRequestHandler):
 
     def read_body(self) -> Any:
         """The JSON of the body. Raises BadRequest."""
-        try:
-            length = int(self.headers.get("Content-Length", ""))
-        except ValueError:
-            length = -1
-        if length < 0 or "Transfer-Encoding" in self.headers:
+        lengths = set(self.headers.get_all("Content-Length", []))
+        is_one = len(lengths) == 1 and re.fullmatch("[0-9]{1,18}", max(lengths))
+        if not is_one or "Transfer-Encoding" in self.headers:
             self.close_connection = True
-            raise BadRequest("the header Content-Length is missing (bodies in chunks are not read)",
-                             411)
+            raise BadRequest("one header Content-Length is needed, a number (bodies in chunks are "
+                             "not read)", 400 if lengths else 411)
+        length = int(max(lengths))
         if length > MAX_BODY_BYTES:
             self.close_connection = True
             raise BadRequest(f"the body has more than {MAX_BODY_BYTES:,} bytes", 413)
@@ -1835,8 +1853,10 @@ def decoding_options(args: argparse.Namespace, model: ChatLM) -> dict:
     options, given = chosen(stored), chosen(vars(args))
     if args.reference_settings:
         options |= REFERENCE_SETTINGS
-    off: tuple = (None, 0, 1, [], {})
-    if ignored := sorted(name for name in UNSUPPORTED.split() if stored.get(name) not in off):
+    off: tuple = (0, 1, [], {})
+    ignored = sorted(name for name in UNSUPPORTED.split() if stored.get(name) is not None
+                     and (name in NEVER_OFF or stored[name] not in off))
+    if ignored:
         note_once(f"note: {', '.join(ignored)} of the model's generation_config.json "
                   f"{'is' if len(ignored) == 1 else 'are'} not supported and ignored")
     try:
@@ -1853,7 +1873,10 @@ def decoding_options(args: argparse.Namespace, model: ChatLM) -> dict:
         why = f"without {flags}"
         if is_greedy and needs.startswith("do_sample"):
             why = "with temperature 0, which is greedy"
-        if getattr(args, name, None) is not None:
+        # a chat can set everything later, a request to the server what sampling needs
+        is_chat = args.prompt is None and not args.input and not args.score
+        may_work = is_chat and (args.serve is None or needs.startswith("do_sample"))
+        if getattr(args, name, None) is not None and not may_work:
             note_once(f"note: --{name} has no effect {why}")
     return asdict(config)
 
@@ -1910,6 +1933,10 @@ def parse_args() -> argparse.Namespace:
         parser.error("--input and --output need each other")
     if args.prompt is not None and not args.prompt.strip():
         parser.error("--prompt is empty")
+    refuse_undecodable(args.prompt or "", "--prompt")
+    suffix = Path(args.output or "").suffix.lower()
+    if suffix in (*KINDS, ".gz") and suffix != ".jsonl":
+        parser.error(f"--output {args.output}: answers are written as JSON lines, name it .jsonl")
     serves = args.serve is not None
     if not serves and (args.host != "127.0.0.1" or args.api_key):
         parser.error("--host and --api_key are for --serve")
@@ -1966,7 +1993,7 @@ def score_file(args: argparse.Namespace, model: ChatLM, tokenizer: Tokenizer,
     """Print scores on a file of pairs, or on files of multiple choice."""
     rows = Rows(args.score)
     is_packed = model.shared.weight.is_cpu and args.dtype not in (None, "float32")
-    if {str(name).lower() for name in next(iter(rows), {})} >= set(CHOICE_COLUMNS):
+    if {str(name).lower() for name in next(iter(rows), {})} >= set(CHOICE_COLUMNS[:-1]):
         for name in OPTION_NAMES + ["seed", "reference_settings"] + ["dtype"] * is_packed:
             if getattr(args, name, None) not in (None, False):
                 note_once(f"note: --{name} has no effect on multiple choice")

@@ -978,6 +978,9 @@ def parse_tokenizer(form: dict) -> Tokenizer:
     changed = [t["content"] for t in added if normalize(t["content"]) != t["content"]]
     if found["normalizer"] and changed:
         raise Unsupported(f"the added token {changed[0]!r}, which NFKC changes, is not supported")
+    short = [t["content"] for t in added if t["special"] and len(t["content"]) == 1]
+    if found["normalizer"] and short:  # NFKC may turn another character into it
+        raise Unsupported(f"the special token {short[0]!r}, one character, with NFKC")
     tokenizer = Tokenizer(
         vocab, [(ids[a], ids[b]) for a, b in pairs], nfkc=found["normalizer"] is not None,
         append_eos=found["post_processor"] is not None,
@@ -1009,8 +1012,10 @@ def canonical(form: dict) -> dict:
             old_default = "always" if value.get("add_prefix_space", True) else "never"
             prefix = value.get("prepend_scheme", old_default)
             return metaspace(value["replacement"], prefix) | {"split": value.get("split", True)}
-        is_empty = value.get("type") == "TemplateProcessing" and not value["special_tokens"]
-        return None if is_empty else value
+        if value.get("type") == "TemplateProcessing":  # of pairs of texts there are no ids here
+            value = {k: v for k, v in value.items() if k != "pair"}
+            return value if value["special_tokens"] else None
+        return value
 
     model = {**MODEL_DEFAULTS, **form["model"]}
     model = {k: v for k, v in model.items() if k not in ("vocab", "merges")}
@@ -1019,23 +1024,32 @@ def canonical(form: dict) -> dict:
     return {name: part(form.get(name)) for name in names} | {"model": model}
 
 
+PLAIN_CLASSES = (None, "PreTrainedTokenizerFast", "PreTrainedTokenizer", "TokenizersBackend")
+
+
 def check_added_tokens(folder: Path, tokenizer: Tokenizer) -> None:
-    """Raise ValueError for special tokens that only a file next to tokenizer.json has:
-    AutoTokenizer would add them."""
+    """Raise ValueError for what a file next to tokenizer.json changes when AutoTokenizer reads it:
+    more special tokens, other options of them, or another class."""
     names = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+    known = {t["content"]: {k: t[k] for k in ("lstrip", "rstrip", "single_word", "special")}
+             for t in tokenizer_json(tokenizer)["added_tokens"]}
     for path in [folder / name for name in names if (folder / name).is_file()]:
         try:
-            config = json.loads(path.read_text("utf-8"))
+            config, kind, options = json.loads(path.read_text("utf-8")), None, list[dict]()
             if path.name == "added_tokens.json":
                 tokens: list = list(config)
             else:
-                tokens = list((config.get("added_tokens_decoder") or {}).values())
+                options = list((config.get("added_tokens_decoder") or {}).values())
+                tokens = list(options)
+                kind = config.get("tokenizer_class")
                 tokens += [config[name] for name in SPECIAL_NAMES if config.get(name)]
             for name in ("additional_special_tokens", "extra_special_tokens"):
                 more = config.get(name) or []
                 tokens += more.values() if isinstance(more, dict) else more
             tokens = [t if isinstance(t, str) else t["content"] for t in tokens]
             splits = config.get("split_special_tokens")
+            options = [t for t in options if t["content"] in known and any(
+                t.get(name, value) != value for name, value in known[t["content"]].items())]
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             raise ValueError(f"{path} is damaged") from None
         if missing := [token for token in tokens if token not in tokenizer.added]:
@@ -1043,6 +1057,12 @@ def check_added_tokens(folder: Path, tokenizer: Tokenizer) -> None:
                              "not: load the folder with transformers and save it again")
         if splits:
             raise ValueError(f"{path}: split_special_tokens is not supported")
+        if options:
+            raise ValueError(f"{path}: the token {options[0]['content']!r} has other options than "
+                             "in tokenizer.json")
+        if kind not in PLAIN_CLASSES:
+            raise ValueError(f"{path}: the tokenizer_class {kind!r} may have rules of its own: if "
+                             "tokenizer.json is all, make it PreTrainedTokenizerFast")
 
 
 # --- Unicode --------------------------------------------------------------------------------------

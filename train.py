@@ -475,6 +475,7 @@ class Ranks:
     rank: int
     world_size: int
     device: torch.device
+    store: Any = None  # torchrun's, of small values for all ranks
 
     @classmethod
     def join(cls, device: str | None) -> "Ranks":
@@ -510,7 +511,8 @@ class Ranks:
         dist.init_process_group("nccl" if is_gpu else "gloo", store=store, rank=rank,
                                 world_size=world_size, timeout=TIMEOUT,
                                 device_id=chosen if is_gpu else None)
-        return cls(rank, world_size, chosen)
+        is_torchruns = env.get("TORCHELASTIC_USE_AGENT_STORE") == "True"  # and outlives the ranks
+        return cls(rank, world_size, chosen, store if is_torchruns else None)
 
     @property
     def is_main(self) -> bool:
@@ -536,6 +538,25 @@ class Ranks:
         errors = [e for e in self.all_gather("" if ok else error) if e]
         if errors:
             raise AgreedError(errors[0] if ok else error)
+
+    @contextlib.contextmanager
+    def print_once(self) -> Iterator[None]:
+        """Under torchrun, an error that this rank has like the first one, as for a missing file,
+        becomes an AgreedError, which is printed once."""
+        try:
+            yield
+        except AgreedError:
+            raise
+        except (ValueError, OSError) as e:
+            key, text = "error of the first rank", str(e)
+            if self.store and self.is_main:
+                self.store.set(key, text)
+            elif self.store:
+                with contextlib.suppress(RuntimeError):  # it has no error, or has left
+                    self.store.wait([key], datetime.timedelta(seconds=2))
+                    if self.store.get(key).decode() == text:
+                        raise AgreedError(text) from None
+            raise
 
     def broadcast(self, x: Tensor) -> None:
         """Copy the first rank's tensor into that of every rank."""
@@ -1171,7 +1192,7 @@ def flag(default: Any, help: str, group: str = "", fixed: bool = False, **how) -
                                             "how": how})
 
 
-COUNT, SHARE = number(int, 1), number(float, 0, 1)
+COUNT, RATE = number(int, 1), number(float, 0, 0.99)
 POSITIVE, NOT_NEGATIVE = number(float, 0, above=True), number(float, 0)
 OPTIMIZER: dict[str, Any] = {"help": "muon is for the hidden matrices, with AdamW for the rest",
                              "fixed": True, "choices": ["adamw", "adafactor", "muon"]}
@@ -1212,13 +1233,13 @@ class Settings:
     freeze: str = flag(
         "", "parts that are not trained: shared, encoder, decoder", fixed=True,
         metavar="shared,encoder")
-    dropout: float = flag(0.0, "dropout rate, wherever T5 has it (default: 0)", type=SHARE)
+    dropout: float = flag(0.0, "dropout rate, wherever T5 has it (default: 0)", type=RATE)
     lora_rank: int = flag(
         0, "train low-rank additions to --lora_targets, and nothing else (default: train all "
         "weights)", fixed=True, type=COUNT)
     lora_alpha: float = flag(
         16.0, "the additions are scaled by alpha / rank", fixed=True, type=POSITIVE)
-    lora_dropout: float = flag(0.0, "dropout on LoRA inputs (default: 0)", fixed=True, type=SHARE)
+    lora_dropout: float = flag(0.0, "dropout on LoRA inputs (default: 0)", fixed=True, type=RATE)
     lora_targets: str = flag(
         "q,v", "linear layers that get LoRA, or all", fixed=True, metavar="q,k,v,o,wi,wo")
 
@@ -1423,6 +1444,13 @@ def tokens_per_pass(s: Settings) -> float:
     return size_bytes / BYTES_PER_TOKEN
 
 
+def overwrites(out: Path, source: str) -> bool:
+    """Whether an export to the folder `out` would write to a file of another folder, perhaps
+    through a link."""
+    files = {os.path.realpath(Path(source, name)) for name in EXPORTED}
+    return any(os.path.realpath(out / name) in files for name in EXPORTED)
+
+
 def check_out_dir(s: Settings, resumes: bool) -> None:
     """Raise ValueError if the run would overwrite a model that it does not resume."""
     out = Path(s.out_dir)
@@ -1430,7 +1458,7 @@ def check_out_dir(s: Settings, resumes: bool) -> None:
         if folder.exists() and not folder.is_dir():
             raise ValueError(f"{folder} is a file where this run needs a folder: move it away, or "
                              "choose another --out_dir")
-    if s.init_from and Path(s.init_from).resolve() in (out.resolve(), (out / "best").resolve()):
+    if s.init_from and (overwrites(out, s.init_from) or overwrites(out / "best", s.init_from)):
         raise ValueError(f"--init_from {s.init_from} would be overwritten: choose another "
                          "--out_dir")
     log = out / "log.jsonl"
@@ -1451,6 +1479,8 @@ def report_unused(s: Settings) -> None:
     effective = {
         "eval_every": (s.valid, "without --valid"), "bleu_every": (s.valid, "without --valid"),
         "min_lr": (s.schedule != "constant", "with --schedule constant"),
+        "weight_decay": (not {"encoder", "decoder"} <= set(s.freeze.split(",")),
+                         "with --freeze encoder,decoder: nothing else decays"),
         "warmup_steps": (s.schedule != "onecycle", "with --schedule onecycle"),
         "batch_tokens": (is_group, "below --micro_batch_tokens: a step takes one micro-batch")}
     for name, (works, reason) in effective.items():
@@ -1574,6 +1604,9 @@ def find_tokenizer(s: Settings, ranks: Ranks, saved: dict | None) -> Tokenizer:
         folder = train_tokenizer(s, out) if ranks.is_main else None
         folders = [out / ranks.all_gather(folder)[0]]
     found = [f for f in folders if (f / "tokenizer.json").is_file()]
+    if saved and not found:
+        raise ValueError(f"the tokenizer of the run in {saved['path'].parent} is missing: name its "
+                         "folder with --tokenizer")
     if not found:
         raise ValueError(f"{folders[0]} has no tokenizer.json, which the first process wrote: "
                          f"--out_dir {MUST_BE_SHARED}")
@@ -1769,8 +1802,8 @@ def torch_hint(ranks: Ranks) -> Iterator[None]:
     except RuntimeError as e:
         pattern = "connection (closed|reset|refused)|broken pipe|remote (process|worker)"
         if ranks.world_size > 1 and re.search(pattern, str(e), re.IGNORECASE):
-            raise ValueError("another process of this run has ended; its message says "
-                             "why") from None
+            raise AgreedError("another process of this run has ended; its message says "
+                              "why") from None
         compiler = sys.modules.get("torch._dynamo.exc")
         if compiler is None or not isinstance(e, compiler.TorchDynamoException):
             raise
@@ -1784,7 +1817,8 @@ def run_training(args: argparse.Namespace, kind: type[Settings],
     """Train, then report. The classes are those of train.py or of dpo.py."""
     ranks = Ranks.join(args.device)
     hint = "--micro_batch_tokens in a new run, or resume this one with --checkpoint_activations"
-    with memory_hint(hint), torch_hint(ranks), claim(Path(args.out_dir), ranks):
+    with (ranks.print_once(), memory_hint(hint), torch_hint(ranks),
+          claim(Path(args.out_dir), ranks)):
         saved = find_checkpoint(args.out_dir, args.resume, ranks)
         script = saved.get("script", kind.script) if saved else kind.script
         if script != kind.script:

@@ -436,3 +436,10 @@ def test_an_index_without_a_map_is_one_line(theirs, tmp_path):
         (folder / "model.safetensors.index.json").write_text(content)
         with pytest.raises(ValueError, match="damaged"):
             ChatLM.from_pretrained(folder)
+
+
+@pytest.mark.quick
+def test_all_files_of_a_model_have_the_permissions_of_new_files(tmp_path):
+    ChatLM(ChatLMConfig.preset("demo", vocab_size=300, d_model=16, d_ff=16)).save_pretrained(tmp_path / "model")
+    (tmp_path / "new").touch()
+    assert {path.stat().st_mode for path in (tmp_path / "model").iterdir()} == {(tmp_path / "new").stat().st_mode}

@@ -1281,7 +1281,9 @@ def test_a_file_is_read_once_however_often_a_folder_links_to_it(tmp_path, capsys
     assert [file.name for file in input_files([tmp_path / "in"])] == ["a.jsonl"]
     assert "1 hidden (_temporary), 2 links to files already read (b.jsonl, ...)" in capsys.readouterr().err
     assert len(input_files([path, path])) == 2
-    assert "is given 2 times, and its rows are read 2 times" in capsys.readouterr().err
+    assert "is given more than once, and its rows are read again" in capsys.readouterr().err
+    assert len(input_files([tmp_path / "in", tmp_path / "in" / "c.jsonl"])) == 2  # by another name
+    assert "c.jsonl is given more than once" in capsys.readouterr().err
 
 
 @pytest.mark.quick
@@ -1358,3 +1360,86 @@ if __name__ == "__main__":
     (tmp_path / "main.py").write_text(script)
     running = subprocess.run([sys.executable, str(tmp_path / "main.py")], capture_output=True, text=True, timeout=60, start_new_session=True, check=False)
     assert running.returncode == 130 and running.stderr.splitlines() == ["main.py: interrupted"]
+
+
+@pytest.mark.quick
+def test_every_medical_record_of_a_correct_file_is_read(tmp_path):
+    rng = random.Random(0)
+    words = ["高血压", "能吃什么，", "发烧", "\n", "他说\"好\"", ", ", "多喝水。", "怎么办？"]
+    rows = [[department, *("第" + "".join(rng.choices(words, k=rng.randint(1, 6))) + "问" for _ in range(3))]
+            for department in rng.choices(["心血管科", "内科", "外科"], k=300)]
+    with open(tmp_path / "x.csv", "w", encoding="utf-8", newline="") as f:
+        csv.writer(f, lineterminator="\n").writerows([data.MEDICAL, *rows])
+    with data.open_text(tmp_path / "x.csv", data.Problems()) as f:
+        found = list(data.read_medical(f, lambda *why: pytest.fail(str(why))))
+    assert [list(row.values()) for row in found] == rows
+    for quote in ("", '"'):  # the first record is broken, quoted or not
+        (tmp_path / "y.csv").write_text(f"department,title,ask,answer\n外科,怎么办,{quote}第一行\n第二行{quote},涂药膏\n内科,一,二,三\n", "utf-8")
+        with data.open_text(tmp_path / "y.csv", data.Problems()) as f:
+            found = list(data.read_medical(f, lambda *why: pytest.fail(str(why))))
+        assert [row["answer"] for row in found] == ["涂药膏", "三"] and found[0]["ask"] == "第一行\n第二行"
+
+
+@pytest.mark.quick
+def test_rows_that_are_all_in_against_are_reported_as_such(tmp_path):
+    path = str(pairs_file(tmp_path / "a.jsonl"))
+    done = call("dedup", path, "--against", path, "--out", str(tmp_path / "o.parquet"))
+    assert done.returncode == 2 and f"every row is in --against {path}" in done.stderr and "equal to an earlier one" in done.stdout
+    assert not (tmp_path / "o.parquet").exists()
+
+
+@pytest.mark.quick
+def test_columns_that_are_left_out_are_reported(tmp_path):
+    row = {"instruction": "你叫什么名字", "input": "", "output": "我叫小明，很高兴。", "system": "你是海盗", "history": [["你好", "你好"]]}
+    (tmp_path / "a.jsonl").write_text(json.dumps({**row, "system": "", "history": []}) + "\n" + json.dumps(row) + "\n")
+    done = call("clean", "--source", "alpaca", str(tmp_path / "a.jsonl"), "--out", str(tmp_path / "o.parquet"))
+    assert done.returncode == 0 and "1 x column system, left out" in done.stderr and "1 x column history, left out" in done.stderr
+    done = call("stats", str(tmp_path / "a.jsonl"))
+    assert "are counted, not instruction, input, output, system, history" in done.stderr
+    (tmp_path / "b.jsonl").write_text('{"prompt": "甲怎么样", "response": "很好"}\n{"prompt": "乙怎么样", "response": "不好", "topic": "x"}\n')
+    for command in (("dedup", "--out", str(tmp_path / "o.parquet")), ("split", "--out", str(tmp_path / "split"))):
+        assert "only prompt, response are kept, not topic" in call(command[0], str(tmp_path / "b.jsonl"), *command[1:]).stderr
+
+
+@pytest.mark.quick
+def test_an_encoding_shows_late_and_in_few_bytes(tmp_path):
+    english = "".join(f'{{"prompt": "question {i}", "response": "this is the answer"}}\n' for i in range(2000))
+    chinese = '{"prompt": "你叫什么", "response": "我叫小明"}\n'
+    for text in (english + chinese, chinese):
+        for encoding in ("gb18030", "utf-8"):
+            (tmp_path / "x.jsonl").write_bytes(text.encode(encoding))
+            assert list(Rows(tmp_path / "x.jsonl"))[-1] == json.loads(chinese)
+    (tmp_path / "x.jsonl").write_bytes(chinese.encode().replace("我".encode(), b"\xff"))  # one damaged character stays one
+    assert list(Rows(tmp_path / "x.jsonl"))[-1]["response"] == "\ufffd叫小明"
+
+
+@pytest.mark.quick
+def test_texts_that_are_bytes_in_any_type_of_column(tmp_path):
+    texts = ["今天天气怎么样".encode()] * 2
+    for kind in (pa.binary(), pa.large_binary(), pa.binary_view(), pa.dictionary(pa.int32(), pa.binary())):
+        column = pa.array(texts, pa.binary()).dictionary_encode() if pa.types.is_dictionary(kind) else pa.array(texts, kind)
+        pq.write_table(pa.table({"prompt": column, "response": column}), tmp_path / "x.parquet")
+        assert list(Rows(tmp_path / "x.parquet", ("prompt", "response"))) == [dict.fromkeys(("prompt", "response"), texts[0].decode())] * 2
+    pq.write_table(pa.table({"conversations": [[{"from": b"human", "value": texts[0]}, {"from": b"gpt", "value": texts[1]}]]}), tmp_path / "x.parquet")
+    assert list(Texts(tmp_path / "x.parquet")) == [texts[0].decode()] * 2
+
+
+@pytest.mark.quick
+def test_preferences_may_be_lists_of_messages(tmp_path):
+    def said(*texts: str) -> list[dict]:
+        return [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(texts)]
+
+    good = {"prompt": "今天天气怎么样？", "chosen": "今天天气很好。", "rejected": "不知道不知道"}
+    rows = [{"prompt": good["prompt"], "chosen": said(good["prompt"], good["chosen"]), "rejected": said(good["prompt"], good["rejected"])},
+            {"prompt": said(good["prompt"]), "chosen": [said("", good["chosen"])[1]], "rejected": None, "reject": good["rejected"]},
+            {"prompt": good["prompt"], "chosen": said("一", "二", "三", "四"), "rejected": "不知道不知道"}]
+    (tmp_path / "x.json").write_text(json.dumps(rows))
+    done = call("clean", "--source", "preference", str(tmp_path / "x.json"), "--out", str(tmp_path / "o.parquet"))
+    assert "1  chosen is a conversation of several turns" in done.stdout, done.stderr
+    assert pq.read_table(tmp_path / "o.parquet").to_pylist() == [good] * 2
+
+
+@pytest.mark.quick
+def test_lengths_that_exclude_each_other_are_refused(tmp_path):
+    done = call("clean", "--source", "pairs", str(pairs_file(tmp_path / "a.jsonl")), "--min_chars", "50", "--max_chars", "10", "--out", str(tmp_path / "o.parquet"))
+    assert done.returncode == 2 and "--min_chars 50 is above --max_chars 10" in done.stderr

@@ -498,3 +498,28 @@ def test_reject_writes_only_rows_that_dpo_takes(folder, tmp_path):
     done = run_script("dpo.py", "reject", "--model", folder, "--data", tmp_path / "a.jsonl", "--out", tmp_path / "t.parquet", "--max_new_tokens", "4")
     assert "1 triples; 2 rows dropped" in done.stdout, done.stderr
     dpo.check_triples(str(tmp_path / "t.parquet"), "t")
+
+
+@pytest.mark.quick
+def test_answers_that_are_equal_where_they_are_cut_are_counted(folder, tmp_path):
+    rows = [{"prompt": "你好", "chosen": "好的" * 100, "rejected": "好的" * 100 + "吗"}, {"prompt": "你好", "chosen": "好的", "rejected": "好的好的"}]
+    write_pairs(tmp_path / "x.parquet", rows, COLUMNS)
+    done = call("--init_from", str(folder), "--data", str(tmp_path / "x.parquet"), "--max_len", "32", "--max_steps", "1", "--workers", "0", "--out_dir", str(tmp_path / "out"))
+    assert done.returncode == 0 and "in 1 rows, the first 32 tokens of chosen and rejected are the same" in done.stderr
+
+
+@pytest.mark.quick
+def test_an_empty_file_of_triples_is_refused_again(folder, tmp_path):
+    (tmp_path / "x.jsonl").write_text("\n")
+    for _ in range(2):
+        done = call("--init_from", str(folder), "--data", str(tmp_path / "x.jsonl"), "--max_steps", "1", "--out_dir", str(tmp_path / "out"))
+        assert done.returncode == 2 and "no row can be used" in done.stderr, done.stderr
+
+
+@pytest.mark.quick
+def test_merge_does_not_write_through_links_to_the_model(folder, adapter, tmp_path):
+    (tmp_path / "out").mkdir()
+    before = (folder / "model.safetensors").read_bytes()
+    (tmp_path / "out" / "model.safetensors").symlink_to(folder / "model.safetensors")
+    done = call("merge", "--model", str(folder), "--adapter", str(adapter), "--out", str(tmp_path / "out"))
+    assert done.returncode == 2 and "would be overwritten" in done.stderr and (folder / "model.safetensors").read_bytes() == before

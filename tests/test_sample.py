@@ -514,7 +514,8 @@ def test_settings_come_from_flags_then_from_the_model(folder, tmp_path):
     assert json.loads((other / "generation_config.json").read_text())["early_stopping"] == "never"
 
     def options(*flags: str) -> GenerationConfig:
-        args = argparse.Namespace(**{f.name: None for f in dataclasses.fields(GenerationConfig)}, reference_settings="--reference_settings" in flags)
+        args = argparse.Namespace(**{f.name: None for f in dataclasses.fields(GenerationConfig)}, reference_settings="--reference_settings" in flags,
+                                  prompt=None, input=None, score=None, serve=None)
         for name, value in itertools.pairwise(flags):
             if name == "--num_beams":
                 args.num_beams = int(value)
@@ -800,3 +801,58 @@ def test_temperature_0_is_called_greedy(capsys):
     config = sample.GenerationConfig(do_sample=True)
     config = sample.chat_command(["/set", "temperature", "0"], config, {})
     assert not config.do_sample and "do_sample = False (temperature 0 is greedy decoding)" in capsys.readouterr().out
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize(("pad", "start"), [(3, 3), (0, 1), (2, 0), (1, 0)])
+def test_beam_search_with_other_token_ids_is_transformers(tmp_path, pad, start):
+    ids = torch.randint(4, 8, (4, 5), generator=torch.Generator().manual_seed(0))
+    for seed in range(4):
+        theirs, ours = make_models(tmp_path, seed, vocab_size=8, pad_token_id=pad, decoder_start_token_id=start)
+        for options in ({"num_return_sequences": 2, "no_repeat_ngram_size": 2, "length_penalty": -1.0, "max_new_tokens": 12}, {"max_new_tokens": 1}, {"max_new_tokens": 9}):
+            expected = theirs.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, num_beams=3, **options)
+            assert torch.equal(generate(ours, ids, num_beams=3, **options), expected), (seed, options)
+
+
+@pytest.mark.quick
+def test_the_greatest_length_penalty_has_an_answer(tmp_path):
+    _, ours = make_models(tmp_path, 0)
+    for penalty in (-20, 20):
+        assert generate(ours, torch.ones(1, 3, dtype=torch.int64), num_beams=2, length_penalty=penalty, max_new_tokens=40, early_stopping="never").size(1) > 1
+
+
+@pytest.mark.quick
+def test_a_line_in_another_encoding_does_not_end_the_chat(folder, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO("你好\n".encode("gb18030") + "你好\n".encode()), "utf-8"))
+    sample.chat(ChatLM.from_pretrained(folder), Tokenizer.from_pretrained(folder), 64, vars(sample.GenerationConfig(max_new_tokens=4)))
+    said = capsys.readouterr().out
+    assert said.count("error: the input is not in this terminal's encoding") == 1 and said.count("> ") == 3
+
+
+@pytest.mark.quick
+def test_the_name_of_an_output_is_that_of_json_lines(folder, tmp_path):
+    (tmp_path / "p.txt").write_text("你好\n")
+    for name in ("a.parquet", "a.csv", "a.JSON", "a.jsonl.gz"):
+        done = call("--model", str(folder), "--input", str(tmp_path / "p.txt"), "--output", str(tmp_path / name))
+        assert done.returncode == 2 and "name it .jsonl" in done.stderr and not (tmp_path / name).exists()
+
+
+@pytest.mark.quick
+def test_choices_without_answers_are_recognized(folder, tmp_path):
+    (tmp_path / "t.csv").write_text("id,question,A,B,C,D\n0,首都是____。,巴黎,伦敦,东京,柏林\n", "utf-8")
+    done = call("--model", str(folder), "--score", str(tmp_path / "t.csv"))
+    assert done.returncode == 2 and "row 1 has no answer (files named test may have none" in done.stderr
+
+
+@pytest.mark.quick
+def test_a_reference_without_triples_counts(folder, tmp_path):
+    (tmp_path / "t.jsonl").write_text('{"prompt": "句子", "response": "[(a,b,c)]"}\n{"prompt": "另一句", "response": "[]"}\n', "utf-8")
+    done = call("--model", str(folder), "--score", str(tmp_path / "t.jsonl"), "--max_new_tokens", "4")
+    assert {"precision", "recall", "f1"} <= json.loads(done.stdout.splitlines()[-1]).keys()
+
+
+@pytest.mark.quick
+def test_notes_are_given_where_nothing_can_be_set_later(folder):
+    flags = ["--model", str(folder), "--temperature", "0.5", "--seed", "3", "--length_penalty", "2"]
+    assert call(*flags, "--prompt", "你好", "--max_new_tokens", "2").stderr.count("has no effect") == 3
+    assert "has no effect" not in call(*flags, stdin="/quit\n").stderr  # /set do_sample true

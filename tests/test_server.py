@@ -493,3 +493,15 @@ def test_bodies_that_are_not_read_are_not_the_next_request(server):
             s.sendall(head.encode() + b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")
             found = b"".join(iter(lambda: s.recv(1 << 16), b""))
         assert found.count(b'"error"') + found.count(b'"status"') == 1 and b"<html" not in found.lower(), found
+
+
+@pytest.mark.quick
+def test_the_length_of_a_body_is_one_number(server):
+    """Otherwise the rest of a body could be taken for another request."""
+    for lengths in ("Content-Length: 2\r\nContent-Length: 39", "Content-Length: 0_2", "Content-Length: +2"):
+        with socket.create_connection(("127.0.0.1", server.server_port), 10) as s:
+            s.sendall(f"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\n{lengths}\r\n\r\n{{}}GET /health HTTP/1.1\r\nHost: x\r\n\r\n".encode())
+            said = b""
+            while part := s.recv(9999):
+                said += part
+        assert said.startswith(b"HTTP/1.1 400") and said.count(b"HTTP/1.1") == 1, said

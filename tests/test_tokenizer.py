@@ -498,3 +498,37 @@ def test_special_tokens_outside_of_tokenizer_json_are_refused(tmp_path, file, co
     (tmp_path / file).write_text(json.dumps(content))
     with pytest.raises(ValueError, match=f"{file}"):
         Tokenizer.from_pretrained(tmp_path)
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("change", [{"tokenizer_class": "GPT2TokenizerFast"}, {"tokenizer_class": "LlamaTokenizer"}, {"added_tokens_decoder": {
+    "5": {"content": "[MASK]", "lstrip": True, "rstrip": False, "single_word": False, "normalized": False, "special": True}}}], ids=str)
+def test_a_configuration_that_changes_ids_is_refused(tmp_path, change):
+    Tokenizer.train(CORPUS[:100], 700).save_pretrained(tmp_path)
+    path = tmp_path / "tokenizer_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+    with pytest.raises(ValueError, match="tokenizer_config.json: the to"):
+        Tokenizer.from_pretrained(tmp_path)
+
+
+@pytest.mark.quick
+def test_a_special_token_of_one_character_and_nfkc_are_refused_together(tmp_path):
+    for nfkc in (False, True):
+        Tokenizer.train(CORPUS[:100], 700, nfkc=nfkc).save_pretrained(tmp_path)
+        auto = AutoTokenizer.from_pretrained(tmp_path)
+        auto.add_special_tokens({"additional_special_tokens": ["0"]})
+        auto.save_pretrained(tmp_path / "more")
+        if nfkc:  # NFKC turns ０ into 0, which is then no special token
+            with pytest.raises(ValueError, match="special token '0'"):
+                Tokenizer.from_pretrained(tmp_path / "more")
+        else:
+            assert Tokenizer.from_pretrained(tmp_path / "more").encode("10０") == AutoTokenizer.from_pretrained(tmp_path / "more")("10０").input_ids
+
+
+@pytest.mark.quick
+def test_a_folder_that_transformers_saves_with_add_eos_token_loads(tmp_path):
+    Tokenizer.train(CORPUS[:100], 700).save_pretrained(tmp_path)
+    auto = AutoTokenizer.from_pretrained(tmp_path)
+    auto.add_eos_token = True
+    auto.save_pretrained(tmp_path / "again")
+    assert Tokenizer.from_pretrained(tmp_path / "again").encode("你好") == AutoTokenizer.from_pretrained(tmp_path / "again")("你好").input_ids

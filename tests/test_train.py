@@ -5,6 +5,7 @@ import json
 import math
 import os
 import random
+import re
 import resource
 import shlex
 import shutil
@@ -1223,3 +1224,43 @@ def test_the_best_model_is_kept_in_a_new_out_dir(base, straight, tmp_path):
     out = tmp_path / "out"
     assert call(*base, "--out_dir", str(out), "--resume", str(checkpoint), "--max_steps", "26", "--lr", "1").returncode == 0
     assert (out / "best" / "model.safetensors").exists()
+
+
+@pytest.mark.quick
+def test_a_run_does_not_write_through_links_to_its_starting_model(base, straight, tmp_path):
+    shutil.copytree(straight / "best", tmp_path / "model")
+    before = (tmp_path / "model" / "model.safetensors").read_bytes()
+    for folder in (tmp_path / "out", tmp_path / "other" / "best"):
+        folder.mkdir(parents=True)
+        for name in ("config.json", "model.safetensors"):
+            (folder / name).symlink_to(tmp_path / "model" / name)
+    i = base.index("--preset")
+    for out in ("out", "other"):
+        line = refused(*base[:i], *base[i + 2:], "--init_from", str(tmp_path / "model"), "--max_steps", "1", "--resume", "never", "--out_dir", str(tmp_path / out))
+        assert "would be overwritten" in line
+    assert (tmp_path / "model" / "model.safetensors").read_bytes() == before
+
+
+def test_an_error_that_all_processes_have_is_printed_once(base, tmp_path):
+    done = run_ranks("train.py", *base, "--schedule", "foo", ranks=3)
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and "invalid choice: 'foo'" in done.stderr, done.stderr
+    done = start_torchrun(*base, "--data", "nope.parquet", "--out_dir", str(tmp_path / "out")).completed()
+    assert done.returncode and re.findall("train.py: error: .*", done.stderr) == ["train.py: error: no such file: nope.parquet"], done.stderr
+
+
+@pytest.mark.quick
+def test_a_checkpoint_without_its_tokenizer_says_what_is_missing(base, tmp_path):
+    i = base.index("--tokenizer")
+    args = [*base[:i], *base[i + 2:], "--max_steps", "1", "--vocab_size", "1400"]
+    assert call(*args, "--out_dir", str(tmp_path / "run")).returncode == 0
+    (checkpoint,) = list_checkpoints(tmp_path / "run" / "checkpoint")
+    (tmp_path / "lone").mkdir()
+    shutil.copy(checkpoint, tmp_path / "lone")
+    assert "is missing: name its folder with --tokenizer" in refused("--resume", str(tmp_path / "lone"), "--out_dir", str(tmp_path / "out"))
+
+
+@pytest.mark.quick
+def test_weight_decay_without_matrices_and_full_dropout_are_reported(base, tmp_path):
+    done = call(*base, "--freeze", "encoder,decoder", "--weight_decay", "0.5", "--max_steps", "1", "--out_dir", str(tmp_path / "out"))
+    assert done.returncode == 0 and "--weight_decay has no effect with --freeze encoder,decoder" in done.stderr
+    assert "--lora_dropout: 1 is out of range" in refused(*base, "--lora_dropout", "1")
