@@ -595,13 +595,16 @@ def input_files(paths: Iterable[str | Path], outputs: Iterable[str | Path] = ())
             raise ValueError(f"{path} is both input and output: write to another file")
         else:
             files.append(path)
-    numbers: Counter[tuple[int, int]] = Counter()
+    seen, again = set(), []
     for path in files:
         refuse_pointer(path)
-        stat = path.stat()
-        numbers[stat.st_dev, stat.st_ino] += 1
-        if numbers[stat.st_dev, stat.st_ino] == 2:
-            note_once(f"note: {path} is given more than once, and its rows are read again")
+        number = path.stat().st_dev, path.stat().st_ino
+        if number in seen:
+            again.append(path)
+        seen.add(number)
+    if again:
+        note_once(f"note: {len(again):,} files are given more than once ({again[0]}"
+                  f"{', ...' * (len(again) > 1)}), and their rows are read again")
     return files
 
 

@@ -1281,9 +1281,9 @@ def test_a_file_is_read_once_however_often_a_folder_links_to_it(tmp_path, capsys
     assert [file.name for file in input_files([tmp_path / "in"])] == ["a.jsonl"]
     assert "1 hidden (_temporary), 2 links to files already read (b.jsonl, ...)" in capsys.readouterr().err
     assert len(input_files([path, path])) == 2
-    assert "is given more than once, and its rows are read again" in capsys.readouterr().err
+    assert f"1 files are given more than once ({path}), and their rows are read again" in capsys.readouterr().err
     assert len(input_files([tmp_path / "in", tmp_path / "in" / "c.jsonl"])) == 2  # by another name
-    assert "c.jsonl is given more than once" in capsys.readouterr().err
+    assert f"1 files are given more than once ({tmp_path / 'in' / 'c.jsonl'})" in capsys.readouterr().err
 
 
 @pytest.mark.quick
