@@ -203,7 +203,6 @@ class Rows:
         if not self.skip:
             self.problems.warn()
 
-
     def note_columns(self) -> None:
         """Print a note if a pass has found more columns."""
         if self.others:
@@ -501,7 +500,7 @@ def open_text(path: Path, problems: Problems) -> Iterator[TextFile]:
         refuse_other_kinds(path, head)
         read = len(head)
         while head.isascii() and read < 1 << 26 and (more := raw.read(1 << 16)):
-            head, read = more, read + len(more)  # the first that is not only ASCII
+            head, read = more, read + len(more)  # ASCII shows no encoding: look further
         encoding = encoding_of(path, head)
         raw.seek(0)
         f = TextFile(raw, encoding, errors="replace", newline="")
@@ -603,8 +602,9 @@ def input_files(paths: Iterable[str | Path], outputs: Iterable[str | Path] = ())
             again.append(path)
         seen.add(number)
     if again:
-        note_once(f"note: {len(again):,} files are given more than once ({again[0]}"
-                  f"{', ...' * (len(again) > 1)}), and their rows are read again")
+        more = ", ..." if len(again) > 1 else ""
+        note_once(f"note: {len(again):,} files are given more than once ({again[0]}{more}), and "
+                  "their rows are read again")
     return files
 
 

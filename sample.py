@@ -495,8 +495,8 @@ class Beams:
     def __init__(self, input_ids: Tensor, config: GenerationConfig, c: ChatLMConfig):
         self.config, self.eos = config, c.eos_token_id
         prompts, n, device = len(input_ids), config.num_beams, input_ids.device
-        # ids (P, N, max length); after an answer comes padding, or [EOS] if its id is 0, as in
-        # transformers
+        # ids (P, N, max length); after an answer comes padding, but [EOS] if the id of padding is
+        # 0, as in transformers
         self.running = input_ids.new_full((prompts, n, config.max_new_tokens + 1),
                                           c.pad_token_id or c.eos_token_id)
         self.running[:, :, 0] = c.decoder_start_token_id
@@ -1036,9 +1036,9 @@ def read_choices(path: Path) -> list[dict[str, str]]:
                if value is not None}
         missing = [name for name in CHOICE_COLUMNS if not row.get(name)]
         if missing:
-            hint = " (files named test may have none: take val or dev)"
-            raise ValueError(f"{path}, row {i:,} has no {missing[0]}"
-                             + hint * (missing[0] == "answer"))
+            is_answer = missing[0] == "answer"
+            hint = " (files named test may have none: take val or dev)" if is_answer else ""
+            raise ValueError(f"{path}, row {i:,} has no {missing[0]}{hint}")
         row["answer"] = row["answer"].upper()
         if row["answer"] not in list(CHOICES):
             raise ValueError(f"{path}, row {i:,}: answer {row['answer']!r} is not A, B, C or D")
@@ -1868,13 +1868,13 @@ def decoding_options(args: argparse.Namespace, model: ChatLM) -> dict:
     is_greedy, unused = (options | given).get("temperature") == 0, config.unused()
     if is_greedy:
         del unused["temperature"]
+    # a chat can set everything later, a request to the server what sampling needs
+    is_chat = args.prompt is None and not args.input and not args.score
     for name, needs in unused.items():
         flags = re.sub(r"\b(?=do_sample|penalty_alpha|top_k|num_beams)", "--", needs)
         why = f"without {flags}"
         if is_greedy and needs.startswith("do_sample"):
             why = "with temperature 0, which is greedy"
-        # a chat can set everything later, a request to the server what sampling needs
-        is_chat = args.prompt is None and not args.input and not args.score
         may_work = is_chat and (args.serve is None or needs.startswith("do_sample"))
         if getattr(args, name, None) is not None and not may_work:
             note_once(f"note: --{name} has no effect {why}")
@@ -1929,6 +1929,13 @@ def parse_args() -> argparse.Namespace:
     add("--reference_settings", action="store_true", help="decode like ChatLM-mini-Chinese: 5 "
         "beams, sampled, top-k 50, top-p 0.95, no 4 tokens twice")
     args = parser.parse_args()
+    check_args(parser, args)
+    args.batch_size = args.batch_size or 32
+    return args
+
+
+def check_args(parser: ArgumentParser, args: argparse.Namespace) -> None:
+    """Exit with an error for flags that exclude each other, or have no effect together."""
     if bool(args.input) != bool(args.output):
         parser.error("--input and --output need each other")
     if args.prompt is not None and not args.prompt.strip():
@@ -1950,8 +1957,6 @@ def parse_args() -> argparse.Namespace:
         parser.error("--num_return_sequences has no effect with --score")
     if args.batch_size and not args.input and not args.score:
         parser.error("--batch_size is for --input and --score")
-    args.batch_size = args.batch_size or 32
-    return args
 
 
 @memory_hint("--batch_size, --num_beams or --max_new_tokens")

@@ -433,7 +433,7 @@ class Tokenizer:
             raise ValueError(f"{path} is damaged: {type(e).__name__}: {e}") from None
         if append_eos is not None:
             tokenizer.append_eos = append_eos
-        check_added_tokens(Path(folder), tokenizer)
+        check_configuration(Path(folder), tokenizer)
         return tokenizer
 
     def save_pretrained(self, folder) -> None:
@@ -980,7 +980,8 @@ def parse_tokenizer(form: dict) -> Tokenizer:
         raise Unsupported(f"the added token {changed[0]!r}, which NFKC changes, is not supported")
     short = [t["content"] for t in added if t["special"] and len(t["content"]) == 1]
     if found["normalizer"] and short:  # NFKC may turn another character into it
-        raise Unsupported(f"the special token {short[0]!r}, one character, with NFKC")
+        raise Unsupported(f"the special token {short[0]!r}, one character, is not supported with "
+                          "NFKC")
     tokenizer = Tokenizer(
         vocab, [(ids[a], ids[b]) for a, b in pairs], nfkc=found["normalizer"] is not None,
         append_eos=found["post_processor"] is not None,
@@ -1012,7 +1013,7 @@ def canonical(form: dict) -> dict:
             old_default = "always" if value.get("add_prefix_space", True) else "never"
             prefix = value.get("prepend_scheme", old_default)
             return metaspace(value["replacement"], prefix) | {"split": value.get("split", True)}
-        if value.get("type") == "TemplateProcessing":  # of pairs of texts there are no ids here
+        if value.get("type") == "TemplateProcessing":  # pairs of texts are not encoded here
             value = {k: v for k, v in value.items() if k != "pair"}
             return value if value["special_tokens"] else None
         return value
@@ -1024,45 +1025,52 @@ def canonical(form: dict) -> dict:
     return {name: part(form.get(name)) for name in names} | {"model": model}
 
 
+# classes of transformers whose ids are those of tokenizer.json
 PLAIN_CLASSES = (None, "PreTrainedTokenizerFast", "PreTrainedTokenizer", "TokenizersBackend")
 
 
-def check_added_tokens(folder: Path, tokenizer: Tokenizer) -> None:
-    """Raise ValueError for what a file next to tokenizer.json changes when AutoTokenizer reads it:
-    more special tokens, other options of them, or another class."""
-    names = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
-    known = {t["content"]: {k: t[k] for k in ("lstrip", "rstrip", "single_word", "special")}
-             for t in tokenizer_json(tokenizer)["added_tokens"]}
-    for path in [folder / name for name in names if (folder / name).is_file()]:
+def check_configuration(folder: Path, tokenizer: Tokenizer) -> None:
+    """Raise ValueError for a file next to tokenizer.json with which AutoTokenizer would give other
+    ids."""
+    for name in ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"):
+        path = folder / name
+        if not path.is_file():
+            continue
         try:
-            config, kind, options = json.loads(path.read_text("utf-8")), None, list[dict]()
-            if path.name == "added_tokens.json":
-                tokens: list = list(config)
-            else:
-                options = list((config.get("added_tokens_decoder") or {}).values())
-                tokens = list(options)
-                kind = config.get("tokenizer_class")
-                tokens += [config[name] for name in SPECIAL_NAMES if config.get(name)]
-            for name in ("additional_special_tokens", "extra_special_tokens"):
-                more = config.get(name) or []
-                tokens += more.values() if isinstance(more, dict) else more
-            tokens = [t if isinstance(t, str) else t["content"] for t in tokens]
-            splits = config.get("split_special_tokens")
-            options = [t for t in options if t["content"] in known and any(
-                t.get(name, value) != value for name, value in known[t["content"]].items())]
+            config = json.loads(path.read_text("utf-8"))
+            if name == "added_tokens.json":
+                config = {"extra_special_tokens": list(config.keys())}
+            problem = find_change(config, tokenizer)
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             raise ValueError(f"{path} is damaged") from None
-        if missing := [token for token in tokens if token not in tokenizer.added]:
-            raise ValueError(f"{path} has the special token {missing[0]!r}, and tokenizer.json has "
-                             "not: load the folder with transformers and save it again")
-        if splits:
-            raise ValueError(f"{path}: split_special_tokens is not supported")
-        if options:
-            raise ValueError(f"{path}: the token {options[0]['content']!r} has other options than "
-                             "in tokenizer.json")
-        if kind not in PLAIN_CLASSES:
-            raise ValueError(f"{path}: the tokenizer_class {kind!r} may have rules of its own: if "
-                             "tokenizer.json is all, make it PreTrainedTokenizerFast")
+        if problem:
+            raise ValueError(f"{path}: {problem}")
+
+
+def find_change(config: dict, tokenizer: Tokenizer) -> str:
+    """What a configuration of transformers changes in the ids of a tokenizer; "" if nothing."""
+    known = {token["content"]: token for token in tokenizer_json(tokenizer)["added_tokens"]}
+    described = list((config.get("added_tokens_decoder") or {}).values())
+    tokens = described + [config[name] for name in SPECIAL_NAMES if config.get(name)]
+    for name in ("additional_special_tokens", "extra_special_tokens"):
+        more = config.get(name) or []
+        tokens += more.values() if isinstance(more, dict) else more
+    for token in tokens:
+        content = token if isinstance(token, str) else token["content"]
+        if content not in known:
+            return (f"it has the special token {content!r}, and tokenizer.json has not: load the "
+                    "folder with transformers and save it again")
+    for token in described:
+        own = known[token["content"]]
+        if any(token.get(name, own[name]) != own[name]
+               for name in ("lstrip", "rstrip", "single_word", "special")):
+            return f"the token {token['content']!r} has other options than in tokenizer.json"
+    if config.get("split_special_tokens"):
+        return "split_special_tokens is not supported"
+    if (kind := config.get("tokenizer_class")) not in PLAIN_CLASSES:
+        return (f"the tokenizer_class {kind!r} may have rules of its own: if tokenizer.json is "
+                "all, make it PreTrainedTokenizerFast")
+    return ""
 
 
 # --- Unicode --------------------------------------------------------------------------------------
