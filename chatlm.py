@@ -871,26 +871,28 @@ def is_target(name: str, targets: str | list[str]) -> bool:
     return any(name == target or name.endswith("." + target) for target in targets)
 
 
+def find_linear(model: ChatLM, targets: str | list[str]) -> dict[str, nn.Linear]:
+    """The linear layers that targets name, see is_target."""
+    return {name: module for name, module in model.named_modules()
+            if isinstance(module, nn.Linear) and is_target(name, targets)}
+
+
 def add_lora(model: ChatLM, rank: int, alpha: float, targets: str | Iterable[str],
              dropout: float = 0.0) -> None:
     """Replace the linear layers that targets name by LoRALinear, and freeze everything else.
-    targets: see is_target; a list with "all" means "all-linear". Raises ValueError for a target
-    that names no layer, and for the head, whose weight is used without its layer."""
+    targets: see is_target; a list with "all" means "all-linear". Raises ValueError if they name no
+    layer, or the head, whose weight is used without its layer."""
     if not isinstance(targets, str):
         targets = list(targets)
         targets = "all-linear" if "all" in targets else targets
     model.requires_grad_(False)
-    found = {name: module for name, module in model.named_modules()
-             if isinstance(module, nn.Linear) and is_target(name, targets)}
+    found = find_linear(model, targets)
     if targets == "all-linear":
         found.pop("lm_head", None)
     if "lm_head" in found:
         raise ValueError("LoRA for lm_head is not supported")
-    missing: list[str] = []
-    if not isinstance(targets, str):
-        missing = [t for t in targets if not any(is_target(name, [t]) for name in found)]
-    if missing or not found:
-        raise ValueError(f"the model has no linear layer {', '.join(missing) or targets}")
+    if not found:
+        raise ValueError("the model has no such linear layer")
     for name, module in found.items():
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, LoRALinear(module, rank, alpha, dropout))

@@ -1051,8 +1051,10 @@ def find_change(config: dict, tokenizer: Tokenizer) -> str:
     """What a configuration of transformers changes in the ids of a tokenizer; "" if nothing."""
     known = {token["content"]: token for token in tokenizer_json(tokenizer)["added_tokens"]}
     described = list((config.get("added_tokens_decoder") or {}).values())
-    tokens = described + [config[name] for name in SPECIAL_NAMES if config.get(name)]
-    for name in ("additional_special_tokens", "extra_special_tokens"):
+    tokens = described + [token for name, token in config.items()  # bos_token, image_token, ...
+                          if name.endswith("_token") and isinstance(token, (str, dict)) and token]
+    for name in ("additional_special_tokens", "extra_special_tokens",
+                 "model_specific_special_tokens"):
         more = config.get(name) or []
         tokens += more.values() if isinstance(more, dict) else more
     for token in tokens:

@@ -78,6 +78,7 @@ from chatlm import (
     ChatLM,
     ChatLMConfig,
     add_lora,
+    find_linear,
     find_targets,
     init_bigrams,
     save_adapter,
@@ -1673,10 +1674,11 @@ def make_model(s: Settings, ranks: Ranks, tokenizer: Tokenizer) -> tuple[ChatLM,
     for part in filter(None, s.freeze.split(",")):
         getattr(model, part).requires_grad_(False)
     if s.lora_rank:
-        try:
-            add_lora(model, s.lora_rank, s.lora_alpha, s.lora_targets.split(","), s.lora_dropout)
-        except ValueError as e:
-            raise ValueError(f"--lora_targets: {e}") from None
+        targets = s.lora_targets.split(",")
+        for target in targets:
+            if target != "all" and not find_linear(model, [target]):
+                raise ValueError(f"--lora_targets: the model has no linear layer {target}")
+        add_lora(model, s.lora_rank, s.lora_alpha, targets, s.lora_dropout)
     if not any(p.requires_grad for p in model.parameters()):
         raise ValueError(f"--freeze {s.freeze} leaves nothing to train")
     if s.compile:

@@ -126,8 +126,25 @@ def test_an_adapter_for_another_model_is_refused(folder, tmp_path):
         load_adapter(ChatLM.from_pretrained(folder), tmp_path)
     with pytest.raises(FileNotFoundError, match="not an adapter"):
         load_adapter(ChatLM.from_pretrained(folder), tmp_path / "nowhere")
-    with pytest.raises(ValueError, match="no linear layer x"):
+    with pytest.raises(ValueError, match="no such linear layer"):
         add_lora(ChatLM.from_pretrained(folder), 4, 8.0, ["x"])
+
+
+@pytest.mark.quick
+def test_names_of_layers_that_only_other_models_have_are_read(folder, tmp_path):
+    """PEFT writes target_modules as they were given, also names for gated and plain models together."""
+    made = get_peft_model(AutoModelForSeq2SeqLM.from_pretrained(folder), LoraConfig(
+        r=4, target_modules=["q", "o", "wi", "wi_0", "wi_1", "wo"], init_lora_weights=False, task_type="SEQ_2_SEQ_LM")).eval()
+    made.save_pretrained(tmp_path)
+    ids = torch.randint(7, 1300, (2, 9))
+    loaded = ChatLM.from_pretrained(folder).eval()
+    load_adapter(loaded, tmp_path)
+    expected = made(input_ids=ids, decoder_input_ids=ids).logits
+    assert (loaded(ids, decoder_input_ids=ids)[0] - expected).abs().max() < 1e-4
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config | {"target_modules": ["q", "shared"]}))
+    with pytest.raises(ValueError, match="for another model"):  # it has weights for more layers
+        load_adapter(ChatLM.from_pretrained(folder), tmp_path)
 
 
 def call(*args: str) -> subprocess.CompletedProcess:
