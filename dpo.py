@@ -34,6 +34,7 @@ Rafailov et al. 2023, "Direct Preference Optimization" (arXiv:2305.18290), equat
 """
 import argparse
 import contextlib
+import json
 import os
 import sys
 from collections.abc import Sequence
@@ -313,19 +314,24 @@ def reject(argv: list[str]) -> None:
     data.check_parquet_path(Path(args.out))
     with memory_hint("--batch_size"):
         answer_prompts(args, answers)
+    with open(answers, encoding="utf-8") as f:
+        answered = [json.loads(line) for line in f]
     triples = []
-    for row, answered in zip(rows, Rows(answers), strict=True):
-        candidates = answered.get("responses", [answered.get("response")])
+    for row, found in zip(rows, answered, strict=True):
+        candidates = found.get("responses", [found.get("response")])
         candidates = [a for a in candidates if a and a.strip() != row["response"].strip()]
         if candidates and row["prompt"].strip() and row["response"].strip():
             worst = min(candidates, key=lambda a: sample.bleu4([a], [row["response"]]))
             triples.append({"prompt": row["prompt"], "chosen": row["response"], "rejected": worst})
-    data.refuse_empty(len(triples), [args.data])
-    data.write_pairs(args.out, triples, COLUMNS)
-    print(f"{args.out}: {len(triples):,} triples; {len(rows) - len(triples):,} rows dropped, "
-          "because of an empty prompt or response, or no answer that differs from the response")
+    if triples:
+        data.write_pairs(args.out, triples, COLUMNS)
     os.unlink(answers)
     answers.with_name(f".{answers.name}.settings").unlink()
+    if not triples:
+        raise ValueError(f"{args.data}: nothing was written, because every row has an empty prompt "
+                         "or response, or no answer that differs from the response")
+    print(f"{args.out}: {len(triples):,} triples; {len(rows) - len(triples):,} rows dropped, "
+          "because of an empty prompt or response, or no answer that differs from the response")
 
 
 def answer_prompts(args: argparse.Namespace, answers: Path) -> None:

@@ -1263,7 +1263,8 @@ class Settings:
         "cosine", "how the learning rate changes",
         choices=["cosine", "onecycle", "wsd", "constant"])
     warmup_steps: int = flag(
-        100, "ramp the learning rate up over N steps, at most a tenth of the training",
+        100, "ramp the learning rate up over N steps, or a tenth of the training if that is "
+        "shorter; 0 for a run of a few steps, whose first is warmup",
         type=number(int, 0))
     optimizer: str = flag("adafactor", **OPTIMIZER)
     weight_decay: float = flag(
