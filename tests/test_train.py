@@ -739,7 +739,7 @@ def test_a_tokenizer_that_a_user_put_there_is_used(base, tmp_path):
 def test_flags_without_effect_are_refused(base, straight, tmp_path):
     new = ["--data", base[1], "--out_dir", str(tmp_path / "new"), "--max_steps", "1"]
     for flags, message in ((["--tokenizer", base[5], "--vocab_size", "300"], "--tokenizer brings its own"), (["--init_from", str(straight), "--vocab_size", "300"], "--init_from brings its own"),
-                           (["--lora_alpha", "3"], "--lora_alpha has no effect without --lora_rank"), (["--lora_targets", "q"], "without --lora_rank"), (["--lora_rank", "2", "--lora_targets", "q,qq"], "no linear layer qq")):
+                           (["--lora_alpha", "3"], "--lora_alpha has no effect without --lora_rank"), (["--lora_targets", "q"], "without --lora_rank"), (["--init_from", str(straight), "--lora_rank", "2", "--lora_targets", "q,qq"], "no linear layer qq")):
         assert message in refused(*new, *flags)
     assert not (tmp_path / "new" / "log.jsonl").exists()
 
