@@ -1052,7 +1052,7 @@ def find_change(config: dict, tokenizer: Tokenizer) -> str:
     known = {token["content"]: token for token in tokenizer_json(tokenizer)["added_tokens"]}
     described = list((config.get("added_tokens_decoder") or {}).values())
     tokens = described + [token for name, token in config.items()  # bos_token, image_token, ...
-                          if name.endswith("_token") and isinstance(token, (str, dict)) and token]
+                          if name.endswith("_token") and token and type(token) is not bool]
     for name in ("additional_special_tokens", "extra_special_tokens",
                  "model_specific_special_tokens"):
         more = config.get(name) or []

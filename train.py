@@ -1264,7 +1264,7 @@ class Settings:
         choices=["cosine", "onecycle", "wsd", "constant"])
     warmup_steps: int = flag(
         100, "ramp the learning rate up over N steps, or a tenth of the training if that is "
-        "shorter; 0 for a run of a few steps, whose first is warmup",
+        "shorter; use 0 if there are only a few steps",
         type=number(int, 0))
     optimizer: str = flag("adafactor", **OPTIMIZER)
     weight_decay: float = flag(
@@ -1679,7 +1679,10 @@ def make_model(s: Settings, ranks: Ranks, tokenizer: Tokenizer) -> tuple[ChatLM,
         for target in targets:
             if target != "all" and not find_linear(model, [target]):
                 raise ValueError(f"--lora_targets: the model has no linear layer {target}")
-        add_lora(model, s.lora_rank, s.lora_alpha, targets, s.lora_dropout)
+        try:
+            add_lora(model, s.lora_rank, s.lora_alpha, targets, s.lora_dropout)
+        except ValueError as e:
+            raise ValueError(f"--lora_targets: {e}") from None
     if not any(p.requires_grad for p in model.parameters()):
         raise ValueError(f"--freeze {s.freeze} leaves nothing to train")
     if s.compile:

@@ -472,6 +472,16 @@ def test_wrong_commands_end_with_one_line_and_change_nothing(tmp_path):
 
 
 @pytest.mark.quick
+@pytest.mark.parametrize("name", ["pad_token", "image_token"])
+def test_a_special_token_that_is_a_number_is_damage(tokenizer, tmp_path, name):
+    tokenizer.save_pretrained(tmp_path)
+    path = tmp_path / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {name: 5}))
+    with pytest.raises(ValueError, match="tokenizer_config.json is damaged"):
+        Tokenizer.from_pretrained(tmp_path)
+
+
+@pytest.mark.quick
 @pytest.mark.parametrize("change", [{"additional_special_tokens": ["你好"]}, {"extra_special_tokens": {"a": "<a>"}}, {"image_token": "<i>"}, {"added_tokens_decoder": {"9": {"content": "<b>"}}}], ids=str)
 def test_special_tokens_of_the_configuration_alone_are_refused(tokenizer, tmp_path, change):
     tokenizer.save_pretrained(tmp_path)
