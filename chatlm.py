@@ -33,15 +33,16 @@ These are the encoder's buckets for looking back; looking ahead has 16 more. The
 looks back, has a bucket for each distance up to 15, and 16 wider ones.
 
 The loss is the mean of -log p(token) over the answer's tokens. With three tokens, logits [2, 1, 0]
-and the first token correct: p = [0.67, 0.24, 0.09], the loss is -log 0.67 = 0.41, and its gradient
-with respect to the logits is p - [1, 0, 0] = [-0.33, 0.24, 0.09]. See LinearCrossEntropy.
+and the first token correct: p = [0.665, 0.245, 0.090], the loss is -log 0.665 = 0.41, and its
+gradient with respect to the logits is p - [1, 0, 0] = [-0.335, 0.245, 0.090]. See
+LinearCrossEntropy.
 
 A new model starts from counts of tokens and of which token follows which (init_bigrams).
 
 Modules and config fields have the names of Hugging Face's T5, so our state_dict is the
 model.safetensors that transformers loads. Try next: print model.decoder.position_bias(...) of a
-trained model and see which heads look near and which far. Set feed_forward_proj="gated-gelu" and
-compare the loss after the same number of steps.
+trained model and see which heads look near and which far. Give a preset half the heads, or half the
+layers, and compare the loss after the same number of steps.
 
 Raffel et al. 2020, "Exploring the Limits of Transfer Learning with a Unified Text-to-Text
 Transformer" (arXiv:1910.10683).
@@ -785,6 +786,16 @@ class Bigrams:
         self.b = right * values / self.spread / self.p_after.sqrt()[:, None]  # (V, R)
 
 
+COUNTS_NEED = "a tied head, ReLU layers, and d_ff >= 2 d_model"
+
+
+def fits_counts(config: ChatLMConfig) -> bool:
+    """Whether init_bigrams can initialize such a model."""
+    is_tied = bool(config.tie_word_embeddings and config.scale_decoder_outputs)
+    is_wide = config.d_ff >= 2 * config.d_model
+    return is_tied and is_wide and config.feed_forward_proj == "relu"
+
+
 @torch.no_grad()
 def init_bigrams(model: ChatLM, before: Tensor, after: Tensor) -> None:
     """Initialize from unigram and bigram counts, so that at first about
@@ -807,9 +818,8 @@ def init_bigrams(model: ChatLM, before: Tensor, after: Tensor) -> None:
     keep random values, except for the first two.
     """
     c, last = model.config, model.decoder.block[-1].layer[-1].DenseReluDense
-    tied = c.tie_word_embeddings and c.scale_decoder_outputs
-    if last.gated or not tied or c.d_ff < 2 * c.d_model:
-        raise ValueError("init_bigrams needs a tied head, ReLU layers, and d_ff >= 2 d_model")
+    if not fits_counts(c):
+        raise ValueError(f"init_bigrams needs {COUNTS_NEED}")
     rank = min(c.d_model // 2 - 1, c.vocab_size)
     counts = Bigrams(before, after, c.vocab_size, rank)
     p = counts.p_before

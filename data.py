@@ -44,8 +44,8 @@ With the same settings, the sequence depends only on the files, the seed and the
 number of processes: a run can resume on another number of GPUs and still sees every row once per
 epoch.
 
-Try next: run dedup with --threshold 0.5 and read what it drops; print the share of padding in a
-few batches of PairStream, and again with plan_batches replaced by a random order.
+Try next: run dedup with --threshold 0.5 and see how many more it drops; print the share of padding
+in a few batches of PairStream, and again with plan_batches replaced by a random order.
 """
 import argparse
 import codecs
@@ -1375,7 +1375,7 @@ SOURCES = {
     "zhihu_kol": Source(lambda row: (row.get("INSTRUCTION"), row.get("RESPONSE")),
                         (("INSTRUCTION", "RESPONSE"),)),
     "belle": Source(from_belle, (("instruction", "output"), ("input", "output"),
-                                 ("input", "target"), CONVERSATION[0])),
+                                 ("input", "target"), *CONVERSATION)),
     "sharegpt": Source(from_belle, CONVERSATION),
     "wiki": Source(from_wiki, (("title", "text"),)),
     "alpaca": Source(from_columns("instruction", "input", "output"), (("instruction", "output"),)),
@@ -1799,6 +1799,9 @@ def bucket_pairs(keys: np.ndarray, rows: np.ndarray) -> np.ndarray:
     Returns the pairs to compare, (later, earlier) packed:
 
         keys 7 9 7 7, rows 0 1 2 5  ->  bucket of 7: texts 0 2 5  ->  (2, 0) (5, 2) (5, 0)
+
+    A pair may come more than once. Large buckets give only some of their pairs: a text is paired
+    with the COMPARE_PREVIOUS texts before it and with the COMPARE_FIRST first ones.
     """
     packed = np.sort(pack(keys, rows))
     key = packed >> np.uint64(32)
@@ -1959,10 +1962,10 @@ def dedup(inputs: list[str], out: str, threshold: float, against: str | None, wo
 # --- split, stats ---------------------------------------------------------------------------------
 
 
-def split(inputs: list[str], out: str, valid: float, test: float) -> None:
+def split(inputs: list[str], out: str, valid: float, test: float, seed: int = 0) -> None:
     """Split by a hash of the prompt: equal prompts are on the same side, and a row stays on its
-    side when data is added. valid, test: shares, 0 to 1. Raises ValueError if nothing is left to
-    train on, or no row can be used."""
+    side when data is added. valid, test: shares, 0 to 1. seed: of the hash. Raises ValueError if
+    nothing is left to train on, or no row can be used."""
     if valid + test >= 1:
         raise ValueError(f"--valid {valid} and --test {test} leave nothing to train on")
     shares = {"train": 1.0, "valid": valid, "test": test}
@@ -1974,13 +1977,18 @@ def split(inputs: list[str], out: str, valid: float, test: float) -> None:
         writers = {side: stack.enter_context(open_writer(paths[side], rows.columns, made_of))
                    for side, share in shares.items() if share}
         for row in Progress("rows", rows):
-            digest = xxhash.xxh3_64_intdigest(row["prompt"].encode("utf-8", "surrogatepass"))
+            prompt = row["prompt"].encode("utf-8", "surrogatepass")
+            digest = xxhash.xxh3_64_intdigest(prompt, seed)
             side = next(side for side, end in ends.items() if digest / 2 ** 64 < end)
             writers[side].write(row)
         for writer in writers.values():
             writer.finish()  # all of them, before the first one is renamed
             counts[str(writer.path)] = writer.total
         refuse_empty(counts.total(), inputs, rows.problems)
+        cause = ("there are too few prompts for its share, or they are one side of an earlier "
+                 "split, by the same hash: choose another --seed")
+        if not writers["train"].total:
+            raise ValueError(f"{paths['train']} would have no rows: {cause}")
     report(counts, rows.problems)
     rows.note_columns()
     for side in ("valid", "test"):
@@ -1989,7 +1997,7 @@ def split(inputs: list[str], out: str, valid: float, test: float) -> None:
                       "train.parquet now")
     for writer in writers.values():
         if not writer.total:
-            note_once(f"warning: {writer.path} has no rows: there are too few for its share")
+            note_once(f"warning: {writer.path} has no rows: {cause}")
 
 
 def stats(inputs: list[str], tokenizer=None) -> None:
@@ -2713,12 +2721,14 @@ def parse_args() -> argparse.Namespace:
     add("--against", metavar="Y.parquet", help="also drop near-duplicates of these pairs")
     add("--workers", type=number(int, 1), default=os.cpu_count(), help="threads")
 
-    add, _ = command("split", "write train.parquet, valid.parquet and test.parquet, by a hash of "
-                     "the prompt", "DIR")
+    add, _ = command("split", "write train.parquet, valid.parquet and, with --test, test.parquet, "
+                     "by a hash of the prompt", "DIR")
     add("--valid", type=number(float, 0, 1), default=0.01,
         help="share of the pairs that go to valid.parquet, 0 to 1")
     add("--test", type=number(float, 0, 1), default=0.0,
         help="share of the pairs that go to test.parquet, 0 to 1")
+    add("--seed", type=number(int, 0, 2 ** 64 - 1), default=0,
+        help="seed of the hash; another one splits a side of an earlier split anew")
 
     add, _ = command("stats", "rows, characters, lengths and tokens")
     add("--tokenizer", metavar="DIR", help="also count tokens of the tokenizer in this folder")
@@ -2746,7 +2756,7 @@ def main() -> None:
     elif args.command == "dedup":
         dedup(args.input, args.out, args.threshold, args.against, args.workers)
     elif args.command == "split":
-        split(args.input, args.out, args.valid, args.test)
+        split(args.input, args.out, args.valid, args.test, args.seed)
     else:
         tokenizer = None
         if args.tokenizer:  # imported by name, and here: tokenizer.py itself imports this file

@@ -320,9 +320,9 @@ class GenerationConfig:
     num_beams: int = option(1, "beams of a beam search; 1: none", 1, 1000)
     length_penalty: float = option(1.0, "beam search: above 0 favors longer answers", -20, 20)
     early_stopping: bool | str = option(False, "beam search: true: stop when num_beams answers "
-                                        "have ended; false: when the best running beam scores "
-                                        "less, at its present length; never: when none can become "
-                                        "better")
+                                        "have ended; false: when the best running beam, as long "
+                                        "as it is now, scores less than they do; never: when no "
+                                        "running beam can beat them")
     penalty_alpha: float = option(0.0, "above 0, with --top_k: contrastive search, likely tokens "
                                   "that are unlike earlier ones", 0, 1)
     repetition_penalty: float = option(1.0, "above 1: tokens that occurred become less likely",
@@ -365,8 +365,12 @@ class GenerationConfig:
             unused |= dict.fromkeys(("temperature", "top_p", "seed"), "do_sample")
             if not self.penalty_alpha:
                 unused["top_k"] = "do_sample or penalty_alpha"
-        if not self.contrastive:
-            unused["penalty_alpha"] = "top_k of 2 or more, or with num_beams or do_sample"
+        if self.top_k < 2:
+            unused["penalty_alpha"] = "top_k of 2 or more"
+        elif self.do_sample:
+            unused["penalty_alpha"] = "greedy decoding"
+        elif self.num_beams > 1:
+            unused["penalty_alpha"] = "num_beams 1"
         if self.num_beams == 1:
             unused |= dict.fromkeys(("length_penalty", "early_stopping"), "num_beams")
         return unused
@@ -1883,13 +1887,13 @@ def decoding_options(args: argparse.Namespace, model: ChatLM) -> dict:
 
 def parse_args() -> argparse.Namespace:
     parser = ArgumentParser(
-        description="Answer one prompt, answer a file, score a model, or chat (without --prompt, "
-        "--input and --score). Options of decoding that are not given come from the model's "
-        "generation_config.json.")
+        description="Answer one prompt, answer a file, score a model, serve, or chat (without any "
+        "of --prompt, --input, --score and --serve). Options of decoding that are not given come "
+        "from the model's generation_config.json.")
     group = parser.add_argument_group("what to do").add_mutually_exclusive_group()
     group.add_argument("--prompt", metavar="TEXT", help="answer this")
-    group.add_argument("--input", metavar="F", help="answer the prompts of a .parquet or .jsonl "
-                       "(column prompt) or .txt file (lines)")
+    group.add_argument("--input", metavar="F", help="answer the prompts of a file or folder "
+                       "(column prompt; of .txt files the lines)")
     group.add_argument("--score", metavar="F",
                        help="loss, perplexity, BLEU-4 and exact match on a file of pairs; accuracy "
                        "on multiple choice (question, A, B, C, D, answer), a file per subject")
@@ -1926,8 +1930,8 @@ def parse_args() -> argparse.Namespace:
         default = str(f.default).lower() if kind is bool else f"{f.default:g}"
         add(f"--{f.name}", help=f"{f.metadata['help']} (default: {default})", **how)
     add("--seed", type=number(int, 0, 2 ** 63 - 1), help="seed of sampling (default: random)")
-    add("--reference_settings", action="store_true", help="decode like ChatLM-mini-Chinese: 5 "
-        "beams, sampled, top-k 50, top-p 0.95, no 4 tokens twice")
+    add("--reference_settings", action="store_true", help="decode like ChatLM-mini-Chinese: "
+        + ", ".join(f"{name} {value}" for name, value in REFERENCE_SETTINGS.items()))
     args = parser.parse_args()
     check_args(parser, args)
     args.batch_size = args.batch_size or 32

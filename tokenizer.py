@@ -34,7 +34,7 @@ changes, and Merger encodes thousands of pieces at once, both with numpy; tests 
 the plain version. tokenizer.json is in Hugging Face's format: AutoTokenizer gives the same ids.
 
 Try next: print the longest tokens of a vocabulary and guess what the corpus was; train with
---vocab_size 1000 and 30000 and compare the characters per token that `stats` shows.
+--vocab_size 5000 and 30000 and compare the characters per token that `stats` shows.
 """
 import argparse
 import heapq

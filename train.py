@@ -2,7 +2,7 @@
 
     python train.py                                  the demo: data, tokenizer, model, answers
     python train.py --data A.parquet --valid V.parquet --preset small --out_dir out
-    python train.py --init_from out --data S.parquet --valid V.parquet --lr 1e-4 --out_dir sft
+    python train.py --init_from out --data S.parquet --valid V.parquet --out_dir sft
     python train.py --out_dir out                    resume a run with its own settings
     torchrun --standalone --nproc_per_node=2 train.py ...           the same, in two processes
 
@@ -73,6 +73,7 @@ import data
 import sample
 from chatlm import (
     ADAPTER_FILES,
+    COUNTS_NEED,
     MODEL_FILES,
     PRESETS,
     ChatLM,
@@ -80,6 +81,7 @@ from chatlm import (
     add_lora,
     find_linear,
     find_targets,
+    fits_counts,
     init_bigrams,
     save_adapter,
 )
@@ -384,7 +386,10 @@ class Trainer:
         last_step = self.state.step - self.bad_in_a_row  # it made these weights; later ones failed
         before = [path for path in list_checkpoints(self.out_dir / "checkpoint")
                   if step_of(path) < last_step]
-        kept = f"; resume from an earlier checkpoint with --resume {before[0]}" if before else ""
+        kept = ""
+        if before:
+            path = shlex.quote(str(before[0]))
+            kept = f"; resume from an earlier checkpoint with --resume {path}"
         what = "the weights are not finite any more"
         if self.bad_in_a_row:
             what = f"no finite loss in {self.bad_in_a_row} steps in a row"
@@ -942,8 +947,8 @@ def find_checkpoint(out_dir: str, resume: str, ranks: Ranks) -> dict | None:
         raise AgreedError(f"{path} is not a checkpoint") from None
     if not isinstance(saved, dict) or "settings" not in saved:
         raise AgreedError(f"{path} was written by an earlier version, whose runs cannot be "
-                          f"resumed: start anew from the model with --init_from {out_dir} and "
-                          "another --out_dir")
+                          "resumed: start anew from the model with --init_from "
+                          f"{shlex.quote(out_dir)} and another --out_dir")
     return saved | {"path": path}
 
 
@@ -1149,7 +1154,10 @@ class ResponseLoss(Objective):
         ids, offsets = stream.window(0, 0).columns[1]  # the responses
         before, after = np.roll(ids, 1).astype(np.int64), ids.astype(np.int64)
         before[offsets[:-1]] = data.PAD  # the decoder's start token
-        if self.ranks.is_main and len(after):  # a window may hold no text at all
+        if not fits_counts(self.model.config):
+            if self.ranks.is_main:
+                print(f"initialized at random: counts need {COUNTS_NEED}", flush=True)
+        elif self.ranks.is_main and len(after):  # a window may hold no text at all
             random = {name: x.to("cpu", copy=True) for name, x in self.model.state_dict().items()}
             with self.uncompiled():
                 random_loss = self.first_loss(stream)
@@ -1829,7 +1837,7 @@ def run_training(args: argparse.Namespace, kind: type[Settings],
         script = saved.get("script", kind.script) if saved else kind.script
         if script != kind.script:
             raise AgreedError(f"the run in {args.out_dir} is one of {script}: resume it with  "
-                              f"python {script} --out_dir {args.out_dir}")
+                              f"python {script} --out_dir {shlex.quote(args.out_dir)}")
         settings = resolve(kind, args, ranks, saved)
         tokenizer = find_tokenizer(settings, ranks, saved)
         model, init_hash = make_model(settings, ranks, tokenizer)

@@ -435,6 +435,34 @@ def test_a_split_that_leaves_an_older_side_behind_says_so(tmp_path):
     assert done.returncode == 0 and "valid.parquet is of an earlier split" in done.stderr
 
 
+def test_a_side_of_a_split_is_split_anew_by_another_seed(tmp_path):
+    """By the same hash all of its rows stay together."""
+    write_pairs(tmp_path / "x.parquet", [{"prompt": f"{i}", "response": "a"} for i in range(2000)])
+    once, again = tmp_path / "once", tmp_path / "again"
+    assert call("split", str(tmp_path / "x.parquet"), "--out", str(once), "--valid", "0.3").returncode == 0
+    done = call("split", str(once / "train.parquet"), "--out", str(again), "--valid", "0", "--test", "0.3")
+    assert done.returncode == 0 and "test.parquet has no rows" in done.stderr and "choose another --seed" in done.stderr
+    for path in again.iterdir():
+        path.unlink()
+    done = call("split", str(once / "valid.parquet"), "--out", str(again), "--valid", "0.3")
+    assert done.returncode == 2 and "train.parquet would have no rows" in done.stderr and not list(again.iterdir())
+    for side in ("train", "valid"):
+        assert call("split", str(once / f"{side}.parquet"), "--out", str(again), "--valid", "0.3", "--seed", "1").returncode == 0
+        rows = [pq.read_metadata(again / f"{part}.parquet").num_rows for part in ("train", "valid")]
+        assert 0.2 < rows[1] / sum(rows) < 0.4 and sum(rows) == pq.read_metadata(once / f"{side}.parquet").num_rows
+
+
+@pytest.mark.quick
+def test_the_rows_that_the_readme_shows_are_kept(tmp_path):
+    shown = re.findall(r"^(\{.*\}) +([a-z0-9, ]+)$", (Path(__file__).parents[1] / "README.md").read_text("utf-8"), re.MULTILINE)
+    assert len(shown) == 4
+    for row, sources in shown:
+        (tmp_path / "row.jsonl").write_text(row + "\n", "utf-8")
+        for source in sources.split(", "):
+            done = call("clean", "--source", source, str(tmp_path / "row.jsonl"), "--out", str(tmp_path / "o.parquet"), "--workers", "1")
+            assert done.returncode == 0 and pq.read_metadata(tmp_path / "o.parquet").num_rows == 1, (source, done.stdout + done.stderr)
+
+
 @pytest.mark.quick
 def test_kinds_of_string_columns_may_be_mixed(demo, tmp_path):
     _, tokenizer = demo

@@ -252,7 +252,7 @@ def polite_world(tmp_path_factory):
                                       for wordings, a in facts for w in wordings[:6] for opening in ("", "请问，")))
     write_pairs(out / "triples.parquet", ({"prompt": opening + w, "chosen": a + POLITE * bool(opening), "rejected": a + POLITE * (not opening)}
                                           for wordings, a in facts for w in wordings[:5] for opening in ("", "请问，")), COLUMNS)
-    done = run_script("train.py", "--data", out / "sft.parquet", "--preset", "demo", "--vocab_size", "1000", "--max_steps", "160",
+    done = run_script("train.py", "--data", out / "sft.parquet", "--preset", "demo", "--vocab_size", "1000", "--max_steps", "120",
                       "--batch_tokens", "1024", "--micro_batch_tokens", "1024", "--max_len", "64", "--dtype", "float32", "--workers", "0",
                       "--out_dir", out / "sft")
     assert done.returncode == 0, done.stderr
@@ -273,9 +273,9 @@ def test_a_preference_is_learnt(polite_world, tmp_path, lora):
     polite, right = shares(model, tokenizer, held_out)
     assert polite < 0.2
     done = call("--init_from", str(out / "sft"), "--data", str(out / "triples.parquet"), "--valid", str(out / "triples.parquet"), "--max_len", "64",
-                "--batch_tokens", "2048", "--micro_batch_tokens", "1024", "--dtype", "float32", "--workers", "0", "--warmup_steps", "5", "--max_steps",
-                "50", "--eval_every", "50", "--sft_alpha", "1", "--beta", "0.3", "--out_dir", str(tmp_path),
-                *(["--lora_rank", "8", "--lora_targets", "all", "--lr", "2e-3"] if lora else ["--lr", "2e-4"]))
+                "--batch_tokens", "2048", "--micro_batch_tokens", "1024", "--dtype", "float32", "--workers", "0", "--warmup_steps", "3", "--max_steps",
+                "30", "--eval_every", "30", "--sft_alpha", "1", "--beta", "0.3", "--out_dir", str(tmp_path),
+                *(["--lora_rank", "8", "--lora_targets", "all", "--lr", "2e-3"] if lora else ["--lr", "4e-4"]))
     assert done.returncode == 0, done.stderr
     log = log_of(tmp_path)
     assert log[-1]["val_margin"] > log[0]["margin"] + 1 and log[-1]["val_accuracy"] > 0.95

@@ -751,6 +751,14 @@ def test_numbers_out_of_range_are_one_line(folder, flags):
 
 
 @pytest.mark.quick
+@pytest.mark.parametrize(("flags", "why"), [([], "without --top_k of 2 or more"), (["--top_k", "4", "--do_sample"], "without greedy decoding"),
+                                            (["--top_k", "4", "--num_beams", "2"], "without --num_beams 1")], ids=str)
+def test_why_contrastive_search_is_off_is_told(folder, flags, why):
+    code, line = run_here(["--prompt", "你好", "--model", str(folder), "--penalty_alpha", "0.6", "--max_new_tokens", "2", *flags])
+    assert code == 0 and f"--penalty_alpha has no effect {why}" in line
+
+
+@pytest.mark.quick
 def test_an_output_that_is_no_file_or_in_use_is_refused(answered, tmp_path):
     args, out = answered
     for device in ("/dev/full", "/dev/null", str(tmp_path)):

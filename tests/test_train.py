@@ -818,6 +818,14 @@ def test_few_rows_begin_at_random(base, tmp_path):
         assert log(tmp_path / str(rows))[0]["loss"] < 1.3 * math.log(1400), done.stdout
 
 
+@pytest.mark.quick
+@pytest.mark.parametrize("other", [{"feed_forward_proj": "gated-gelu"}, {"d_ff": 64}], ids=str)
+def test_a_model_that_counts_do_not_fit_starts_at_random(base, tmp_path, monkeypatch, other):
+    monkeypatch.setitem(train.PRESETS, "demo", train.PRESETS["demo"] | other)
+    done = call(*base, "--max_steps", "1", "--out_dir", str(tmp_path / "out"))
+    assert done.returncode == 0 and "initialized at random: counts need" in done.stdout, done.stderr
+
+
 def test_the_schedules_clock_starts_after_the_beginning(base, tmp_path, monkeypatch):
     counted = train.init_bigrams
 
@@ -1173,6 +1181,14 @@ def test_a_stop_in_a_bad_step_saves_and_keeps_older_checkpoints(base, tmp_path, 
 def test_the_script_of_a_run_is_named(base, straight):
     done = run_script("dpo.py", "--out_dir", straight, "--init_from", straight / "best", "--data", base[1])
     assert done.returncode == 2 and f"is one of train.py: resume it with  python train.py --out_dir {straight}" in done.stderr
+
+
+@pytest.mark.quick
+def test_a_name_with_a_space_is_quoted_in_the_commands_that_are_printed(base, straight, tmp_path):
+    out = tmp_path / "a b"
+    shutil.copytree(straight, out)
+    done = run_script("dpo.py", "--out_dir", out, "--init_from", straight / "best", "--data", base[1])
+    assert done.returncode == 2 and done.stderr.endswith(f"python train.py --out_dir '{out}'\n")
 
 
 def test_other_validation_files_on_a_rank_are_refused(base, tmp_path):
