@@ -1068,7 +1068,7 @@ def test_the_wrong_source_names_what_it_needs(tmp_path):
     (tmp_path / "x.json").write_text(json.dumps(rows), "utf-8")
     out = str(tmp_path / "y.parquet")
     for source, needs in (("alpaca", "instruction and output"), ("duie", "text and spo_list"), ("webtext2019zh", "title, content and star"),
-                          ("belle", "instruction and output, or input and output, or input and target, or conversations"), ("sharegpt", "conversations, or messages")):
+                          ("belle", "instruction and output, or input and output, or input and target, or conversations, or messages"), ("sharegpt", "conversations, or messages")):
         done = call("clean", "--source", source, str(tmp_path / "x.json"), "--out", out)
         assert done.returncode == 2 and f"{source} needs {needs}; found prompt, response" in done.stderr and len(done.stderr.splitlines()) == 1
     rows[1] = {"instruction": "问题", "output": "这是一个回答"}  # one row that fits is enough: the others are dropped and counted

@@ -129,7 +129,7 @@ def test_learning_depends_on_neither_order_nor_workers():
 def test_memory_is_a_promise(tmp_path, mark):
     rng = np.random.default_rng(0)
     with open(tmp_path / "corpus.txt", "wb") as f:  # as bad as it gets: all pieces differ
-        for _ in range(26 if mark == 3 else 34):  # somewhat more than fits
+        for _ in range(26 if mark == 3 else 28):  # somewhat more than fits
             codes = rng.integers(0x4E00, 0x6E00, size=1_000_000).astype("<u4")
             codes[mark - 1::mark] = ord("，")
             codes[::2000] = ord("\n")
