@@ -1221,8 +1221,8 @@ class Settings:
     round_to: int = field(default=0, metadata={"fixed": True})
 
     data: Sequence[str] = flag(
-        (), "training pairs: Parquet files or folders of them (default: the demo, with --max_len 64, "
-        "--batch_tokens 1024, --micro_batch_tokens 512 and --max_steps 1000)", group="data",
+        (), "training pairs: Parquet files or folders of them (default: the demo, with --max_len "
+        "64, --batch_tokens 1024, --micro_batch_tokens 512 and --max_steps 1000)", group="data",
         nargs="+", metavar="A.parquet")
     valid: str = flag(
         "", "held-out pairs to validate on (default: no validation)", metavar="V.parquet")
