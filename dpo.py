@@ -120,7 +120,7 @@ class Settings(train.Settings):
     tokenizer: str = train.flag(
         "", "folder of tokenizer.json (default: that of --init_from)", metavar="DIR")
     init_from: str = train.flag(
-        "", "model folder to start from (needed for a new run)", metavar="MODEL_DIR", group="model")
+        "", "model folder to start from (needed for a new run)", metavar="MODEL_DIR")
     lr: float = train.flag(
         0.0, "peak learning rate; Adafactor caps it at 1/sqrt(step) (default: 1e-5, with LoRA "
         "1e-4)", group="optimizer", type=train.POSITIVE)

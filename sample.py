@@ -319,10 +319,10 @@ class GenerationConfig:
                           "up to p")
     num_beams: int = option(1, "beams of a beam search; 1: none", 1, 1000)
     length_penalty: float = option(1.0, "beam search: above 0 favors longer answers", -20, 20)
-    early_stopping: bool | str = option(False, "beam search: true: stop when num_beams answers "
-                                        "have ended; false: when the best running beam, as long "
-                                        "as it is now, scores less than they do; never: when no "
-                                        "running beam can beat them")
+    early_stopping: bool | str = option(False, "beam search, when num_beams answers have ended: "
+                                        "true: stop; false: go on while a running beam scores "
+                                        "better than the worst of them; never: go on while one "
+                                        "still could")
     penalty_alpha: float = option(0.0, "above 0, with --top_k: contrastive search, likely tokens "
                                   "that are unlike earlier ones", 0, 1)
     repetition_penalty: float = option(1.0, "above 1: tokens that occurred become less likely",

@@ -1184,7 +1184,7 @@ def test_the_script_of_a_run_is_named(base, straight):
 
 
 @pytest.mark.quick
-def test_a_name_with_a_space_is_quoted_in_the_commands_that_are_printed(base, straight, tmp_path):
+def test_a_name_with_a_space_is_quoted_in_the_command_that_is_printed(base, straight, tmp_path):
     out = tmp_path / "a b"
     shutil.copytree(straight, out)
     done = run_script("dpo.py", "--out_dir", out, "--init_from", straight / "best", "--data", base[1])
